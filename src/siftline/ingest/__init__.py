@@ -1,0 +1,1 @@
+"""Raw files of every known format into rows, with quarantine and provenance."""

@@ -1,0 +1,1 @@
+"""What to run: jobs, schedules, sensors and the shipped recipes."""

@@ -1,0 +1,162 @@
+"""The row: its columns, their types, and how ids are made.
+
+A row is one conversation whose last message is the assistant's response. Its `prompt_id` hashes
+everything before that response, so rows that answer one prompt share a prefix and therefore a
+bucket. Its `id` adds a hash of the rest, so a row keeps its id across runs, machines, layouts and
+input orders. Identical input rows get identical ids, which is what lets ingestion collapse them.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+ROLES = ("system", "user", "assistant", "tool")
+HALF_ID = 20
+"""Hex digits of each half of an id: 80 bits, collision odds 4e-7 at 1e9 prompts."""
+
+MESSAGE = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("content", pa.string()),
+        pa.field("reasoning", pa.string()),
+        pa.field("tool_calls", pa.string()),
+    ]
+)
+
+ROW = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("messages", pa.list_(MESSAGE), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("answer_from", pa.string()),  # "independent" of the response, or "response"
+        pa.field("source", pa.string()),
+        pa.field("conversation_id", pa.string()),
+        pa.field("tools", pa.string()),
+        pa.field("copies", pa.int32(), nullable=False),
+    ]
+)
+
+PROVENANCE = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("leftover", pa.string()),  # JSON object of the input columns no mapping used
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("excerpt", pa.string()),
+    ]
+)
+
+ADDED = pa.schema(
+    [*ROW, pa.field("parent_id", pa.string(), nullable=False), pa.field("origin", pa.string())]
+)
+
+
+def canonical_text(text: str) -> str:
+    """Returns `text` in NFC, with Unix line ends and no white space around it."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
+def message(role: str, content: str | None, **extra: str | None) -> dict[str, str | None]:
+    """Builds one canonical message with every field of `MESSAGE` present."""
+    fields = {"reasoning": extra.get("reasoning"), "tool_calls": extra.get("tool_calls")}
+    clean = {k: canonical_text(v) if v else None for k, v in fields.items()}
+    return {"role": role, "content": canonical_text(content or ""), **clean}
+
+
+def digest(*parts: Any) -> str:
+    """Hashes JSON-serialisable `parts` to 40 hex digits; the same on every machine."""
+    payload = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(payload.encode(), digest_size=20).hexdigest()
+
+
+def _hashable(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    return [[m["role"], m["content"], m.get("reasoning"), m.get("tool_calls")] for m in messages]
+
+
+def prompt_id(messages: Sequence[Mapping[str, Any]], tools: str | None = None) -> str:
+    """Hashes everything before the last assistant turn; plain text hashes the text itself."""
+    prompt = messages[:-1] or messages
+    return digest("prompt", _hashable(prompt), tools)[:HALF_ID]
+
+
+def row_id(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: str | None = None,
+    answer: str | None = None,
+    source: str | None = None,
+) -> str:
+    """Makes the 40-digit id: 20 of the prompt's hash, 20 of hash(messages, answer, source)."""
+    rest = digest("row", _hashable(messages), answer, source)[:HALF_ID]
+    return prompt_id(messages, tools) + rest
+
+
+def make_row(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    answer: str | None = None,
+    answer_from: str | None = None,
+    source: str | None = None,
+    conversation_id: str | None = None,
+    tools: str | None = None,
+    copies: int = 1,
+) -> dict[str, Any]:
+    """Builds one row of `ROW` from canonical messages (see `message`).
+
+    Raises:
+        ValueError: if there is no message, or the last one is not the assistant's.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if messages else "nothing"
+        raise ValueError(f"the last message must be the assistant's response, found {last}")
+    answer = canonical_text(answer) if answer is not None else None
+    identity = row_id(messages, tools=tools, answer=answer, source=source)
+    return {
+        "id": identity,
+        "prompt_id": identity[:HALF_ID],
+        "messages": list(messages),
+        "answer": answer,
+        "answer_from": (answer_from or "independent") if answer is not None else None,
+        "source": source,
+        "conversation_id": conversation_id,
+        "tools": tools,
+        "copies": copies,
+    }
+
+
+def bucket_of(identity: str, buckets: int) -> int:
+    """The bucket of a row or prompt id: its leading bits, so all answers to a prompt share one."""
+    assert buckets & (buckets - 1) == 0, f"buckets must be a power of two, not {buckets}"
+    return int(identity[:8], 16) * buckets >> 32
+
+
+def text_view(rows: pa.Table) -> pl.DataFrame:
+    """Flattens rows to `id, prompt_id, prompt, response, answer, answer_from, source` strings.
+
+    `prompt` joins the contents of all messages before the response with newlines; templating for a
+    model is done from the messages themselves, never from this view.
+    """
+    frame = pl.from_arrow(rows.select(["id", "prompt_id", "answer", "answer_from", "source"]))
+    assert isinstance(frame, pl.DataFrame)
+    prompts, responses = [], []
+    for messages in rows.column("messages").to_pylist():
+        prompts.append("\n".join(m["content"] or "" for m in messages[:-1]))
+        responses.append(messages[-1]["content"] or "")
+    return frame.with_columns(
+        pl.Series("prompt", prompts, dtype=pl.String),
+        pl.Series("response", responses, dtype=pl.String),
+    )

@@ -1,0 +1,1 @@
+"""Everything that touches a model: engines, likelihood, embeddings, verifiers."""

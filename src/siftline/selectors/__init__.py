@@ -1,0 +1,1 @@
+"""Pure selection: narrow tables and a frozen configuration in, a Selection out."""

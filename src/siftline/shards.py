@@ -1,0 +1,290 @@
+"""Parquet in and out: bytes that never depend on the clock, files that appear whole or not at all.
+
+Three habits hold everywhere:
+
+* A file is written under a dot-name in its final folder, flushed to disk, and renamed once. Readers
+  (globs, `datasets`, Spark) skip dot-names, so nobody sees half a file.
+* A folder with many files is built under a dot-name and renamed once (`building`).
+* A bucketed dataset is a manifest that names immutable parts, and the manifest is written last.
+  Part names carry their content's hash, so a part is never overwritten and a manifest that was read
+  once stays readable.
+
+Buckets are id ranges (leading bits), so buckets in order, each sorted by id, are the whole pool
+sorted by id: content hashes taken in that order do not depend on how many buckets there are.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP_BYTES = 64 << 20
+"""In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def building(final: Path) -> Iterator[Path]:
+    """Builds a folder under a dot-name and renames it to `final` once it is complete.
+
+    Yields:
+        An empty folder beside `final`. On an exception it is removed and `final` never appears.
+
+    Raises:
+        FileExistsError: if `final` exists; published folders are immutable.
+    """
+    if final.exists():
+        raise FileExistsError(f"{final} exists and is immutable: publish under another name")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run with the same process id
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(final.parent)
+
+
+def point_latest(folder: Path, target: str) -> None:
+    """Points the relative symlink `folder/latest` at `target` by one rename; a no-op if it does."""
+    link = folder / "latest"
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    temporary = folder / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+    _sync(folder)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically; leaves an equal file untouched."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON with sorted keys, atomically; leaves an equal file untouched."""
+    write_text(path, json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n")
+
+
+def _slices(table: pa.Table, limit: int) -> Iterator[pa.Table]:
+    """Halves a table until each piece is under `limit` bytes: rows vary a hundredfold in size."""
+    if table.num_rows > 1 and table.nbytes > limit:
+        middle = table.num_rows // 2
+        yield from _slices(table.slice(0, middle), limit)
+        yield from _slices(table.slice(middle), limit)
+    else:
+        yield table
+
+
+def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES) -> None:
+    """Writes one Parquet file atomically, with bytes that depend on the table alone.
+
+    zstd, statistics, page index, page checksums, and content-defined chunking, so that a store that
+    deduplicates chunks keeps the unchanged part of the next version.
+
+    Args:
+        table: What to write; its schema is written as it is, so pass an explicit one.
+        path: Final path.
+        row_group_bytes: Upper bound of one row group in memory.
+    """
+    with (
+        _replacing(path) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            table.schema,
+            compression="zstd",
+            write_page_index=True,
+            write_page_checksum=True,
+            use_content_defined_chunking=True,
+        ) as writer,
+    ):
+        for piece in _slices(table.combine_chunks(), row_group_bytes):
+            writer.write_table(piece, row_group_size=max(1, piece.num_rows))
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Reads one Parquet file, verifying page checksums.
+
+    Raises:
+        ValueError: naming the file, where it is missing, cut short or corrupt.
+    """
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing though its manifest names it: run again") from None
+    except (OSError, pa.ArrowInvalid) as error:
+        detail = str(error).splitlines()[0]
+        raise ValueError(f"{path} is corrupt ({detail}): delete it and run again") from error
+
+
+@dataclass(frozen=True)
+class Part:
+    """One immutable Parquet file of a bucketed dataset."""
+
+    table: str
+    bucket: int
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset consists of.
+
+    Attributes:
+        version: Hash of the content, independent of buckets and parts.
+        buckets: Number of id ranges, a power of two.
+        parts: The files; a bucket's parts are read in this order, base first, then deltas.
+        info: Counts, facts and the identity of what made it. JSON.
+    """
+
+    version: str
+    buckets: int
+    parts: tuple[Part, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Reads a manifest.
+
+        Raises:
+            ValueError: if the file is not a manifest.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                version=raw["version"],
+                buckets=raw["buckets"],
+                parts=tuple(Part(**part) for part in raw["parts"]),
+                info=raw["info"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a manifest ({error}): delete it, run again") from error
+
+    def save(self, path: Path) -> None:
+        """Writes the manifest; call it after every part is in place."""
+        write_json(path, asdict(self))
+
+    def rows(self, table: str) -> int:
+        """Number of rows of one table over all its parts."""
+        return sum(part.rows for part in self.parts if part.table == table)
+
+
+class PartWriter:
+    """Writes the parts of one dataset into a folder, named by content.
+
+    Args:
+        folder: Where the parts go.
+        stem: First part of every file name; by default the table and the bucket.
+    """
+
+    def __init__(self, folder: Path, stem: str | None = None) -> None:
+        self.folder = folder
+        self.stem = stem
+        self.parts: list[Part] = []
+
+    def add(self, table: str, bucket: int, data: pa.Table) -> None:
+        """Writes `data` as the next part of a bucket; an empty table writes nothing."""
+        if not data.num_rows:
+            return
+        scratch = self.folder / f".{table}-{bucket}-{os.getpid()}.parquet"
+        write_parquet(data, scratch)
+        sha256 = file_hash(scratch)
+        name = f"{self.stem or f'{table}-b{bucket:04d}'}-{sha256[:16]}.parquet"
+        if (self.folder / name).exists():  # same bytes: keep the inode that readers may hold
+            scratch.unlink()
+        else:
+            scratch.replace(self.folder / name)
+        self.parts.append(Part(table, bucket, name, data.num_rows, sha256))
+
+
+def read_bucket(
+    folder: Path,
+    manifest: Manifest,
+    table: str,
+    bucket: int,
+    *,
+    schema: pa.Schema,
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """Reads all parts of one bucket of one table; no parts give an empty table of `schema`."""
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    tables = [
+        read_parquet(folder / part.file, columns).cast(wanted)
+        for part in manifest.parts
+        if part.table == table and part.bucket == bucket
+    ]
+    return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+class RowHash:
+    """sha256 over rows in order; how they are cut into tables does not matter."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, table: pa.Table) -> None:
+        """Adds the rows of one table."""
+        for row in table.to_pylist():
+            self._digest.update(canonical_json(row).encode())
+            self._digest.update(b"\n")
+
+    def hexdigest(self) -> str:
+        """64 hex digits."""
+        return self._digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The fine-tuning stage: models made from text, trainer, evaluation."""
