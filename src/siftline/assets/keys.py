@@ -1,0 +1,39 @@
+"""Names of assets, and of the groups the UI shows them in."""
+
+import dagster as dg
+
+from siftline.ingest.pool import PoolSpec
+from siftline.recipe import Recipe, Stage
+
+SHARED = "shared"
+KINDS = {"parquet", "python"}
+
+
+def inputs(recipe: Recipe) -> dg.AssetKey:
+    """Raw files that a recipe's generator writes."""
+    return dg.AssetKey(["inputs", recipe.name])
+
+
+def pool(spec: PoolSpec) -> dg.AssetKey:
+    """A pool or an evaluation set."""
+    return dg.AssetKey(["pool", spec.name])
+
+
+def model(name: str) -> dg.AssetKey:
+    """A model trained here from text."""
+    return dg.AssetKey(["models", name])
+
+
+def likelihood(recipe: Recipe) -> dg.AssetKey:
+    """The score table of a recipe's pool under its target model."""
+    return dg.AssetKey(["scores", recipe.pool.name, recipe.roles["target"], "likelihood"])
+
+
+def stage(recipe: Recipe, instance: Stage) -> dg.AssetKey:
+    """A stage's decisions."""
+    return dg.AssetKey([recipe.name, instance.name])
+
+
+def outcome(recipe: Recipe, name: str) -> dg.AssetKey:
+    """What comes after the stages: curated, model, evaluation, report."""
+    return dg.AssetKey([recipe.name, name])

@@ -1,0 +1,108 @@
+"""What a materialization shows: numbers that plot over time, reasons, a small picture."""
+
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline import plots
+from siftline.ledger import DECISIONS, FAILED, StageOutput, reasons
+from siftline.recipe import STAGE_ROLES, Bounds, Stage
+
+
+def column_schema(schema: pa.Schema) -> dg.TableSchema:
+    """Dagster's column schema of an Arrow schema."""
+    return dg.TableSchema([dg.TableColumn(field.name, str(field.type)) for field in schema])
+
+
+def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
+    """A PNG inside Markdown: Dagster has no image type."""
+    return dg.MetadataValue.md(plots.as_markdown(png, alt))
+
+
+def numbers(facts: dict[str, Any]) -> dict[str, Any]:
+    """The plain numbers among a stage's facts; Dagster plots them over materializations."""
+    return {
+        key: value
+        for key, value in facts.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    }
+
+
+def stage_metadata(output: StageOutput, computed: bool) -> dict[str, Any]:
+    """Metadata of a stage's materialization."""
+    counts = output.accounting
+    decided = output.all_decisions()
+    why = reasons(decided)
+    table = "\n".join(f"| {reason} | {rows:,} |" for reason, rows in why.items())
+    bars = plots.funnel(
+        ["rows"], np.array([counts.kept]), np.array([counts.removed]), np.array([counts.failed])
+    )
+    shown: dict[str, Any] = {
+        "dagster/row_count": counts.kept,
+        "dagster/column_schema": column_schema(DECISIONS),
+        **{f"rows_{name}": value for name, value in counts.as_json().items()},
+        **numbers(output.facts),
+        "facts": dg.MetadataValue.json(output.facts),
+        "computed": computed,
+        "picture": _score_picture(decided) or picture(bars, "rows kept and removed"),
+    }
+    if why:
+        shown["reasons"] = dg.MetadataValue.md(f"| reason | rows |\n| --- | ---: |\n{table}")
+    return shown
+
+
+def _score_picture(decided: pl.DataFrame) -> dg.MarkdownMetadataValue | None:
+    """Histogram of the deciding values with their thresholds, where the stage has any."""
+    values = decided["value"].drop_nulls().to_numpy()
+    thresholds = decided["threshold"].drop_nulls().unique().to_list()
+    if len(values) < 2 or len(thresholds) != 1:
+        return None
+    return picture(plots.histogram(values, thresholds, label="value"), "values and threshold")
+
+
+CHECKS = ("accounting", "failed_rows", "removed_rows")
+
+
+def check_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    """The blocking checks of every stage."""
+    described = {
+        "accounting": "in + added = kept + removed + failed",
+        "failed_rows": "failed rows stay below the recipe's rate",
+        "removed_rows": "a gate does not remove nearly everything",
+    }
+    return [
+        dg.AssetCheckSpec(name, asset=key, blocking=True, description=described[name])
+        for name in CHECKS
+    ]
+
+
+def check_results(
+    key: dg.AssetKey, stage: Stage, output: StageOutput, bounds: Bounds
+) -> list[dg.AssetCheckResult]:
+    """Whether the numbers close and stay within the recipe's bounds."""
+    counts = output.accounting
+    total = max(1, counts.rows_in + counts.added)
+    removable = 1.0 if STAGE_ROLES[stage.kind] != "gate" else bounds.max_removed
+    failed, removed = counts.failed / total, counts.removed / total
+    lost = output.all_decisions().filter(pl.col("outcome") == FAILED)
+    verdicts = {
+        "accounting": (counts.closes, counts.as_json()),
+        "failed_rows": (
+            failed <= bounds.max_failed,
+            {"share": failed, "bound": bounds.max_failed, "reasons": reasons(lost)},
+        ),
+        "removed_rows": (removed <= removable, {"share": removed, "bound": removable}),
+    }
+    return [
+        dg.AssetCheckResult(
+            check_name=name,
+            asset_key=key,
+            passed=bool(passed),
+            severity=dg.AssetCheckSeverity.ERROR,
+            metadata={"numbers": dg.MetadataValue.json(shown)},
+        )
+        for name, (passed, shown) in verdicts.items()
+    ]

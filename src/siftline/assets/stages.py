@@ -1,0 +1,47 @@
+"""One asset per stage instance of a recipe: its decisions about every row."""
+
+import dagster as dg
+
+from siftline.assets import keys
+from siftline.assets.metadata import check_results, check_specs, stage_metadata
+from siftline.assets.resource import Siftline
+from siftline.recipe import Recipe, Stage
+from siftline.stages.run import USES_MODELS, USES_SETS, run_stage
+
+
+def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
+    at = recipe.stages.index(stage)
+    deps = [keys.stage(recipe, recipe.stages[at - 1]) if at else keys.pool(recipe.pool)]
+    roles = USES_SETS.get(stage.kind, ())
+    deps += [keys.pool(spec) for role, spec in recipe.sets.items() if role in roles]
+    names = {recipe.roles.get(r, recipe.roles["target"]) for r in USES_MODELS.get(stage.kind, ())}
+    deps += [keys.model(n) for n in sorted(names) if recipe.models[n].pretrain is not None]
+    if "target" in USES_MODELS.get(stage.kind, ()):
+        deps.append(keys.likelihood(recipe))
+    return deps
+
+
+def stage_asset(recipe: Recipe, stage: Stage) -> dg.AssetsDefinition:
+    """The asset of one stage instance; it runs the stage, or finds its output."""
+    key = keys.stage(recipe, stage)
+    uses = USES_MODELS.get(stage.kind)
+
+    @dg.asset(
+        key=key,
+        deps=_deps(recipe, stage),
+        group_name=recipe.name,
+        kinds=keys.KINDS,
+        description=(type(stage.options).__doc__ or "").split("\n")[0],
+        pool="gpu" if uses else None,
+        check_specs=check_specs(key),
+    )
+    def decided(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
+        loaded = siftline.recipe(recipe.name)
+        output, fresh = run_stage(siftline.workspace, loaded, stage.name, context.log.info)
+        return dg.MaterializeResult(
+            metadata=stage_metadata(output, fresh),
+            data_version=dg.DataVersion(output.manifest.version),
+            check_results=check_results(key, loaded.stage(stage.name), output, loaded.bounds),
+        )
+
+    return decided

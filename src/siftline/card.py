@@ -1,0 +1,234 @@
+"""The dataset card: the README.md of a curated version.
+
+Its YAML header is what makes a folder with kept and removed rows load correctly: without
+`configs:` `datasets` merges sibling folders into the training split. The text below it says how the
+rows were chosen and how each trainer reads them. The card is part of the version's hash, so it
+holds only what the recipe and the data determine: no date, no path, no version of its own.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import yaml
+
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
+)
+"""The Hub's size categories, by exclusive upper bound."""
+
+KNOWN_COLUMNS = {
+    "id": "content hash of the row; the same in every version and on every machine",
+    "messages": "the conversation; the last message is the assistant's response",
+    "tools": "tool definitions the conversation may call, as JSON text",
+}
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """One line of the funnel: what a stage did to the rows that reached it.
+
+    Attributes:
+        stage: Name of the stage instance in the recipe.
+        kind: gate, shortlist, adds, budget, scores.
+        rows_in: Rows that came in.
+        added: Rows the stage made.
+        kept: Rows that went on, added ones included.
+        removed: Rows it dropped.
+        failed: Rows it could not decide about; they are tried again next run.
+        reasons: (reason, rows) of the removed and failed rows.
+        vacuous: True when there was nothing to choose.
+    """
+
+    stage: str
+    kind: str
+    rows_in: int
+    added: int
+    kept: int
+    removed: int
+    failed: int
+    reasons: tuple[tuple[str, int], ...] = ()
+    vacuous: bool = False
+
+    def __post_init__(self) -> None:
+        out = self.kept + self.removed + self.failed
+        if self.rows_in + self.added != out:
+            raise ValueError(
+                f"stage {self.stage}: in {self.rows_in} + added {self.added} is not"
+                f" kept {self.kept} + removed {self.removed} + failed {self.failed}:"
+                " rows were lost, run it again"
+            )
+
+    def top_reasons(self, limit: int = 3) -> list[tuple[str, int]]:
+        """The most frequent reasons, ties by name."""
+        return sorted(self.reasons, key=lambda pair: (-pair[1], pair[0]))[:limit]
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What the recipe says about the dataset it makes.
+
+    Attributes:
+        name: The recipe's name.
+        license: Licence identifier of the Hub, from the recipe.
+        description: One paragraph on what the data is for.
+        language: Language codes.
+        tags: Tags of the Hub.
+        how: Sentences on how the rows were chosen: models, methods, budget.
+        columns: (name, meaning) of the `sift_` columns.
+        funnel: The stages in order.
+    """
+
+    name: str
+    license: str
+    description: str = ""
+    language: tuple[str, ...] = ("en",)
+    tags: tuple[str, ...] = ("sft", "curated")
+    how: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    funnel: tuple[StageCount, ...] = ()
+
+
+def escape(text: str) -> str:
+    """Makes `text` plain in Markdown and HTML, on one line, also inside a table cell."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(line, quote=False))
+
+
+def size_category(rows: int) -> str:
+    """The Hub's size category of a dataset of `rows` rows."""
+    return next((name for bound, name in SIZES if rows < bound), "n>1T")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _header(info: CardInfo, rows: int, has_removed: bool) -> str:
+    configs = [
+        {
+            "config_name": "default",
+            "default": True,
+            "data_files": [{"split": "train", "path": "data/train-*"}],
+        }
+    ]
+    if has_removed:
+        files = [{"split": "train", "path": "removed/removed-*"}]
+        configs.append({"config_name": "removed", "data_files": files})
+    fields = {
+        "license": info.license,
+        "pretty_name": info.name,
+        "language": list(info.language),
+        "task_categories": ["text-generation"],
+        "size_categories": [size_category(rows)],
+        "tags": list(info.tags),
+        "configs": configs,
+    }
+    body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{body}---"
+
+
+def _funnel(stages: Sequence[StageCount]) -> str:
+    header = ("stage", "kind", "in", "added", "kept", "removed", "failed", "top reasons")
+    return _table(
+        header,
+        (
+            (
+                escape(s.stage),
+                escape(s.kind),
+                *(f"{n:,}" for n in (s.rows_in, s.added, s.kept, s.removed, s.failed)),
+                ", ".join(f"{escape(reason)} {n:,}" for reason, n in s.top_reasons())
+                or ("nothing to choose" if s.vacuous else ""),
+            )
+            for s in stages
+        ),
+    )
+
+
+def _columns(info: CardInfo, schema: pa.Schema) -> str:
+    meanings = KNOWN_COLUMNS | dict(info.columns)
+    rows = [(escape(f.name), escape(str(f.type)), escape(meanings.get(f.name, ""))) for f in schema]
+    return _table(("column", "type", "meaning"), rows)
+
+
+def _loading(name: str, has_removed: bool) -> str:
+    # The recipe's name becomes a key of a JSON object and nothing else may come out of it.
+    key = json.dumps(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "curated")
+    tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
+    factory = (
+        f'{{{key}: {{"file_name": "FOLDER/data", "formatting": "sharegpt",\n'
+        f'  "columns": {{"messages": "messages"}},\n  "tags": {json.dumps(tags)}}}}}'
+    )
+    removed = '\nremoved = load_dataset(FOLDER, "removed", split="train")' if has_removed else ""
+    return f"""`FOLDER` is the folder that holds this file. Reached through the link `latest`,
+resolve the link first: a new version may be published between two reads.
+
+```python
+from datasets import load_dataset
+train = load_dataset(FOLDER, split="train"){removed}
+
+import polars as pl
+frame = pl.scan_parquet(FOLDER + "/data/*.parquet")
+
+from trl import SFTConfig, SFTTrainer  # loss on the responses only
+SFTTrainer(MODEL, train_dataset=train, args=SFTConfig(assistant_only_loss=True))
+```
+
+axolotl: `datasets: [{{path: FOLDER, type: chat_template, field_messages: messages}}]`
+
+ms-swift: `swift sft --dataset FOLDER/data`
+
+LLaMA-Factory: in your own `dataset_info.json`, with FOLDER as an absolute path
+
+```json
+{factory}
+```"""
+
+
+def render(info: CardInfo, *, rows: int, schema: pa.Schema, removed: int) -> str:
+    """Renders the card.
+
+    Args:
+        info: What the recipe says.
+        rows: Rows of the training split.
+        schema: Schema of the training split.
+        removed: Rows of the removed config; 0 leaves the config out.
+
+    Returns:
+        Markdown with the YAML header of the Hub.
+    """
+    parts = [_header(info, rows, removed > 0), f"# {escape(info.name)}"]
+    if info.description:
+        parts.append(escape(info.description))
+    counts = f"{rows:,} rows" + (
+        f", and {removed:,} removed ones with their reasons" * (removed > 0)
+    )
+    parts.append(f"{counts}. Made with Siftline; `manifest.json` names the version and every file.")
+    if info.how or info.funnel:
+        parts.append("## How it was made")
+    if info.how:
+        parts.append("\n".join(f"- {escape(line)}" for line in info.how))
+    if info.funnel:
+        parts.append(_funnel(info.funnel))
+    parts += ["## Columns", _columns(info, schema)]
+    if removed:
+        parts.append(
+            "The config `removed` holds every row that was dropped: the stage, the reason, the"
+            " value and the threshold that decided, the kept row it lost to (`matched_id`), and"
+            " excerpts."
+        )
+    parts += ["## Loading", _loading(info.name, removed > 0)]
+    return "\n\n".join(parts) + "\n"

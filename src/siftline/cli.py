@@ -1,0 +1,282 @@
+"""The command line: data on stdout, logs on stderr, one line per error.
+
+Verbs do what the Dagster assets do, on the same root and the same instance.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from siftline import __version__
+from siftline.ledger import StageOutput
+from siftline.library import find, recipe_files
+from siftline.recipe import Recipe, Stage, load
+from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE, Workspace
+
+root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=lambda: Path(os.environ.get(ROOT_VARIABLE, DEFAULT_ROOT)),
+    help=f"Folder that everything is written to [default: ${ROOT_VARIABLE}, or {DEFAULT_ROOT}]",
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def say(line: str) -> None:
+    """Writes a line of progress to stderr."""
+    click.echo(line, err=True)
+
+
+def _recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        loaded = load(path, overrides)
+        if path.suffix != ".yaml" or path.stem != loaded.name:
+            raise ValueError(f"{path.name}: call the file {loaded.name}.yaml, as the recipe's name")
+        known = os.environ.get("SIFTLINE_RECIPES", "")
+        folders = [str(path.resolve().parent), *([known] if known else [])]
+        os.environ["SIFTLINE_RECIPES"] = os.pathsep.join(folders)
+        return loaded
+    return find(name, overrides)
+
+
+def _workspace(root: Path) -> Workspace:
+    return Workspace(root.absolute())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="siftline")
+def cli() -> None:
+    """Curate instruction data, train on it, account for every row."""
+
+
+@cli.command()
+@click.argument("recipe")
+@root_option
+@set_option
+@click.option("--select", help="Dagster asset selection; by default everything.")
+@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@json_option
+def run(
+    recipe: str,
+    root: Path,
+    overrides: tuple[str, ...],
+    select: str | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Run RECIPE, a name or a YAML file, from raw rows to the report."""
+    workspace, loaded = _workspace(root), _recipe(recipe, overrides)
+    _run(workspace, loaded, overrides, workers=workers, select=select)
+    if select is None:
+        _print_result(summary(workspace, loaded), as_json)
+
+
+def _run(workspace: Workspace, recipe: Recipe, overrides: Sequence[str], **options: Any) -> None:
+    from siftline.pipelines.execute import run_recipe
+
+    outcome = run_recipe(workspace, recipe, overrides, say, **options)
+    if not outcome.success:
+        raise ValueError(outcome.error or f"run {outcome.run_id} failed: see `siftline ui`")
+
+
+def summary(workspace: Workspace, recipe: Recipe) -> dict[str, Any]:
+    """Paths and numbers of the newest version of a recipe."""
+    from siftline.curated import resolve_latest
+
+    folder = resolve_latest(workspace.curated(recipe.name))
+    page = workspace.report(recipe.name) / f"{folder.name}.html"
+    numbers = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    accuracy = {
+        line["arm"]: {k: line[k] for k in ("accuracy", "low", "high", "seeds", "n", "at_floor")}
+        for line in numbers["accuracy"] or []
+        if line["level"] == "all"
+    }
+    return {
+        "curated": str(folder),
+        "report": str(page),
+        "rows": numbers["rows"],
+        "accuracy": accuracy,
+        "notes": numbers["notes"],
+    }
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(funnel_text(result["rows"]))
+    for arm, line in result["accuracy"].items():
+        click.echo(accuracy_text(arm, line))
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"curated: {result['curated']}")
+    click.echo(f"report:  {result['report']}")
+
+
+def funnel_text(rows: dict[str, dict[str, int]]) -> str:
+    """The funnel as a table."""
+    columns = ("in", "added", "kept", "removed", "failed")
+    width = max(len(name) for name in rows) + 1
+    lines = ["".ljust(width) + "".join(f"{c:>9}" for c in columns)]
+    lines += [
+        name.ljust(width) + "".join(f"{counts[c]:>9,}" for c in columns)
+        for name, counts in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def accuracy_text(arm: str, line: dict[str, Any]) -> str:
+    """One arm's accuracy with its interval."""
+    floor = ", at the floor" if line["at_floor"] else ""
+    seeds = f"{line['seeds']} seeds" if line["seeds"] > 1 else "1 run"
+    share = f"{100 * line['accuracy']:5.1f} % ({100 * line['low']:.1f} to {100 * line['high']:.1f}"
+    return f"accuracy {arm:<8} {share}; {line['n']} questions, {seeds}{floor})"
+
+
+@cli.command()
+@root_option
+@set_option
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
+    show_default=True, help="What runs the model.",
+)  # fmt: skip
+@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+def demo(root: Path, overrides: tuple[str, ...], engine: str, workers: int) -> None:
+    """Run the whole chain on generated data with planted defects; no GPU, no download."""
+    from siftline.demo.summary import audited
+
+    changed = [*overrides, *([f"models.base.engine={engine}"] if engine != "transformers" else [])]
+    workspace, loaded = _workspace(root), find("demo", changed)
+    _run(workspace, loaded, changed, workers=workers)
+    result = audited(workspace, loaded, summary(workspace, loaded))
+    _print_result(result, as_json=False)
+    for defect, line in result["planted"].items():
+        shown = ", ".join(f"{k} {v}" for k, v in line.items())
+        click.echo(f"planted {defect:<22} {shown}")
+    click.echo(json.dumps(result))
+
+
+@cli.command()
+@root_option
+@json_option
+def status(root: Path, as_json: bool) -> None:
+    """Show what is under ROOT: pools, stages, score coverage, published versions."""
+    from siftline.status import describe
+
+    said = describe(_workspace(root))
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    for pool in said["pools"]:
+        click.echo(
+            f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
+        )
+    for scores in said["scores"]:
+        click.echo(f"scores {scores['name']}: {scores['scored']:,} rows, {scores['failed']} failed")
+    for recipe in said["recipes"]:
+        click.echo(f"recipe {recipe['name']}: {recipe['stages_done']} of {recipe['stages']} stages")
+        if recipe["rows"]:
+            click.echo(funnel_text(recipe["rows"]))
+        for version in recipe["versions"]:
+            click.echo(f"curated {version}")
+
+
+def recipe_outputs(
+    workspace: Workspace, overrides: Sequence[str], only: str | None
+) -> list[tuple[Recipe, list[tuple[Stage, StageOutput]]]]:
+    """Every recipe whose pool is built, with the stages that have run."""
+    from siftline.stages.run import outputs_so_far
+
+    found = []
+    for name in [only] if only else sorted(recipe_files()):
+        recipe = _recipe(name, overrides if only else ())
+        if (workspace.pool(recipe.pool.name) / "manifest.json").exists():
+            found.append((recipe, outputs_so_far(workspace, recipe)))
+    return found
+
+
+@cli.command()
+@click.argument("identity", metavar="ID")
+@root_option
+@click.option("--recipe", help="Only this recipe, a name or a YAML file.")
+@set_option
+@json_option
+def explain(
+    identity: str, root: Path, recipe: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Tell the whole story of a row: ID is its id (8 digits or more), or FILE:LINE."""
+    from siftline.story import explain as tell
+
+    if overrides and recipe is None:
+        raise ValueError("--set changes a recipe: name it with --recipe")
+    workspace = _workspace(root)
+    stories = tell(workspace, identity, recipe_outputs(workspace, overrides, recipe))
+    if as_json:
+        told = [
+            {"of": title, "chapters": [vars(chapter) for chapter in chapters]}
+            for title, chapters in stories
+        ]
+        click.echo(json.dumps(told))
+        return
+    for title, chapters in stories:
+        click.echo(title)
+        for chapter in chapters:
+            click.echo(f"  {chapter}")
+
+
+@cli.command()
+@click.argument("recipe")
+@root_option
+@set_option
+@json_option
+def report(recipe: str, root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show the funnel, accuracy and report page of RECIPE's newest version."""
+    workspace, loaded = _workspace(root), _recipe(recipe, overrides)
+    _print_result(summary(workspace, loaded), as_json)
+
+
+@cli.command()
+@root_option
+@click.option("--port", default=3000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+def ui(root: Path, port: int, host: str) -> None:
+    """Serve the Dagster UI on ROOT."""
+    from siftline.pipelines.execute import prepare_home
+
+    workspace = _workspace(root)
+    environment = os.environ | {
+        "DAGSTER_HOME": str(prepare_home(workspace)),
+        ROOT_VARIABLE: str(workspace.root),
+    }
+    here = Path("workspace.yaml")
+    target = ["-w", str(here)] if here.exists() else ["-m", "siftline.definitions"]
+    command = [sys.executable, "-m", "dagster", "dev", *target, "-h", host, "-p", str(port)]
+    os.execve(sys.executable, command, environment)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a ValueError or an OSError ends in one line and exit status 1."""
+    guarded(lambda: cli.main(args=arguments, prog_name="siftline"))
+
+
+def guarded(body: Callable[[], Any]) -> None:
+    """Runs `body`; user errors become one line on stderr and exit status 1."""
+    try:
+        body()
+    except (ValueError, OSError) as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Composes everything Dagster sees; the code location that workspace.yaml names."""
+
+import dagster as dg
+
+from siftline.assets.outcome import outcome_assets
+from siftline.assets.resource import Siftline
+from siftline.assets.shared import inputs_asset, likelihood_asset, model_asset, pool_asset
+from siftline.assets.stages import stage_asset
+from siftline.library import all_recipes
+from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
+from siftline.recipe import Recipe
+
+
+def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """Every asset of one recipe, shared ones included."""
+    assets = [inputs_asset(recipe)] if recipe.inputs else []
+    assets.append(pool_asset(recipe, recipe.pool, "train"))
+    assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
+    assets += [model_asset(recipe, name) for name, model in recipe.models.items() if model.pretrain]
+    assets.append(likelihood_asset(recipe))
+    assets += [stage_asset(recipe, stage) for stage in recipe.stages]
+    return assets + outcome_assets(recipe)
+
+
+def compose() -> dg.Definitions:
+    """All recipes as one set of definitions.
+
+    Raises:
+        ValueError: if a recipe is not valid, or two define one shared asset differently.
+    """
+    recipes = all_recipes()
+    assets: dict[dg.AssetKey, dg.AssetsDefinition] = {}
+    owners: dict[dg.AssetKey, Recipe] = {}
+    for recipe in recipes:
+        for asset in recipe_assets(recipe):
+            other = owners.setdefault(asset.key, recipe)
+            if other is not recipe and shared_part(other) != shared_part(recipe):
+                raise ValueError(
+                    f"recipes {other.name!r} and {recipe.name!r} both define "
+                    f"{asset.key.to_user_string()} and differ: rename the pool or model in one"
+                )
+            assets.setdefault(asset.key, asset)
+    jobs = {recipe.name: recipe_job(recipe) for recipe in recipes}
+    return dg.Definitions(
+        assets=list(assets.values()),
+        jobs=list(jobs.values()),
+        schedules=[recipe_schedule(recipe, jobs[recipe.name]) for recipe in recipes],
+        sensors=[new_files_sensor(recipe, jobs[recipe.name]) for recipe in recipes],
+        resources={"siftline": Siftline()},
+        executor=dg.multiprocess_executor,
+    )
+
+
+def shared_part(recipe: Recipe) -> tuple[object, ...]:
+    """What two recipes must agree on to share pools, models and scores."""
+    return (recipe.pool, recipe.sets, recipe.models, recipe.inputs)
+
+
+def job_of(recipe: str) -> dg.JobDefinition:
+    """The job of a recipe; what a run's processes rebuild it from."""
+    return defs.resolve_job_def(recipe)
+
+
+defs = compose()

@@ -1,0 +1,242 @@
+"""Builds a pool: raw sources into buckets of rows, identical rows collapsed, nothing lost.
+
+Memory holds one bucket and one batch. Input batches are spilled into one scratch file per bucket;
+each bucket is then read back, sorted by id, collapsed, and compared with what the pool already
+holds. A bucket that did not change keeps its files; one that only grew gets a delta part; anything
+else gets a new base. The manifest comes last.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from siftline import schema
+from siftline.ingest.readers import Source, fingerprint, read_sources
+from siftline.shards import Manifest, PartWriter, RowHash, content_hash, read_bucket
+
+ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
+_SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool or evaluation set, as a recipe states it.
+
+    Attributes:
+        name: Its name, shared by all recipes that use it.
+        inputs: Where rows come from.
+        buckets: Id ranges, a power of two; fixed once the pool exists.
+        max_quarantine: Highest share of unreadable input rows that is tolerated.
+    """
+
+    name: str
+    inputs: tuple[Source, ...]
+    buckets: int = 16
+    max_quarantine: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.buckets < 1 or self.buckets & (self.buckets - 1):
+            raise ValueError(f"buckets must be a power of two, not {self.buckets}")
+        if not 0 <= self.max_quarantine <= 1:
+            raise ValueError(f"max_quarantine is a share, 0 to 1, not {self.max_quarantine}")
+
+
+class Pool:
+    """Read access to a built pool."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise ValueError(f"pool {folder.name!r} has not been built: materialize it first")
+        self.folder = folder
+        self.manifest = Manifest.load(path)
+
+    @property
+    def version(self) -> str:
+        """Hash of the rows, whatever the buckets."""
+        return self.manifest.version
+
+    @property
+    def buckets(self) -> int:
+        """Number of id ranges."""
+        return self.manifest.buckets
+
+    def read(self, table: str, bucket: int, columns: list[str] | None = None) -> pa.Table:
+        """Reads one bucket of `rows`, `provenance` or (bucket 0 only) `quarantine`."""
+        return read_bucket(
+            self.folder, self.manifest, table, bucket, schema=_SCHEMAS[table], columns=columns
+        )
+
+    def rows(self, bucket: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows of one bucket, sorted by id."""
+        wanted = columns if columns is None or "id" in columns else ["id", *columns]
+        return self.read(ROWS, bucket, wanted).sort_by("id")
+
+    def all_rows(self, columns: list[str] | None = None) -> pa.Table:
+        """All rows sorted by id, for sets that fit memory (evaluation sets do)."""
+        return pa.concat_tables(self.rows(b, columns) for b in range(self.buckets))
+
+
+def collapse(rows: pa.Table) -> pa.Table:
+    """Merges rows with equal ids into one with their number of copies, sorted by id.
+
+    Columns outside the identity take the smallest value seen, so input order does not matter.
+    """
+    frame = pl.from_arrow(rows)
+    assert isinstance(frame, pl.DataFrame)
+    outside = ["answer_from", "conversation_id"]
+    merged = frame.group_by("id").agg(
+        pl.col("prompt_id", "messages", "answer", "source", "tools").first(),
+        pl.col(outside).min(),
+        pl.col("copies").sum().cast(pl.Int32),
+    )
+    return merged.sort("id").select(schema.ROW.names).to_arrow().cast(schema.ROW)
+
+
+class _Spill:
+    """One scratch file per bucket and table, written batch by batch."""
+
+    def __init__(self, folder: Path, buckets: int) -> None:
+        self.folder, self.buckets = folder, buckets
+        self._writers: dict[tuple[str, int], pq.ParquetWriter] = {}
+
+    def add(self, table: str, data: pa.Table) -> None:
+        of = [schema.bucket_of(i, self.buckets) for i in data.column("id").to_pylist()]
+        column = pa.array(of, pa.int64())
+        for bucket in sorted(set(of)):
+            key = (table, bucket)
+            if key not in self._writers:
+                path = self._path(table, bucket)
+                self._writers[key] = pq.ParquetWriter(path, _SCHEMAS[table], compression="lz4")
+            self._writers[key].write_table(data.filter(pa.compute.equal(column, bucket)))
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def read(self, table: str, bucket: int) -> pa.Table:
+        if (table, bucket) not in self._writers:
+            return _SCHEMAS[table].empty_table()
+        return pq.read_table(self._path(table, bucket)).cast(_SCHEMAS[table])
+
+    def _path(self, table: str, bucket: int) -> Path:
+        return self.folder / f"{table}-{bucket}.parquet"
+
+
+def build_pool(
+    folder: Path, spec: PoolSpec, progress: Callable[[int], None] = lambda rows: None
+) -> Manifest:
+    """Builds or updates the pool in `folder` from its sources.
+
+    Args:
+        folder: The pool's folder.
+        spec: Name, inputs, buckets and the tolerated rate of unreadable rows.
+        progress: Called with the number of input rows of each batch read.
+
+    Returns:
+        The manifest; the one on disk, untouched, where neither inputs nor `spec` changed.
+
+    Raises:
+        ValueError: if no row could be read, too many could not, or `buckets` changed.
+    """
+    path = folder / "manifest.json"
+    old = Manifest.load(path) if path.exists() else None
+    inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine])
+    if old is not None:
+        if old.buckets != spec.buckets:
+            raise ValueError(
+                f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "
+                f"{spec.buckets}: give the new one another name, or delete {folder}"
+            )
+        if old.info["inputs"] == inputs:
+            return old
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
+    scratch.mkdir()
+    try:
+        spill, quarantine = _read(spec, scratch, progress)
+        manifest = _write(folder, spec, inputs, old, spill, quarantine)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    manifest.save(path)
+    return manifest
+
+
+def _read(
+    spec: PoolSpec, scratch: Path, progress: Callable[[int], None]
+) -> tuple[_Spill, pa.Table]:
+    spill = _Spill(scratch, spec.buckets)
+    quarantined: list[pa.Table] = []
+    read = 0
+    for batch in read_sources(spec.inputs):
+        spill.add(ROWS, batch.rows)
+        spill.add(PROVENANCE, batch.provenance)
+        quarantined.append(batch.quarantine)
+        read += batch.provenance.num_rows
+        progress(batch.provenance.num_rows + batch.quarantine.num_rows)
+    spill.close()
+    quarantine = pa.concat_tables([schema.QUARANTINE.empty_table(), *quarantined])
+    quarantine = quarantine.sort_by([("file", "ascending"), ("line", "ascending")])
+    bad, total = quarantine.num_rows, read + quarantine.num_rows
+    first = f"{_where(quarantine)}" if bad else ""
+    if not read:
+        raise ValueError(f"pool {spec.name!r}: no readable row among {total} {first}".rstrip())
+    if bad > spec.max_quarantine * total:
+        raise ValueError(
+            f"pool {spec.name!r}: {bad} of {total} input rows can't be read, more than "
+            f"max_quarantine {spec.max_quarantine:g} {first}"
+        )
+    return spill, quarantine
+
+
+def _where(quarantine: pa.Table) -> str:
+    row = quarantine.slice(0, 1).to_pylist()[0]
+    return f"(first: {row['file']} line {row['line']}, {row['reason']})"
+
+
+def _write(
+    folder: Path,
+    spec: PoolSpec,
+    inputs: str,
+    old: Manifest | None,
+    spill: _Spill,
+    quarantine: pa.Table,
+) -> Manifest:
+    writer = PartWriter(folder)
+    version = RowHash()  # buckets in order are the pool in id order, so the cut does not show
+    for bucket in range(spec.buckets):
+        rows = collapse(spill.read(ROWS, bucket))
+        version.update(rows)
+        _write_bucket(writer, folder, old, ROWS, bucket, rows)
+        lines = spill.read(PROVENANCE, bucket)
+        order = [("id", "ascending"), ("file", "ascending"), ("line", "ascending")]
+        _write_bucket(writer, folder, old, PROVENANCE, bucket, lines.sort_by(order))
+    writer.add(QUARANTINE, 0, quarantine)
+    parts = tuple(writer.parts)
+    counts = {t: sum(p.rows for p in parts if p.table == t) for t in _SCHEMAS}
+    info = {"name": spec.name, "inputs": inputs, **counts}
+    return Manifest(version.hexdigest(), spec.buckets, parts, info)
+
+
+def _write_bucket(
+    writer: PartWriter, folder: Path, old: Manifest | None, table: str, bucket: int, data: pa.Table
+) -> None:
+    """Writes a bucket as: its old parts, its old parts plus a delta, or a new base."""
+    kept = [p for p in old.parts if (p.table, p.bucket) == (table, bucket)] if old else []
+    if kept:
+        assert old is not None
+        before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        known = set(map(repr, before.to_pylist()))
+        now = data.to_pylist()
+        fresh = pa.array([repr(row) not in known for row in now], pa.bool_())
+        if len(now) - sum(fresh.to_pylist()) == before.num_rows:
+            writer.parts.extend(kept)
+            writer.add(table, bucket, data.filter(fresh))
+            return
+    writer.add(table, bucket, data)

@@ -1,0 +1,146 @@
+"""Reads sources into batches of rows, provenance and quarantine: the front door of ingestion.
+
+    for batch in read_sources([Source("data/*.jsonl"), Source("more.parquet", source="more")]):
+        batch.rows, batch.provenance, batch.quarantine
+
+Every input row ends in exactly one place: it became a row, with a provenance line, or it went to
+quarantine with file, line, reason and excerpt. (A pair is two rows, or one and one, or two faults.)
+Identical rows are not collapsed here; the pool does that, when it sees them all.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+
+from siftline import schema
+from siftline.ingest.files import InputFile, fingerprint, input_files, source_files
+from siftline.ingest.layouts import Converted, Plan, convert, plan_for
+from siftline.ingest.records import Fault, Record, excerpt, read_records
+from siftline.ingest.source import Source
+
+__all__ = ["Batch", "Source", "fingerprint", "read_sources", "source_files"]
+
+_PEEK = 200
+"""Records whose columns decide a file's layout."""
+_BATCH_CHARS = 64 << 20
+"""Characters of content that close a batch early, so long conversations don't fill the memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a stretch of input became.
+
+    Attributes:
+        rows: `schema.ROW`, one line per input row (two per pair), copies 1.
+        provenance: `schema.PROVENANCE`, one line per row, in the same order.
+        quarantine: `schema.QUARANTINE`, one line per input row (half, for pairs) that is no row.
+    """
+
+    rows: pa.Table
+    provenance: pa.Table
+    quarantine: pa.Table
+
+
+def read_sources(sources: Sequence[Source], *, batch_rows: int = 10_000) -> Iterator[Batch]:
+    """Reads all sources, streaming, in the order given and sorted by path inside each.
+
+    Args:
+        sources: The inputs of one pool. File names are made distinct across all of them.
+        batch_rows: A batch closes at this many rows and faults, or earlier at 64 Mi characters.
+
+    Yields:
+        Batches; a batch may span files, and the last one may be short. No batch is empty.
+
+    Raises:
+        ValueError: when nothing matches a path, a file is empty or damaged, or no layout can be
+            told from its columns. It names the file and the remedy.
+    """
+    if batch_rows < 1:
+        raise ValueError(f"batch_rows must be positive, not {batch_rows}")
+    if not sources:
+        raise ValueError("a pool needs at least one source")
+    pending = _Pending()
+    for file in input_files(sources):
+        for record, outcome in _read_file(file):
+            pending.add(file, record, outcome)
+            if pending.size >= batch_rows or pending.chars >= _BATCH_CHARS:
+                yield pending.flush()
+    if pending.size:
+        yield pending.flush()
+
+
+def _read_file(file: InputFile) -> Iterator[tuple[Record | Fault, Converted | str]]:
+    """Every record of a file beside its row or the reason it is none."""
+    items = read_records(file)
+    head, plan = _plan(file, items)
+    for item in chain(head, items):
+        if isinstance(item, Fault):
+            yield item, item.reason
+        else:
+            assert plan is not None, "a readable record comes with a plan"
+            for outcome in convert(item.value, plan):
+                yield item, outcome
+
+
+def _plan(
+    file: InputFile, items: Iterator[Record | Fault]
+) -> tuple[list[Record | Fault], Plan | None]:
+    """Reads the first records and decides on their columns; no plan if none can be read."""
+    head: list[Record | Fault] = []
+    records: list[Record] = []
+    for item in items:
+        head.append(item)
+        if isinstance(item, Record):
+            records.append(item)
+            if len(records) == _PEEK:
+                break
+    if not records:
+        return head, None
+    columns = dict.fromkeys(name for record in records for name in record.value)
+    try:
+        plan = plan_for(file.source, [*columns], file.stem)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+    outcomes = (outcome for record in records for outcome in convert(record.value, plan))
+    if all(outcome == "missing_column" for outcome in outcomes):
+        raise ValueError(
+            f"{file.path}: no record has every column layout {plan.layout} needs; "
+            f"map them in columns; columns seen: {', '.join(columns)}"
+        )
+    return head, plan
+
+
+@dataclass
+class _Pending:
+    """The batch being filled."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    provenance: list[dict[str, Any]] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    chars: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.quarantine)
+
+    def add(self, file: InputFile, record: Record | Fault, outcome: Converted | str) -> None:
+        place = {"file": file.name, "line": record.line}
+        if isinstance(outcome, Converted):
+            self.rows.append(outcome.row)
+            self.provenance.append({"id": outcome.row["id"], **place, "leftover": outcome.leftover})
+            self.chars += sum(len(m["content"] or "") for m in outcome.row["messages"])
+            return
+        text = record.excerpt if isinstance(record, Fault) else excerpt(record.value)
+        self.quarantine.append({**place, "reason": outcome, "excerpt": text})
+
+    def flush(self) -> Batch:
+        batch = Batch(
+            rows=pa.Table.from_pylist(self.rows, schema=schema.ROW),
+            provenance=pa.Table.from_pylist(self.provenance, schema=schema.PROVENANCE),
+            quarantine=pa.Table.from_pylist(self.quarantine, schema=schema.QUARANTINE),
+        )
+        self.rows, self.provenance, self.quarantine, self.chars = [], [], [], 0
+        return batch

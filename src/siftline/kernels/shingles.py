@@ -1,0 +1,166 @@
+"""Sets of hashed shingles in compressed rows: sorted distinct hashes and offsets, no objects.
+
+Character shingles (32 bit, what MinHash reads) measure how similar two texts are: a changed letter
+costs at most n of them, so short texts degrade gently, and scripts without spaces work. Word
+n-grams (64 bit) look for copied passages, where one false hit in billions of look-ups matters.
+
+A text shorter than one shingle is one shingle, the whole text; an empty text has none. The hash is
+over code points: h = n * G, then h = (h ^ unit) * G; h ^= h >> 29 for each unit, then a finaliser.
+32-bit hashes add, by chance, at most |A| * |B| / 2^32 to an intersection: under 1e-4 of one shingle
+for texts of 500.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+_G = np.uint64(0x9E3779B97F4A7C15)
+_F = np.uint64(0xBF58476D1CE4E5B9)
+_SHIFT = np.uint64(29)
+_HALF = np.uint64(32)
+_SPACE = np.uint64(32)
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sets:
+    """n sets of hashes as compressed rows.
+
+    Attributes:
+        values: Hashes, ascending and distinct within a row, shape (total,).
+        offsets: int64, shape (n + 1,); row i is values[offsets[i]:offsets[i + 1]].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> np.ndarray:
+        """The hashes of set i."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of hashes in each set, int64, shape (n,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Sets":
+        """The sets at positions `rows`, in that order."""
+        sizes = self.sizes[rows]
+        offsets = _offsets(sizes)
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], sizes)
+        return Sets(self.values[index], offsets)
+
+
+def concatenate(parts: Sequence[Sets]) -> Sets:
+    """Stacks sets of the same hash width."""
+    sizes = np.concatenate([part.sizes for part in parts])
+    return Sets(np.concatenate([part.values for part in parts]), _offsets(sizes))
+
+
+def char_shingles(texts: Sequence[str], n: int) -> Sets:
+    """Distinct character n-grams of each text, hashed to uint32."""
+    values, offsets = _windows(*_code_points(texts), n)
+    return Sets(*_distinct(values.astype(np.uint32), offsets))  # the low half of each hash
+
+
+def word_grams(texts: Sequence[str], n: int) -> Sets:
+    """Distinct word n-grams of each text (words parted by single spaces), hashed to uint64."""
+    units, offsets = _word_units(*_code_points(texts))
+    return Sets(*_distinct(*_windows(units, offsets, n)))
+
+
+def hash_window_reference(units: Sequence[int]) -> int:
+    """The 64-bit hash of one window of units in plain Python."""
+    h = len(units) * int(_G) & _MASK
+    for unit in units:
+        h = (h ^ unit) * int(_G) & _MASK
+        h ^= h >> 29
+    h = h * int(_F) & _MASK
+    return h ^ (h >> 32)
+
+
+def char_shingles_reference(text: str, n: int) -> set[int]:
+    """What `char_shingles` computes for one text, with Python sets."""
+    grams = {text[i : i + n] for i in range(max(len(text) - n + 1, 1))} - {""}
+    return {hash_window_reference([ord(c) for c in gram]) & 0xFFFFFFFF for gram in grams}
+
+
+def word_grams_reference(text: str, n: int) -> set[int]:
+    """What `word_grams` computes for one text, with Python sets."""
+    units = [hash_window_reference([ord(c) for c in word]) for word in text.split(" ") if word]
+    starts = range(max(len(units) - n + 1, 1)) if units else ()
+    return {hash_window_reference(units[i : i + n]) for i in starts}
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _code_points(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    # A lone surrogate is not valid UTF-32 but does occur in scraped JSON.
+    raw = "".join(texts).encode("utf-32-le", "surrogatepass")
+    sizes = np.fromiter((len(text) for text in texts), np.int64, len(texts))
+    return np.frombuffer(raw, dtype="<u4").astype(np.uint64), _offsets(sizes)
+
+
+@njit(cache=True)
+def _hash_window(units: np.ndarray, start: int, stop: int) -> np.uint64:
+    h = np.uint64(stop - start) * _G
+    for i in range(start, stop):
+        h = (h ^ units[i]) * _G
+        h ^= h >> _SHIFT
+    h = h * _F
+    return h ^ (h >> _HALF)
+
+
+@njit(cache=True)
+def _windows(units: np.ndarray, offsets: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = len(offsets) - 1
+    out_offsets = np.zeros(rows + 1, np.int64)
+    for i in range(rows):
+        size = offsets[i + 1] - offsets[i]
+        out_offsets[i + 1] = out_offsets[i] + (max(size - n + 1, 1) if size else 0)
+    out = np.empty(out_offsets[rows], np.uint64)
+    for i in range(rows):
+        for k in range(out_offsets[i + 1] - out_offsets[i]):
+            start = offsets[i] + k
+            out[out_offsets[i] + k] = _hash_window(units, start, min(start + n, offsets[i + 1]))
+    return out, out_offsets
+
+
+@njit(cache=True)
+def _word_units(units: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = len(offsets) - 1
+    out = np.empty(len(units), np.uint64)
+    out_offsets = np.zeros(rows + 1, np.int64)
+    found = 0
+    for i in range(rows):
+        start = offsets[i]
+        for k in range(offsets[i], offsets[i + 1] + 1):
+            if k == offsets[i + 1] or units[k] == _SPACE:
+                if k > start:
+                    out[found] = _hash_window(units, start, k)
+                    found += 1
+                start = k + 1
+        out_offsets[i + 1] = found
+    return out[:found].copy(), out_offsets
+
+
+@njit(cache=True)
+def _distinct(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    out = np.empty_like(values)
+    out_offsets = np.zeros_like(offsets)
+    found = 0
+    for i in range(len(offsets) - 1):
+        row = np.sort(values[offsets[i] : offsets[i + 1]])
+        for k in range(len(row)):
+            if k == 0 or row[k] != row[k - 1]:
+                out[found] = row[k]
+                found += 1
+        out_offsets[i + 1] = found
+    return out[:found].copy(), out_offsets

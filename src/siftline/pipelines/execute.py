@@ -1,0 +1,214 @@
+"""Runs a recipe's job from the command line: the same assets, instance and slots as the UI.
+
+Every asset runs in a process of its own (Dagster's multiprocess executor), so a model step gives
+its memory back when it ends. Runs are tagged with this process, so that the next run can tell a
+dead one from a live one without a daemon.
+"""
+
+import os
+import platform
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from siftline.recipe import Recipe
+from siftline.workspace import ROOT_VARIABLE, Workspace
+
+HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
+NAME_TAG = "siftline/run"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        run_id: Dagster's id.
+        success: Whether every asset and blocking check passed.
+        error: One line on the first failure, or None.
+    """
+
+    run_id: str
+    success: bool
+    error: str | None
+
+
+def instance_settings() -> Path:
+    """The dagster.yaml that ships with the package, or the repository's in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "dagster.yaml"
+    return shipped if shipped.exists() else package.parents[1] / "dagster.yaml"
+
+
+def prepare_home(workspace: Workspace) -> Path:
+    """Makes the instance folder, with the settings file where there is none yet."""
+    home = workspace.dagster_home
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "dagster.yaml").exists():
+        shutil.copyfile(instance_settings(), home / "dagster.yaml")
+    return home
+
+
+def _born(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
+def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Marks runs of dead processes of this machine as failed and frees their pool slots.
+
+    Returns:
+        Ids of the runs that were buried.
+    """
+    alive = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]
+    buried = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=alive)):
+        pid, host = run.tags.get(PID_TAG), run.tags.get(HOST_TAG)
+        if pid is None or host != platform.node():
+            continue
+        if _born(int(pid)) == run.tags.get(BORN_TAG):
+            continue
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        instance.report_run_failed(run, message=f"process {pid} of the run is gone")
+        buried.append(run.run_id)
+    return buried
+
+
+def run_recipe(
+    workspace: Workspace,
+    recipe: Recipe,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    workers: int = 2,
+    select: str | None = None,
+) -> Outcome:
+    """Materializes everything of a recipe and waits for it.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe, overrides applied.
+        overrides: What `--set` changed; handed to every step.
+        say: Takes lines of progress.
+        workers: Steps at a time; model steps wait for a slot of their pool besides.
+        select: Dagster asset selection, such as `+demo/duplicates`; None is everything.
+    """
+    from dagster._core.definitions.reconstruct import build_reconstructable_job
+
+    os.environ["DAGSTER_HOME"] = str(prepare_home(workspace))
+    os.environ[ROOT_VARIABLE] = str(workspace.root)
+    job = build_reconstructable_job("siftline.definitions", "job_of", (recipe.name,))
+    config = {
+        "resources": {
+            "siftline": {"config": {"root": str(workspace.root), "overrides": list(overrides)}}
+        },
+        "execution": {"config": {"max_concurrent": workers}},
+        "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+    }
+    tags = {
+        HOST_TAG: platform.node(),
+        PID_TAG: str(os.getpid()),
+        BORN_TAG: _born(os.getpid()) or "unknown",
+        NAME_TAG: uuid.uuid4().hex,
+    }
+    with dg.DagsterInstance.get() as instance:
+        for dead in bury_dead_runs(instance):
+            say(f"run {dead[:8]} was killed: marked failed, its slots freed")
+        watcher = _Watcher(instance, tags, say)
+        with watcher:
+            result = dg.execute_job(
+                job,
+                instance=instance,
+                run_config=config,
+                tags=tags,
+                raise_on_error=False,
+                asset_selection=_keys(recipe, select),
+            )
+        return Outcome(result.run_id, result.success, watcher.error)
+
+
+def _keys(recipe: Recipe, select: str | None) -> list[dg.AssetKey] | None:
+    if select is None:
+        return None
+    from siftline.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    return sorted(dg.AssetSelection.from_string(select).resolve(graph))
+
+
+class _Watcher:
+    """Follows the event log of a run in a thread and says what concerns a reader."""
+
+    def __init__(
+        self, instance: dg.DagsterInstance, tags: dict[str, str], say: Callable[[str], None]
+    ) -> None:
+        self.error: str | None = None
+        self._instance, self._tags, self._say = instance, tags, say
+        self._run_id: str | None = None
+        self._cursor: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "_Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._drain()
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            self._drain()
+            time.sleep(POLL_SECONDS)
+
+    def _drain(self) -> None:
+        if self._run_id is None:
+            runs = self._instance.get_runs(dg.RunsFilter(tags=self._tags), limit=1)
+            if not runs:
+                return
+            self._run_id = runs[0].run_id
+        page = self._instance.get_records_for_run(self._run_id, cursor=self._cursor)
+        self._cursor = page.cursor
+        for record in page.records:
+            self._tell(record.event_log_entry)
+
+    def _tell(self, entry: Any) -> None:
+        event = entry.dagster_event
+        if event is None:
+            self._say(entry.user_message)
+        elif event.event_type_value == "STEP_FAILURE" and self.error is None:
+            self.error = f"{event.step_key}: {root_message(event.event_specific_data.error)}"
+        elif event.event_type_value == "ASSET_CHECK_EVALUATION":
+            self._check(event.event_specific_data)
+
+    def _check(self, evaluation: Any) -> None:
+        if evaluation.passed:
+            return
+        name = f"{evaluation.asset_key.to_user_string()} {evaluation.check_name}"
+        shown = {k: getattr(v, "value", v) for k, v in evaluation.metadata.items()}
+        self.error = self.error or f"check {name} failed: {shown}"
+        self._say(f"check {name} failed: {shown}")
+
+
+def root_message(error: Any) -> str:
+    """The message of the error that began a chain, in one line."""
+    while error.cause is not None:
+        error = error.cause
+    message = " ".join(error.message.split())
+    for prefix in ("ValueError: ", "OSError: "):
+        message = message.removeprefix(prefix)
+    return message

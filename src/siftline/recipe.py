@@ -1,0 +1,394 @@
+"""The recipe: frozen, validated configuration of one pipeline.
+
+A recipe is a YAML file (or `parse` on a mapping): a pool, evaluation sets, models by role, a list
+of stages, one budget, training and evaluation. A stage's options are the fields of the dataclass
+that does the work, so a default is stated once, beside its source. Strings may hold `{inputs}`, the
+folder a recipe's generator wrote, and `${NAME}`, an environment variable; both are expanded when
+used, never in the recipe's hash, so that bytes don't depend on where data lies.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from siftline.config import build, nearest, override
+from siftline.ingest.pool import PoolSpec
+from siftline.scoring.confidence import Confidence
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.rejection import RejectionSampling
+from siftline.selectors.allocate import Allocate
+from siftline.selectors.decontamination import Decontamination
+from siftline.selectors.duplicates import Duplicates
+from siftline.selectors.outliers import LikelihoodOutliers
+from siftline.selectors.shortlist import Shortlist
+from siftline.selectors.verify import Verify
+from siftline.shards import content_hash
+from siftline.training.evaluate import Evaluation
+from siftline.training.finetune import FineTune
+from siftline.training.pretrain import Pretrain
+
+STAGES: dict[str, type] = {
+    "duplicates": Duplicates,
+    "decontamination": Decontamination,
+    "verify": Verify,
+    "likelihood": LikelihoodOutliers,
+    "diversity": Shortlist,
+    "confidence": Confidence,
+    "rejection_sampling": RejectionSampling,
+    "allocate": Allocate,
+}
+STAGE_ROLES = {
+    "duplicates": "gate",
+    "decontamination": "gate",
+    "verify": "gate",
+    "likelihood": "gate",
+    "diversity": "shortlist",
+    "confidence": "gate",
+    "rejection_sampling": "adds",
+    "allocate": "budget",
+}
+"""What a stage may do: gates drop rows for a fault and know no budget; allocate alone spends it."""
+
+GATES = ("duplicates", "decontamination", "likelihood", "confidence")
+"""Gates that sampled rows are held to; verification is how they were accepted."""
+
+ROLES = ("target", "sampler", "judge", "embedder")
+SET_ROLES = ("target", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A generator that writes a recipe's raw files.
+
+    Attributes:
+        generator: Import path `package.module:function`, called as
+            `function(out, truth, seed=..., **args)`.
+        args: Its further arguments; strings are expanded.
+    """
+
+    generator: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Evaluation sets by role: selectors see target, thresholds dev, evaluation alone test."""
+
+    target: tuple[PoolSpec, ...] = ()
+    dev: tuple[PoolSpec, ...] = ()
+    test: tuple[PoolSpec, ...] = ()
+
+    def items(self) -> list[tuple[str, PoolSpec]]:
+        """All sets with their role."""
+        return [(role, spec) for role in SET_ROLES for spec in getattr(self, role)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by name: a local directory, or one trained here from text.
+
+    Attributes:
+        spec: How it is run; `spec.path` is empty where the model is trained here.
+        pretrain: Size and schedule of a model trained from `corpus`.
+        corpus: JSONL file of {"text": …} lines.
+    """
+
+    spec: ModelSpec
+    pretrain: Pretrain | None = None
+    corpus: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the curated version may cost; stated once.
+
+    Attributes:
+        unit: Loss tokens of the target model, or rows.
+        size: How many.
+        on_shortfall: Whether a pool that cannot fill the budget is an error or a smaller version.
+    """
+
+    size: int
+    unit: Literal["loss_tokens", "rows"] = "loss_tokens"
+    on_shortfall: Literal["error", "smaller"] = "error"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What turns a stage red.
+
+    Attributes:
+        max_failed: Highest share of failed rows.
+        max_removed: Highest share of rows a gate may remove (a filter that eats nearly everything
+            is broken far more often than right).
+    """
+
+    max_failed: float = 0.01
+    max_removed: float = 0.9
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the dataset card says besides the numbers.
+
+    Attributes:
+        license: Licence identifier of the Hub.
+        description: One paragraph on what the data is for.
+        language: Language codes.
+        tags: Tags of the Hub.
+    """
+
+    license: str = "other"
+    description: str = ""
+    language: tuple[str, ...] = ("en",)
+    tags: tuple[str, ...] = ("sft", "curated")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Fine-tuning arms, all at the loss tokens of the curated version times `epochs`.
+
+    Attributes:
+        options: Method and hyper-parameters, equal for all arms.
+        arms: "curated", and the random draws it is held against.
+        epochs: Passes over the curated version; random arms get the same loss tokens.
+        seeds: One training per arm and seed.
+    """
+
+    options: FineTune = field(default_factory=FineTune)
+    arms: tuple[str, ...] = ("random", "curated")
+    epochs: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm not in ("random", "curated"):
+                raise ValueError(f"arm {arm!r} is unknown: choose random, curated")
+        if not self.seeds:
+            raise ValueError("seeds is empty: name at least one")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage instance.
+
+    Attributes:
+        name: Its name in the recipe, also its asset's.
+        kind: A key of `STAGES`.
+        options: The dataclass that does the work.
+        scope: "added" judges only rows that a stage brought; earlier rows were judged before.
+    """
+
+    name: str
+    kind: str
+    options: Any
+    scope: Literal["all", "added"] = "all"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole pipeline. See `parse` and `load`."""
+
+    name: str
+    seed: int
+    pool: PoolSpec
+    sets: Sets
+    models: dict[str, Model]
+    roles: dict[str, str]
+    stages: tuple[Stage, ...]
+    budget: Budget
+    bounds: Bounds = field(default_factory=Bounds)
+    card: Card = field(default_factory=Card)
+    inputs: Inputs | None = None
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    schedule: str = "0 3 * * *"
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of everything the recipe says, defaults included; 64 hex digits."""
+        return content_hash(_plain(self))
+
+    def model(self, role: str) -> Model:
+        """The model that plays a role; roles that are not named fall to the target model."""
+        return self.models[self.roles.get(role, self.roles["target"])]
+
+    def stage(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            ValueError: if there is none, naming the nearest.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = [stage.name for stage in self.stages]
+        raise ValueError(f"recipe {self.name!r} has no stage {name!r}: {nearest(name, known)}")
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {k: v for k, v in asdict(recipe).items() if k != "schedule"}
+
+
+def expand(text: str, inputs: Path | None = None) -> str:
+    """Expands `{inputs}` and `${NAME}`.
+
+    Raises:
+        ValueError: naming an environment variable that is not set.
+    """
+
+    def variable(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1])
+        if value is None:
+            raise ValueError(f"{text!r}: environment variable {match[1]} is not set: set it")
+        return value
+
+    text = re.sub(r"\$\{(\w+)\}", variable, text)
+    return text.replace("{inputs}", str(inputs)) if inputs is not None else text
+
+
+def expand_pool(spec: PoolSpec, inputs: Path) -> PoolSpec:
+    """The same pool with every path expanded."""
+    sources = tuple(replace(source, path=expand(source.path, inputs)) for source in spec.inputs)
+    return replace(spec, inputs=sources)
+
+
+def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Validates a recipe.
+
+    Args:
+        data: What the YAML held.
+        overrides: `key=value` assignments, applied first; see `config.override`.
+
+    Raises:
+        ValueError: in one line with the dotted place, what is wrong and what would be right.
+    """
+    raw: dict[str, Any] = copy.deepcopy(dict(data))
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [{s: None} if isinstance(s, str) else s for s in raw["stages"]]
+    for assignment in overrides:
+        override(raw, assignment)
+    known = list(Recipe.__dataclass_fields__)
+    for key in raw:
+        if key not in known:
+            raise ValueError(f"recipe: unknown key {key!r}: {nearest(str(key), known)}")
+    for key in ("name", "pool", "models", "stages", "budget"):
+        if key not in raw:
+            raise ValueError(f"recipe: {key!r} is missing")
+    name = str(raw["name"])
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"recipe: name {name!r}: use lower-case letters, digits and _")
+    budget = build(Budget, raw["budget"], "budget")
+    models = {key: _model(body, f"models.{key}") for key, body in raw["models"].items()}
+    optional = {"inputs": Inputs, "training": Training, "evaluation": Evaluation}
+    return Recipe(
+        name=name,
+        seed=int(raw.get("seed", 0)),
+        pool=build(PoolSpec, raw["pool"], "pool"),
+        sets=build(Sets, raw.get("sets"), "sets"),
+        models=models,
+        roles=_roles(raw.get("roles"), models),
+        stages=_stages(raw["stages"], budget, int(raw.get("seed", 0))),
+        budget=budget,
+        bounds=build(Bounds, raw.get("bounds"), "bounds"),
+        card=build(Card, raw.get("card"), "card"),
+        schedule=str(raw.get("schedule", "0 3 * * *")),
+        **{k: build(cls, raw[k], k) for k, cls in optional.items() if raw.get(k) is not None},
+    )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        ValueError: if it is absent, not YAML, or not a valid recipe; the file's name comes first.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {detail}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path}: expected a mapping, found {type(data).__name__}")
+    try:
+        return parse(data, overrides)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _model(body: Any, where: str) -> Model:
+    if not isinstance(body, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found {body!r}")
+    rest = {k: v for k, v in body.items() if k not in ("pretrain", "corpus")}
+    trained = body.get("pretrain") is not None
+    if trained == ("path" in rest):
+        raise ValueError(f"{where}: give either path, or pretrain and corpus")
+    if trained and "corpus" not in body:
+        raise ValueError(f"{where}: pretrain needs corpus, a JSONL file of text")
+    spec = build(ModelSpec, {"path": "", **rest}, where)
+    if not trained:
+        return Model(spec)
+    return Model(spec, build(Pretrain, body["pretrain"], f"{where}.pretrain"), str(body["corpus"]))
+
+
+def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
+    roles = {str(k): str(v) for k, v in (body or {}).items()}
+    if "target" not in roles:
+        if len(models) != 1:
+            raise ValueError("roles: 'target' is missing: name the model to be tuned")
+        roles["target"] = next(iter(models))
+    for role, model in roles.items():
+        if role not in ROLES:
+            raise ValueError(f"roles: unknown role {role!r}: {nearest(role, ROLES)}")
+        if model not in models:
+            raise ValueError(f"roles.{role}: no model {model!r}: {nearest(model, list(models))}")
+    return roles
+
+
+def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
+    if not isinstance(body, list) or not body:
+        raise ValueError("stages: expected a list of stages, each a name or name: options")
+    stages: list[Stage] = []
+    for i, entry in enumerate(body):
+        kind, options = _entry(entry, f"stages[{i}]")
+        name = str(options.pop("name", kind))
+        if kind == "allocate":
+            options = _with_budget(options, budget)
+        if "seed" in STAGES[kind].__dataclass_fields__ and kind != "duplicates":
+            options.setdefault("seed", seed)
+        stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
+        if kind == "rejection_sampling":
+            gates = [s for s in stages if s.kind in GATES and s.scope == "all"]
+            stages += [replace(gate, name=f"{gate.name}_added", scope="added") for gate in gates]
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"stages: {name!r} occurs twice: give one of them another name")
+    return tuple(stages)
+
+
+def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ValueError(f"{where}: expected one stage, found {entry!r}")
+    ((kind, options),) = entry.items()
+    if kind not in STAGES:
+        raise ValueError(f"{where}: unknown stage {kind!r}: {nearest(str(kind), list(STAGES))}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{where}.{kind}: expected options, found {options!r}")
+    return str(kind), dict(options or {})
+
+
+def _with_budget(options: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    for key in ("unit", "size", "on_shortfall"):
+        if key in options:
+            raise ValueError(f"stages.allocate: {key!r} belongs to the recipe's budget: move it")
+    return {**options, **asdict(budget)}

@@ -1,0 +1,211 @@
+r"""Final answers: finding them in a response, and a key under which equal answers are equal.
+
+Extraction reads marks that a writer puts on purpose: `#### x` (GSM8K), the last brace-balanced
+`\boxed{x}` (MATH), then phrases such as "the answer is x". Strict mode stops there. The usual
+fall-back, the last number in the text, calls a truncated or a wrong chain of thought an answer, so
+it is there only for reading and is never used to make or to judge data (dart-math ends with it by
+default; see its strict switch).
+
+`answer_key` is exact: numbers become reduced fractions, so 1,000 = 1000 = 1000.0 and 0.5 = 1/2,
+while -5 and 5, 1/2 and 12 stay apart. Nothing is evaluated and nothing is rounded.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+LONGEST_NUMBER = 200
+"""Digits and signs beyond which a text is compared as text: an answer is never that long."""
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
+_QUANTITY = re.compile(
+    rf"(?P<sign>[-+]?)\s*[$€£¥₹]?\s*(?P<inner>[-+]?)\s*"
+    rf"(?:(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<of>\d+)"
+    rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
+    rf"(?P<rest>[^\d].*)?"
+)
+_UNIT_WORDS = re.compile(
+    r"[A-Za-z]{2,}[.]?(?:\^?[23²³])?(?:[\s/-]+[A-Za-z]{2,}(?:\^?[23²³])?){0,3}"
+)
+_ATTACHED = frozenset(["mm", "cm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mph", "cents"])
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# Words after a number that change its value or join it to something else.
+_NOT_UNITS = frozenset(
+    re.split(
+        r"\s+",
+        """pi sqrt or and mod log ln exp sin cos tan times plus minus over to of by from per cent
+        dozen dozens pair pairs hundred half halves third thirds quarter quarters squared cubed
+        am pm noon infinity choose is are equals remainder""",
+    )
+)
+_LATEX = (
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}"), r" \1/\2 "),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\\boxed\s*\{(.*)\}"), r"\1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]"), ""),
+    (re.compile(r"\^\s*\{?\\circ\}?"), " degrees"),
+    (re.compile(r"\\([$%&#_])"), r"\1"),
+)
+_PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)[ \t]*", re.IGNORECASE)
+_MINUSES = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"})
+_NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{_DECIMAL})(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An exact number as it was written.
+
+    Attributes:
+        value: The number; of `50%` it is 50.
+        percent: Whether a percent sign or the word followed it.
+    """
+
+    value: Fraction
+    percent: bool = False
+
+
+def tidy(text: str) -> str:
+    """Strips LaTeX shells, math and bold marks, and the full stop at the end of an answer."""
+    text = unicodedata.normalize("NFKC", text).translate(_MINUSES)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = " ".join(text.split()).strip("* ")
+    if len(text) > 1 and text.startswith("$") and text.endswith("$"):
+        text = text[1:-1].strip()
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(opening) and text.endswith(closing):
+            text = text[2:-2].strip()
+    text = re.sub(r"^[A-Za-z]\s*=\s*(?=\S)", "", text)
+    return re.sub(r"[\s.,;:!]+$", "", text)
+
+
+def parse_quantity(text: str) -> Quantity | None:
+    r"""Reads one exact number with its currency sign, unit or percent; None if it is not just that.
+
+    Accepts integers, decimals, thousands in groups of three, simple and mixed fractions, and
+    exponents of at most two digits. Words after the number are a unit unless they change its value
+    ("5 or 6", "2 pi", "5 pm"); thousand to trillion multiply.
+
+    Args:
+        text: An extracted answer, e.g. `-$1,000.50`, `3 1/2 cups`, `\frac{1}{2}`, `50%`.
+    """
+    text = tidy(text)
+    if len(text) > LONGEST_NUMBER:
+        return None
+    match = _QUANTITY.fullmatch(text)
+    if match is None or (match["sign"] and match["inner"]):
+        return None
+    scale = _unit(match["rest"] or "")
+    if scale is None:
+        return None
+    value = _fraction(match)
+    if value is None:
+        return None
+    negative = "-" in (match["sign"], match["inner"])
+    is_percent = (match["rest"] or "").strip().lower() in ("%", "percent", "per cent")
+    return Quantity((-value if negative else value) * scale, is_percent)
+
+
+def _fraction(match: re.Match[str]) -> Fraction | None:
+    if match["whole"]:
+        top, bottom = Fraction(match["part"]), Fraction(match["of"])
+        return Fraction(match["whole"]) + top / bottom if bottom else None
+    value = Fraction(match["top"].replace(",", "").rstrip("."))
+    if match["bottom"] is None:
+        return value
+    bottom = Fraction(match["bottom"].replace(",", "").rstrip("."))
+    return value / bottom if bottom else None
+
+
+def _unit(rest: str) -> int | None:
+    """The factor of what follows a number: 1 for a unit, 10**6 for million; None if not a unit."""
+    words = rest.strip().lower()
+    if words in ("", "%", "percent", "per cent", "$", "€", "£", "°", "-"):
+        return 1 if words != "-" else None
+    spaced = rest[0].isspace()
+    first, _, others = words.partition(" ")
+    if first in _SCALES and (spaced and (not others or _unit(" " + others) == 1)):
+        return _SCALES[first]
+    if not _UNIT_WORDS.fullmatch(words):
+        return None
+    parts = re.split(r"[\s/-]+", words)
+    if not spaced and not rest.startswith("-") and parts[0] not in _ATTACHED:
+        return None
+    # "per" is fine inside a unit (miles per hour), not at its start.
+    joined = {part for i, part in enumerate(parts) if not (part in ("per", "of") and i)}
+    return None if joined & (_NOT_UNITS | set(_SCALES)) else 1
+
+
+def answer_key(text: str) -> str:
+    """Returns the canonical key of an answer: equal keys are equal answers.
+
+    Numbers become reduced fractions ("1,000.0" and "$1000" are "1000", "0.5" is "1/2"); units,
+    currency and percent signs are dropped. Everything else is compared as text, without case,
+    white space or LaTeX shells.
+
+    Args:
+        text: An extracted answer or a reference answer.
+    """
+    quantity = parse_quantity(text)
+    return str(quantity.value) if quantity is not None else tidy(text).casefold()
+
+
+def extract_answer(response: str, strict: bool = True) -> str | None:
+    r"""Finds the final answer of a response.
+
+    In order: the later of the last `#### x` and the last balanced `\boxed{x}`; the last phrase
+    ("the answer is x", "answer: x"). A `####` line counts when
+    nothing follows it or when it holds a bare number, because `####` is also a Markdown heading.
+
+    Args:
+        response: The response's text.
+        strict: Only marked answers. False falls back to the last number in the text, which is
+            right for display and wrong for judging (see the module's docstring).
+
+    Returns:
+        The answer as written, without its mark, or None.
+    """
+    marked = max(_after_hashes(response), _boxed(response))
+    if marked[0] >= 0:
+        return marked[1]
+    phrase = _after_phrase(response)
+    if phrase is not None or strict:
+        return phrase
+    numbers = _NUMBER_IN_TEXT.findall(response)
+    return numbers[-1] if numbers else None
+
+
+def _after_hashes(response: str) -> tuple[int, str]:
+    for match in reversed(list(re.finditer(r"(?<!#)####(?!#)[ \t]*([^\n]*)", response))):
+        payload = match[1].strip()
+        last = not response[match.end() :].strip()
+        if payload and (parse_quantity(payload) is not None or last):
+            return match.start(), payload
+    return -1, ""
+
+
+def _boxed(response: str) -> tuple[int, str]:
+    end = len(response)
+    while (start := response.rfind("\\boxed{", 0, end)) >= 0:
+        depth, opening = 0, start + len("\\boxed")
+        for position in range(opening, len(response)):
+            depth += {"{": 1, "}": -1}.get(response[position], 0)
+            if depth == 0:
+                payload = response[opening + 1 : position].strip()
+                if payload:
+                    return start, payload
+                break
+        end = start
+    return -1, ""
+
+
+def _after_phrase(response: str) -> str | None:
+    for match in reversed(list(_PHRASE.finditer(response))):
+        line = response[match.end() :].split("\n", 1)[0]
+        # A sentence ends at a full stop that no digit follows.
+        payload = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0].strip("* ")
+        if payload:
+            return payload
+    return None

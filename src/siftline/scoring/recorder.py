@@ -1,0 +1,99 @@
+"""An engine with the store its answers are kept in.
+
+Every question to a model goes through `Recorder.ask`: it is keyed by its tokens, planned into
+batches by length before anything runs, committed batch by batch, and never asked again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import polars as pl
+import pyarrow as pa
+
+from siftline.scoring.batching import plan_batches
+from siftline.scoring.engines import ModelSpec
+from siftline.store import Namespace, Store, collect
+
+Question = TypeVar("Question")
+MAX_ROWS = 256
+"""Most questions of one planned batch, and so the most that a killed run computes again."""
+
+
+@dataclass
+class Tally:
+    """What a recorder's questions cost: asked of the model now, or found in the store."""
+
+    computed: int = 0
+    found: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Asks one model and records the answers.
+
+    Attributes:
+        engine: The model (`engines.Engine`, or an embedder with `fingerprint`).
+        spec: How it is run: template, lengths and batch size.
+        root: The store's folder.
+        emit: Takes progress lines.
+        tally: Running counts over all questions.
+    """
+
+    engine: Any
+    spec: ModelSpec
+    root: Path
+    progress: Callable[[int], None] = lambda rows: None
+    tally: Tally = field(default_factory=Tally)
+
+    def ask(
+        self,
+        scorer: str,
+        version: int,
+        parameters: dict[str, Any],
+        schema: pa.Schema,
+        bucket: int,
+        questions: Mapping[str, tuple[int, Question]],
+        answer: Callable[[Sequence[Question]], list[dict[str, Any] | str]],
+        order: Mapping[str, str] | None = None,
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        """Answers questions from the store, and from the model where it has none.
+
+        Args:
+            scorer: Name and version of what is asked for; with `parameters` and the engine's
+                fingerprint they make the store's namespace.
+            version: Raise it when the same question would get another answer.
+            parameters: JSON.
+            schema: Columns of an answer, `key` first.
+            bucket: Store bucket of these questions.
+            questions: By key: tokens the question takes in a batch, and the question.
+            answer: Answers a batch; a string is the reason for having no answer.
+            order: Plan order by key among questions of equal length; by default the key.
+
+        Returns:
+            Answers with their key, and the reasons of the failed by key.
+        """
+        namespace = Namespace(scorer, version, self.engine.fingerprint(), parameters)
+        store = Store(self.root, namespace, schema)
+        keys = list(questions)
+        lengths = [questions[key][0] for key in keys]
+        names = [order[key] for key in keys] if order else keys
+        batches = plan_batches(lengths, names, self.spec.batch_tokens, MAX_ROWS)
+
+        def compute(positions: list[int]) -> tuple[pa.Table, dict[str, str]]:
+            asked = [keys[i] for i in positions]
+            lines, reasons = [], {}
+            for key, given in zip(asked, answer([questions[k][1] for k in asked]), strict=True):
+                if isinstance(given, str):
+                    reasons[key] = given
+                else:
+                    lines.append({"key": key, **given})
+            return pa.Table.from_pylist(lines, schema=schema), reasons
+
+        got = collect(store, bucket, keys, batches, compute, self.progress)
+        self.tally.computed += got.computed
+        self.tally.found += got.found
+        self.tally.failed += len(got.failed)
+        return got.records, got.failed

@@ -1,0 +1,253 @@
+"""vLLM inside the worker: how scores and texts are asked of it.
+
+Log-probabilities of prompt tokens come by one of two roads. The V2 runner (GPU) takes the token
+ids to score and a start row, projects only those rows and returns a float32 array. The V1 runner
+returns every row in flat lists (`prompt_logprobs=0`, no top-k). Which road is open is tried once at
+start. A request that returns without scores (the V2 runner drops preempted ones) is asked again.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.pipe import Frame, list_column
+from siftline.scoring.vllm_options import engine_options, installed, set_environment
+
+TRIES = 4
+"""Times a row is asked before rows without scores are an error."""
+
+
+def open_backend(facts: Mapping[str, Any]) -> "VllmBackend":
+    """Starts vLLM for `facts`: the fields of a `ModelSpec` as "spec", and "max_length".
+
+    Raises:
+        ValueError: if vLLM is missing, or is not a build for the device asked for.
+    """
+    spec, max_length = ModelSpec(**facts["spec"]), int(facts["max_length"])
+    release, cpu = installed()
+    set_environment(spec.device, cpu=cpu)
+    from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
+
+    llm = LLM(**engine_options(spec, max_length, cpu=cpu))
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    return VllmBackend(llm, SamplingParams, (VLLMClientError,), vocab, max_length, release)
+
+
+class VllmBackend:
+    """Answers the frames of `vllm_engine` with one vLLM engine.
+
+    Attributes:
+        road: "prompt_logprob_token_ids" or "prompt_logprobs"; see the module's docstring.
+        asked_again: Rows that came back without scores so far and were asked again.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        params: Callable[..., Any],
+        refusals: tuple[type[Exception], ...],
+        vocab: int,
+        max_length: int,
+        release: str,
+    ) -> None:
+        """Wraps a running engine and tries which road to scores is open.
+
+        Args:
+            llm: A `vllm.LLM`.
+            params: `vllm.SamplingParams`.
+            refusals: What vLLM raises at a request it does not accept.
+            vocab: Number of tokens the model knows.
+            max_length: Most tokens of one row.
+            release: vLLM's version.
+        """
+        self.llm = llm
+        self.params = params
+        self.refusals = refusals
+        self.vocab = vocab
+        self.max_length = max_length
+        self.release = release
+        self.asked_again = 0
+        self.road = "prompt_logprob_token_ids" if self._scores_token_ids() else "prompt_logprobs"
+
+    def facts(self) -> dict[str, Any]:
+        """Version and road, which decide the numbers beside the model."""
+        return {"version": self.release, "road": self.road, "pid": os.getpid()}
+
+    def handle(self, request: Frame) -> Frame:
+        """Answers "score", "next" and "generate"; see `vllm_engine` for their columns."""
+        before = self.asked_again
+        rows = request.lists("tokens")
+        self._check_ids(rows)
+        if request.kind == "score":
+            starts = request.columns["start"].to_pylist()
+            columns = {"values": list_column(self.score(rows, starts), pa.float32())}
+        elif request.kind == "next":
+            self._check_ids([request.facts["targets"]])
+            values = self.next_tokens(rows, request.facts["targets"])
+            columns = {"values": list_column(values, pa.float32())}
+        else:
+            assert request.kind == "generate", request.kind
+            drawn = self.generate(rows, request.lists("seeds"), request.facts)
+            columns = {
+                "tokens": list_column([np.array(t, np.int32) for t, _ in drawn], pa.int32()),
+                "finish": pa.array([reason for _, reason in drawn], pa.string()),
+            }
+        return Frame("reply", {"asked_again": self.asked_again - before}, columns)
+
+    def score(self, rows: Sequence[list[int]], starts: Sequence[int]) -> list[np.ndarray]:
+        """Log-probabilities of row[start:], float32, for each row; 1 <= start < its length."""
+        flat = self.road == "prompt_logprobs"
+        make = _flat_params if flat else _token_id_params
+        read = _read_flat if flat else _read_token_ids
+        jobs = list(zip(rows, starts, strict=True))
+        return self._ask(
+            list(rows),
+            lambda i: self._params(**make(*jobs[i])),
+            lambda i, output: read(output, *jobs[i]),
+        )
+
+    def next_tokens(self, rows: Sequence[list[int]], targets: list[int]) -> list[np.ndarray]:
+        """Log-probabilities of `targets` right after each row, float32, shape (targets,)."""
+        wanted = sorted(set(targets))
+
+        def read(_: int, output: Any) -> np.ndarray | None:
+            found = output.outputs[0].logprobs
+            if not found or any(target not in found[0] for target in wanted):
+                return None
+            return np.array([found[0][target].logprob for target in targets], np.float32)
+
+        return self._ask(
+            list(rows), lambda _: self._params(**_ONE_TOKEN, logprob_token_ids=wanted), read
+        )
+
+    def generate(
+        self, rows: Sequence[list[int]], seeds: Sequence[list[int]], how: Mapping[str, Any]
+    ) -> list[tuple[list[int], str]]:
+        """Draws a text for each (row, seed), rows first: its tokens and "stop" or "length".
+
+        One request a draw: vLLM's own n > 1 would use seed, seed + 1, ... instead of ours.
+        """
+        prompts, params = [], []
+        for row, own in zip(rows, seeds, strict=True):
+            for seed in own:
+                prompts.append(row)
+                params.append(
+                    self._params(
+                        seed=seed,
+                        temperature=how["temperature"],
+                        top_p=how["top_p"],
+                        max_tokens=min(how["max_new_tokens"], self.max_length - len(row)),
+                        stop=how["stop"],
+                        stop_token_ids=how["ends"],
+                        detokenize=bool(how["stop"]),
+                    )
+                )
+        drawn = []
+        for output in self._run(prompts, params):
+            text = output.outputs[0]
+            if text.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a draw for {text.finish_reason!r}")
+            drawn.append((list(text.token_ids), text.finish_reason))
+        return drawn
+
+    def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuses unknown ids: inside vLLM they raise half-way and leave it looping for good."""
+        for row in rows:
+            if row and not 0 <= min(row) <= max(row) < self.vocab:
+                worst = max(row) if max(row) >= self.vocab else min(row)
+                raise ValueError(
+                    f"token id {worst} is outside the model's vocabulary of {self.vocab}: "
+                    "the tokenizer belongs to another model"
+                )
+
+    def _ask(
+        self,
+        rows: list[list[int]],
+        make: Callable[[int], Any],
+        read: Callable[[int, Any], np.ndarray | None],
+    ) -> list[np.ndarray]:
+        """Runs rows until each has an answer, which `read` takes out of row i's output or lacks."""
+        answers: dict[int, np.ndarray] = {}
+        for attempt in range(TRIES):
+            waiting = [i for i in range(len(rows)) if i not in answers]
+            if not waiting:
+                break
+            self.asked_again += len(waiting) if attempt else 0
+            outputs = self._run([rows[i] for i in waiting], [make(i) for i in waiting])
+            for i, output in zip(waiting, outputs, strict=True):
+                answer = read(i, output)
+                if answer is not None:
+                    answers[i] = answer
+        if len(answers) < len(rows):
+            raise RuntimeError(
+                f"{len(rows) - len(answers)} of {len(rows)} rows came back without scores {TRIES} "
+                "times: give vLLM more memory or score fewer rows at once (batch_tokens)"
+            )
+        return [answers[i] for i in range(len(rows))]
+
+    def _params(self, **options: Any) -> Any:
+        """Sampling parameters of vLLM, which checks some of the values when they are made."""
+        try:
+            return self.params(**options)
+        except self.refusals as error:
+            raise ValueError(f"vLLM refuses the request: {error}") from error
+
+    def _run(self, rows: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
+        """One call of vLLM; only a request it refused before running anything is a ValueError."""
+        if not rows:
+            return []
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        try:
+            outputs: list[Any] = self.llm.generate(prompts, list(params), use_tqdm=False)
+        except self.refusals as error:
+            if self.llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError(f"vLLM stopped half-way: {error}") from error
+            raise ValueError(f"vLLM refuses the request: {error}") from error
+        except ValueError as error:
+            raise RuntimeError(f"vLLM failed: {error}") from error
+        assert len(outputs) == len(rows), f"{len(outputs)} outputs for {len(rows)} rows"
+        return outputs
+
+    def _scores_token_ids(self) -> bool:
+        """Whether vLLM scores given ids of a prompt: its version and its runner decide."""
+        row = [0, 0, 0]
+        try:
+            output = self._run([row], [self._params(**_token_id_params(row, 1))])[0]
+        except (TypeError, ValueError):
+            return False
+        return _read_token_ids(output, row, 1) is not None
+
+
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+
+
+def _flat_params(row: list[int], start: int) -> dict[str, Any]:
+    return {**_ONE_TOKEN, "prompt_logprobs": 0, "flat_logprobs": True}
+
+
+def _read_flat(output: Any, row: list[int], start: int) -> np.ndarray | None:
+    """The last len(row) - start entries: flat lists hold one entry for each token but the first."""
+    flat = output.prompt_logprobs
+    if flat is None or list(flat.token_ids) != row[1:]:
+        return None
+    return np.array(flat.logprobs[start - 1 :], np.float32)
+
+
+def _token_id_params(row: list[int], start: int) -> dict[str, Any]:
+    """Row i of the ids is scored as the prompt's token number prompt_logprob_start + i + 1."""
+    ids = np.array(row[start:], np.int32)[:, None]
+    return {**_ONE_TOKEN, "prompt_logprob_token_ids": ids, "prompt_logprob_start": start - 1}
+
+
+def _read_token_ids(output: Any, row: list[int], start: int) -> np.ndarray | None:
+    values = output.prompt_token_id_logprobs
+    if values is None:
+        return None
+    scores = np.asarray(values, np.float32)
+    assert scores.shape == (len(row) - start, 1), f"{scores.shape} for {len(row) - start} rows"
+    return scores[:, 0]

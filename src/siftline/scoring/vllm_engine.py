@@ -1,0 +1,233 @@
+"""The vLLM engine, seen from the parent: an `Engine` whose model lives in a worker process.
+
+The tokenizer stays here and only token ids cross the pipe, so both engines see the same tokens and
+ends of sequence, and cut texts alike. This module never imports vllm. Calls and their columns:
+
+    score     tokens, start                        -> values: log p of tokens[start:]
+    next      tokens; facts: targets               -> values: log p of each target after tokens
+    generate  tokens, seeds; facts: Sampling, ends -> tokens, finish; one a seed, prompts first
+
+A row is sent only up to the end of its span: what follows cannot change its scores.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+from siftline.scoring.engines import Generation, ModelSpec, Sampling, check_directory
+from siftline.scoring.fingerprint import model_fingerprint
+from siftline.scoring.pipe import Frame, list_column
+from siftline.scoring.spans import stop_tokens
+from siftline.scoring.templates import load_tokenizer
+from siftline.scoring.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
+MOST_TARGETS = 128
+"""vLLM's limit on logprob_token_ids."""
+
+
+class VllmEngine:
+    """Scores and samples with vLLM in a worker process. See `engines.Engine`; it does not embed.
+
+    Attributes:
+        asked_again: Rows that vLLM returned without scores and that were asked again.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Starts the worker and loads the model in it.
+
+        Raises:
+            ValueError: if the directory is missing or incomplete, an adapter is named, or the
+                worker's interpreter has no vllm.
+            RuntimeError: if vLLM fails to start.
+        """
+        if spec.adapter is not None:
+            raise ValueError(
+                f"the vllm engine takes no adapter ({spec.adapter!r}): merge it into the model and "
+                "save that, or use engine: transformers"
+            )
+        check_directory(spec)
+        self.spec = spec
+        self.tokenizer = load_tokenizer(spec)
+        config_limit, ends = _limits(spec)
+        self.max_length = min(spec.max_length, config_limit or spec.max_length)
+        self._ends = sorted(stop_tokens(self.tokenizer) | ends)
+        self.asked_again = 0
+        # -P: a file of the current folder named like a library must not stand in for it.
+        program = os.path.expanduser(spec.python or sys.executable)
+        self._worker = WorkerProcess([program, "-P", "-m", "siftline.scoring.worker"])
+        facts = {"spec": dataclasses.asdict(spec), "max_length": self.max_length}
+        try:
+            self._facts = self._worker.call(Frame("open", facts)).facts
+        except BaseException:
+            self._worker.close(wait=0)
+            raise
+        logger.info("vllm %(version)s scores by %(road)s in process %(pid)s", self._facts)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return self._worker.process.pid
+
+    def score(
+        self, tokens: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]
+    ) -> list[np.ndarray]:
+        """Log-probabilities of tokens[start:end], a float32 array of shape (end - start,) a row.
+
+        Raises:
+            ValueError: if a row is longer than `max_length`, a span is not within its row, or a
+                token is unknown to the model.
+        """
+        self._check_rows(tokens)
+        jobs = list(zip(tokens, spans, strict=True))
+        for row, (start, end) in jobs:
+            if not 1 <= start <= end <= len(row):
+                raise ValueError(
+                    f"span {(start, end)} of {len(row)} tokens: need 1 <= start <= end"
+                )
+        asked = [i for i, (_, (start, end)) in enumerate(jobs) if end > start]
+        scores = [np.zeros(0, np.float32) for _ in jobs]
+        if not asked:
+            return scores
+        columns = {
+            "tokens": _token_column([jobs[i][0][: jobs[i][1][1]] for i in asked]),
+            "start": pa.array([jobs[i][1][0] for i in asked], pa.int32()),
+        }
+        for i, values in zip(asked, self._values(Frame("score", {}, columns)), strict=True):
+            scores[i] = values
+        return scores
+
+    def choices(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Summed log-probability of each option after each prompt, float32 (prompts, options).
+
+        One request a prompt when every option is one token, else one a pair.
+        """
+        if not options or not all(options):
+            raise ValueError("options must be given and none may be empty")
+        if not prompts:
+            return np.zeros((0, len(options)), np.float32)
+        if all(len(option) == 1 for option in options) and len(options) <= MOST_TARGETS:
+            self._check_rows(prompts)
+            targets = [int(option[0]) for option in options]
+            columns = {"tokens": _token_column(prompts)}
+            return np.stack(self._values(Frame("next", {"targets": targets}, columns)))
+        rows = [[*prompt, *option] for prompt in prompts for option in options]
+        spans = [(len(p), len(p) + len(option)) for p in prompts for option in options]
+        sums = [part.sum(dtype=np.float64) for part in self.score(rows, spans)]
+        return np.array(sums, np.float32).reshape(len(prompts), len(options))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[list[Generation]]:
+        """Draws len(seeds[i]) texts for prompt i. Seeds are from 0 to 2**63 - 1.
+
+        Raises:
+            ValueError: if a prompt leaves no room for an answer, or vLLM refuses the sampling (it
+                takes temperatures up to 2).
+        """
+        self._check_rows(prompts, room=1)
+        pairs = list(zip(prompts, seeds, strict=True))
+        if not any(own for _, own in pairs):
+            return [[] for _ in pairs]
+        columns = {
+            "tokens": _token_column(prompts),
+            "seeds": list_column([np.array(own, np.int64) for own in seeds], pa.int64()),
+        }
+        facts = {**dataclasses.asdict(sampling), "ends": self._ends}
+        reply = self._worker.call(Frame("generate", facts, columns))
+        finish = reply.columns["finish"].to_pylist()
+        texts = iter(
+            [
+                self._generation(tokens, reason, sampling.stop)
+                for tokens, reason in zip(reply.lists("tokens"), finish, strict=True)
+            ]
+        )
+        return [[next(texts) for _ in own] for own in seeds]
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        """Refuses: vLLM pools by CLS, last or plain mean, not with RDS+'s weights by position."""
+        raise ValueError(
+            "the vllm engine does not embed: give the embedder engine: transformers "
+            "or engine: sentence-transformers"
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of model files, dtype, template, vLLM's minor version and road, and VERSION."""
+        release = ".".join(self._facts["version"].split(".")[:2])
+        return model_fingerprint(
+            self.spec, "vllm", f"vllm {release}, {self._facts['road']}, engine {VERSION}"
+        )
+
+    def close(self) -> None:
+        """Ends the worker, which frees its memory and its card."""
+        self._worker.close()
+
+    def __enter__(self) -> "VllmEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._worker.close()
+
+    def _values(self, request: Frame) -> list[np.ndarray]:
+        """Asks for scores; float32, one array a row, and counts the rows asked again."""
+        reply = self._worker.call(request)
+        again = reply.facts["asked_again"]
+        if again:
+            self.asked_again += again
+            logger.warning("vllm returned %d rows without scores; they were asked again", again)
+        column = reply.columns["values"]
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        return np.split(flat.copy(), column.offsets.to_numpy()[1:-1])
+
+    def _generation(self, tokens: list[int], reason: str, stop: tuple[str, ...]) -> Generation:
+        body = tokens[:-1] if tokens and tokens[-1] in self._ends else tokens
+        text = self.tokenizer.decode(body, skip_special_tokens=True)
+        cut = min((text.find(s) for s in stop if s in text), default=len(text))
+        return Generation(text[:cut], len(tokens), reason)
+
+    def _check_rows(self, rows: Sequence[Sequence[int]], room: int = 0) -> None:
+        for row in rows:
+            if not 1 <= len(row) <= self.max_length - room:
+                raise ValueError(
+                    f"a row of {len(row)} tokens where 1 to {self.max_length - room} fit: "
+                    "leave it out as too_long or raise the model's max_length"
+                )
+
+
+def _token_column(rows: Sequence[Sequence[int]]) -> pa.Array:
+    return list_column([np.asarray(row, np.int32) for row in rows], pa.int32())
+
+
+def _limits(spec: ModelSpec) -> tuple[int | None, frozenset[int]]:
+    """The model's longest row, if its config says, and the ends of sequence it names."""
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = str(check_directory(spec))
+    options = {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **options)
+    if (Path(folder) / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    else:
+        ends = GenerationConfig.from_model_config(config).eos_token_id
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest, frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -1,0 +1,236 @@
+"""Training arms and their evaluation: the curated rows against random rows at equal cost.
+
+Equal means equal loss tokens, optimizer steps and hyper-parameters. The random arm draws rows of
+the readable pool, by hash, until they hold as many loss tokens as the curated version, then trains
+the same number of passes over them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline import shards
+from siftline.curated import resolve_latest
+from siftline.ingest.pool import PROVENANCE, Pool
+from siftline.kernels.draws import hash64
+from siftline.progress import Progress
+from siftline.recipe import Recipe
+from siftline.scoring.fingerprint import directory_digest
+from siftline.scoring.verifiers import get_verifier
+from siftline.stages.models import engines, model_spec
+from siftline.training.budget import rows_for_budget, tokenize_rows
+from siftline.training.evaluate import evaluate, summarise_accuracy, summarise_seeds
+from siftline.training.finetune import FineTune, TrainResult, finetune
+from siftline.workspace import Workspace
+
+BASE, CURATED, RANDOM = "base", "curated", "random"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trained model: which rows, which seed, where it lies, and its loss curve."""
+
+    arm: str
+    seed: int
+    folder: Path
+    curve: pl.DataFrame
+    loss_tokens: int
+    steps: int
+
+
+def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table]:
+    """Name of the newest version of these settings, and its rows.
+
+    Raises:
+        ValueError: if nothing was published, or by other settings.
+    """
+    folder = resolve_latest(workspace.curated(recipe.name))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["identity"]["recipe_hash"] != recipe.hash:
+        raise ValueError(
+            f"{folder.name} of {recipe.name} was published by other settings: "
+            "materialize the curated version again"
+        )
+    files = sorted((folder / "data").glob("*.parquet"))
+    tables = [shards.read_parquet(path) for path in files]
+    names = ["id", "messages", *(["tools"] if "tools" in tables[0].column_names else [])]
+    return folder.name, pa.concat_tables(tables).select(names)
+
+
+def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
+    from siftline.scoring.templates import load_tokenizer
+
+    return load_tokenizer(model_spec(workspace, recipe, "target"))
+
+
+def random_rows(pool: Pool, tokenizer: Any, options: FineTune, budget: int, seed: int) -> pa.Table:
+    """Rows of the readable pool, drawn by hash until they hold `budget` loss tokens."""
+    rows = pool.all_rows(["id", "messages", "tools"])
+    sized = tokenize_rows(rows, tokenizer, options.max_length)
+    drawn = hash64(seed, "random arm")
+    chosen = rows_for_budget(sized.ids, sized.loss_tokens, budget, drawn)
+    wanted = pa.array(sorted(set(chosen)), pa.string())
+    return rows.filter(pa.compute.is_in(rows["id"], wanted))
+
+
+def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]) -> list[Arm]:
+    """Trains every arm with every seed; what was trained before is found."""
+    training = recipe.training
+    assert training is not None
+    version, curated = curated_version(workspace, recipe)
+    spec = model_spec(workspace, recipe, "target")
+    tokenizer = _tokenizer(workspace, recipe)
+    sized = tokenize_rows(curated, tokenizer, training.options.max_length)
+    budget = int(np.sum(sized.loss_tokens))
+    pool = Pool(workspace.pool(recipe.pool.name))
+    passes = max(1, round(training.epochs * len(sized.ids) / training.options.batch_rows))
+    options = replace(training.options, loss_tokens=round(budget * training.epochs), steps=passes)
+    trained = []
+    for seed in training.seeds:
+        for arm in training.arms:
+            rows = curated
+            name = f"{recipe.name}/{version}"
+            if arm == RANDOM:
+                rows = random_rows(pool, tokenizer, training.options, budget, seed)
+                name = f"random rows of pool {recipe.pool.name} {pool.version[:12]}"
+            folder = _folder(workspace, recipe, arm, seed, rows, options, spec.path)
+            progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
+            result = finetune(
+                Path(spec.path),
+                rows,
+                folder,
+                options,
+                seed=seed,
+                dataset_version=name,
+                template=spec.template,
+                progress=progress.reach,
+            )
+            progress.close()
+            trained.append(_arm(arm, seed, result))
+    return trained
+
+
+def _arm(arm: str, seed: int, result: TrainResult) -> Arm:
+    return Arm(arm, seed, result.model_dir, result.curve, result.loss_tokens, result.steps)
+
+
+def _folder(
+    workspace: Workspace,
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    rows: pa.Table,
+    options: FineTune,
+    base: str,
+) -> Path:
+    """Named by everything that decides the weights, so an arm is never trained over another."""
+    ids = sorted(rows.column("id").to_pylist())
+    key = shards.content_hash([ids, vars(options), seed, directory_digest(Path(base))])
+    return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")
+
+
+def test_rows(workspace: Workspace, recipe: Recipe, level_column: str) -> pl.DataFrame:
+    """Questions of all test sets with answers: id, messages, tools, answer, level."""
+    frames = []
+    for spec in recipe.sets.test:
+        pool = Pool(workspace.pool(spec.name))
+        rows = pool.all_rows(["id", "messages", "tools", "answer"])
+        lines = rows.filter(pa.compute.is_valid(rows["answer"])).to_pylist()
+        levels = _levels(pool, level_column)
+        for line in lines:
+            line["level"] = levels.get(line["id"])
+        frames.append(
+            pl.DataFrame(
+                {
+                    "id": [line["id"] for line in lines],
+                    "messages": pl.Series([line["messages"] for line in lines]),
+                    "tools": pl.Series([line["tools"] for line in lines], dtype=pl.String),
+                    "answer": [line["answer"] for line in lines],
+                    level_column: pl.Series([line["level"] for line in lines], dtype=pl.String),
+                }
+            )
+        )
+    if not frames or not sum(frame.height for frame in frames):
+        raise ValueError(f"recipe {recipe.name!r} has no test rows with an answer: add a test set")
+    return pl.concat(frames).unique("id", keep="first", maintain_order=True)
+
+
+def _levels(pool: Pool, column: str) -> dict[str, str]:
+    """Level of each row, from the input columns that no mapping used."""
+    found: dict[str, str] = {}
+    for bucket in range(pool.buckets):
+        table = pool.read(PROVENANCE, bucket, ["id", "leftover"])
+        for line in table.to_pylist():
+            leftover = json.loads(line["leftover"] or "{}")
+            if column in leftover:
+                found[line["id"]] = str(leftover[column])
+    return found
+
+
+def evaluate_arms(
+    workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
+) -> tuple[pl.DataFrame, list[Arm]]:
+    """Accuracy of the base model and of every arm on the test sets.
+
+    Results of a model are kept beside its weights, by what was asked, and found the next time.
+
+    Returns:
+        Lines of arm, level, n, seeds, accuracy, low, high, at_floor; and the arms.
+    """
+    settings, training = recipe.evaluation, recipe.training
+    assert settings is not None
+    arms = train_arms(workspace, recipe, emit) if training is not None else []
+    questions = test_rows(workspace, recipe, settings.level_column)
+    base = Path(model_spec(workspace, recipe, "target").path)
+    results: dict[str, list[pl.DataFrame]] = {}
+    folders = [(BASE, 0, base), *((arm.arm, arm.seed, arm.folder) for arm in arms)]
+    for name, seed, folder in folders:
+        progress = Progress(f"evaluation {name} seed {seed}", questions.height, emit, "questions")
+        answered = _evaluated(workspace, recipe, folder, questions, progress)
+        progress.close()
+        results.setdefault(name, []).append(answered)
+    lines = []
+    for name, runs in results.items():
+        seeded = len(runs) > 1
+        table = summarise_seeds(runs) if seeded else summarise_accuracy(runs[0])
+        columns = ["level", "n", "accuracy", "low", "high", "at_floor"]
+        shown = table.select(columns).with_columns(
+            pl.lit(name).alias("arm"), pl.lit(len(runs)).alias("seeds")
+        )
+        # `all` is an arm's last line, as the report reads it.
+        overall = pl.col("level") == "all"
+        lines.append(pl.concat([shown.filter(~overall), shown.filter(overall)]))
+    return pl.concat(lines), arms
+
+
+def _evaluated(
+    workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
+) -> pl.DataFrame:
+    settings = recipe.evaluation
+    assert settings is not None
+    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
+    asked = shards.content_hash(
+        [
+            questions["id"].to_list(),
+            vars(settings),
+            spec.engine,
+            spec.template,
+            directory_digest(folder),
+        ]
+    )
+    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
+    if not path.exists():
+        with engines() as opened:
+            answered = evaluate(
+                opened.get(spec), questions, get_verifier("math"), settings, progress.reach
+            )
+        shards.write_parquet(answered.to_arrow(), path)
+    frame = pl.from_arrow(shards.read_parquet(path))
+    assert isinstance(frame, pl.DataFrame)
+    return frame

@@ -1,0 +1,168 @@
+"""What a stage sees: the rows in play, the stages before it, evaluation sets and models.
+
+Rows in play are the rows that the stage before kept or added. They are read bucket by bucket, from
+the pool and from what earlier stages added; the pool itself is never copied.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema, store
+from siftline.ingest.pool import Pool
+from siftline.ledger import KEPT, StageOutput, StageResult
+from siftline.progress import Progress
+from siftline.recipe import Recipe, Stage
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.recorder import Recorder
+from siftline.selectors.selection import DECISION, Selection
+from siftline.stages.models import Engines, model_spec
+from siftline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage computed: one result per bucket, side tables, and facts to report."""
+
+    results: list[StageResult]
+    tables: dict[str, pl.DataFrame]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage instance and its surroundings.
+
+    Attributes:
+        workspace: The root.
+        recipe: The whole recipe.
+        stage: This instance.
+        pool: The recipe's pool.
+        before: The instances before this one with their outputs, in order.
+        opened: Engines of this process.
+        emit: Takes one line of progress.
+    """
+
+    workspace: Workspace
+    recipe: Recipe
+    stage: Stage
+    pool: Pool
+    before: Sequence[tuple[Stage, StageOutput]]
+    opened: Engines
+    emit: Callable[[str], None]
+
+    @property
+    def buckets(self) -> range:
+        """Bucket numbers."""
+        return range(self.pool.buckets)
+
+    def in_play(self, bucket: int) -> list[str]:
+        """Ids of the rows in play, sorted."""
+        if not self.before:
+            return self.pool.rows(bucket, ["id"]).column("id").to_pylist()
+        return (
+            self.before[-1][1].decisions(bucket).filter(pl.col("outcome") == KEPT)["id"].to_list()
+        )
+
+    def rows(self, bucket: int) -> pa.Table:
+        """Rows in play of one bucket (columns of `schema.ADDED`), sorted by id."""
+        base = self.pool.rows(bucket)
+        blank = pa.nulls(base.num_rows, pa.string())
+        base = base.append_column("parent_id", blank).append_column("origin", blank)
+        extra = [output.added(bucket) for _, output in self.before]
+        everything = pa.concat_tables([base.cast(_ADDED), *(t.cast(_ADDED) for t in extra)])
+        wanted = pa.array(self.in_play(bucket), pa.string())
+        return everything.filter(pa.compute.is_in(everything["id"], wanted)).sort_by("id")
+
+    def judged(self, bucket: int) -> set[str] | None:
+        """Ids this instance has to judge; None means all.
+
+        An instance with scope "added" judges the rows that came after its original did its work.
+        """
+        if self.stage.scope == "all":
+            return None
+        originals = [
+            i
+            for i, (stage, _) in enumerate(self.before)
+            if stage.kind == self.stage.kind and stage.options == self.stage.options
+        ]
+        new: set[str] = set()
+        for _, output in self.before[originals[0] + 1 :]:
+            new |= set(output.added(bucket).column("id").to_pylist())
+        return new
+
+    def output(self, kind: str) -> StageOutput | None:
+        """Output of the last instance of a kind before this one, or None."""
+        found = [output for stage, output in self.before if stage.kind == kind]
+        return found[-1] if found else None
+
+    def side_table(self, name: str) -> pl.DataFrame | None:
+        """The last side table of a name that a stage before this one wrote, or None."""
+        for _, output in reversed(self.before):
+            table = output.table(name)
+            if table is not None:
+                return table
+        return None
+
+    def spec(self, role: str) -> ModelSpec:
+        """How the model of a role is run."""
+        return model_spec(self.workspace, self.recipe, role)
+
+    def recorder(self, role: str, progress: Progress | None = None) -> Recorder:
+        """A recorder on the model of a role; the model is loaded now."""
+        advance = progress.advance if progress else (lambda rows: None)
+        return self.opened.recorder(self.spec(role), self.workspace.store, advance)
+
+    def store_buckets(self) -> Iterator[tuple[int, pa.Table]]:
+        """Rows in play by store bucket, whose cut does not depend on the pool's."""
+        yield from by_store_bucket(self.rows, self.pool.buckets)
+
+
+_ADDED = pa.schema([f.with_nullable(True) for f in schema.ADDED])
+
+
+def by_store_bucket(
+    rows: Callable[[int], pa.Table], buckets: int
+) -> Iterator[tuple[int, pa.Table]]:
+    """Recuts bucketed rows into the store's buckets, in order.
+
+    Args:
+        rows: Reads one bucket of `buckets`; has a column id.
+        buckets: A power of two.
+
+    Yields:
+        Store bucket and its rows, empty ones left out.
+    """
+    if buckets >= store.BUCKETS:
+        width = buckets // store.BUCKETS
+        for bucket in range(store.BUCKETS):
+            table = pa.concat_tables(rows(b) for b in range(bucket * width, (bucket + 1) * width))
+            if table.num_rows:
+                yield bucket, table
+        return
+    for coarse in range(buckets):
+        table = rows(coarse)
+        of = [schema.bucket_of(i, store.BUCKETS) for i in table.column("id").to_pylist()]
+        for bucket in sorted(set(of)):
+            yield bucket, table.filter(pa.compute.equal(pa.array(of, pa.int64()), bucket))
+
+
+def pass_earlier(selection: Selection, judged: set[str] | None) -> pl.DataFrame:
+    """Decisions of a selection in which rows that were judged before stay, whatever it said."""
+    if judged is None:
+        return selection.decisions
+    earlier = ~pl.col("id").is_in(list(judged))
+    blank = [
+        pl.when(earlier).then(None).otherwise(pl.col(name)).cast(DECISION[name]).alias(name)
+        for name in ("reason", "value", "threshold", "matched_id")
+    ]
+    return selection.decisions.with_columns((pl.col("kept") | earlier).alias("kept"), *blank)
+
+
+def split_failed(decisions: pl.DataFrame, failed: dict[str, str]) -> StageResult:
+    """A result in which failed rows are not decided but recorded as failed."""
+    left = decisions.filter(~pl.col("id").is_in(list(failed))) if failed else decisions
+    return StageResult(left, failed)

@@ -1,0 +1,103 @@
+"""Gates that need no model: duplicates, decontamination, verification."""
+
+from collections import Counter
+from typing import Any
+
+import polars as pl
+
+from siftline import schema
+from siftline.ingest.pool import Pool
+from siftline.ledger import StageResult
+from siftline.progress import Progress
+from siftline.scoring.verifiers import get_verifier
+from siftline.selectors.decontamination import Decontamination
+from siftline.selectors.duplicates import Duplicates
+from siftline.selectors.selection import Selection
+from siftline.selectors.verify import Verify
+from siftline.stages.context import Context, StageRun, pass_earlier
+
+
+def gather(context: Context, selections: list[Selection], facts: dict[str, Any]) -> StageRun:
+    """Joins the selections of all buckets; side tables are stacked."""
+    names = sorted({name for selection in selections for name in selection.tables})
+    stacked = {
+        name: pl.concat([s.tables[name] for s in selections if name in s.tables]) for name in names
+    }
+    results = [
+        StageResult(pass_earlier(selection, context.judged(bucket)))
+        for bucket, selection in enumerate(selections)
+    ]
+    vacuous = all(selection.vacuous for selection in selections)
+    return StageRun(results, stacked, {**facts, "vacuous": vacuous})
+
+
+def duplicates(context: Context) -> StageRun:
+    """Removes exact and near duplicates; rows that a stage added come last in keep order."""
+    options = context.stage.options
+    assert isinstance(options, Duplicates)
+    total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
+    progress = Progress(context.stage.name, total, context.emit)
+    states, ids = [], []
+    for bucket in context.buckets:
+        rows = context.rows(bucket)
+        added = pl.Series("priority", rows.column("origin").is_valid().to_pylist(), pl.Boolean)
+        view = schema.text_view(rows).with_columns(added.cast(pl.Int64))
+        states.append(options.summarise(view))
+        ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
+        progress.advance(view.height)
+    plan = options.decide(states)
+    progress.close()
+    selections = [options.apply(frame, plan) for frame in ids]
+    return gather(context, selections, plan.facts)
+
+
+def decontamination(context: Context) -> StageRun:
+    """Removes rows that overlap a target, dev or test set."""
+    options = context.stage.options
+    assert isinstance(options, Decontamination)
+    references = []
+    for role, spec in context.recipe.sets.items():
+        view = schema.text_view(Pool(context.workspace.pool(spec.name)).all_rows())
+        marks = [pl.lit(spec.name).alias("set"), pl.lit(role).alias("role")]
+        references.append(view.with_columns(*marks))
+    columns = ["set", "role", "id", "prompt_id", "prompt", "response"]
+    empty = pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
+    index = options.index(pl.concat([empty, *(r.select(columns) for r in references)]))
+    selections = [
+        options.apply(schema.text_view(context.rows(bucket)), index) for bucket in context.buckets
+    ]
+    caught = Counter(r for s in selections for r in s.removed["reason"].to_list())
+    facts = {
+        "references": sum(r.height for r in references),
+        "removed": dict(sorted(caught.items())),
+    }
+    return gather(context, selections, facts)
+
+
+def verify(context: Context) -> StageRun:
+    """Checks responses against their independent answer."""
+    options = context.stage.options
+    assert isinstance(options, Verify)
+    check = get_verifier(options.verifier)
+    total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
+    progress = Progress(context.stage.name, total, context.emit)
+    selections = []
+    for bucket in context.buckets:
+        view = schema.text_view(context.rows(bucket))
+        verdicts = []
+        for row in view.to_dicts():
+            asked = row["answer"] is not None and row["answer_from"] == "independent"
+            verdicts.append(check(row["response"], row["answer"]) if asked else None)
+            progress.advance(1)
+        judged = view.select("id", "answer", "answer_from").with_columns(
+            pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
+            pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
+        )
+        selections.append(options.apply(judged, options.decide([])))
+    progress.close()
+    totals = Counter()  # type: Counter[str]
+    for selection in selections:
+        totals["checked"] += selection.facts["checked"]
+        totals["without_independent_answer"] += selection.facts["without_independent_answer"]
+        totals.update(selection.facts["removed"])
+    return gather(context, selections, {"verifier": options.verifier, **totals})

@@ -1,0 +1,202 @@
+"""Gathers what a recipe's run left into the HTML report and the numbers beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline import __version__, schema, shards
+from siftline.curated import resolve_latest
+from siftline.kernels.draws import uniforms
+from siftline.ledger import KEPT, StageOutput
+from siftline.recipe import Recipe, Stage
+from siftline.report import Histogram, Report, pick_examples, render
+from siftline.selectors.difficulty import level_of
+from siftline.stages.arms import Arm
+from siftline.stages.context import Context
+from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
+from siftline.stages.run import outputs
+from siftline.workspace import Workspace
+
+LEVELS = 5
+MAP_POINTS = 4000
+"""Prompts drawn on the cluster map; more only cover each other."""
+
+
+def write_report(
+    workspace: Workspace,
+    recipe: Recipe,
+    accuracy: pl.DataFrame | None,
+    arms: list[Arm],
+    planted: pl.DataFrame | None = None,
+    suffix: str = "",
+) -> tuple[Path, dict[str, Any]]:
+    """Writes `report.html` and `report.json` for the newest version of a recipe.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe.
+        accuracy: Lines of `arms.evaluate_arms`, or None where the recipe has no evaluation.
+        arms: Trained arms.
+        planted: What a generator planted and what was caught; columns of `report.PLANTED`.
+        suffix: Added to the file names, so that an audited page leaves the asset's alone.
+
+    Returns:
+        The page's path, and the numbers.
+    """
+    done = outputs(workspace, recipe)
+    version = resolve_latest(workspace.curated(recipe.name)).name
+    context = final_context(workspace, recipe, done)
+    notes = _notes(done, accuracy)
+    page = render(
+        Report(
+            recipe=recipe.name,
+            version=version,
+            model=recipe.roles["target"],
+            ran=_ran(recipe),
+            funnel=tuple(stage_count(stage, output) for stage, output in done),
+            scores=_histograms(done),
+            clusters=_cluster_map(context),
+            difficulty=_difficulty(context),
+            curves=_curves(arms),
+            accuracy=accuracy,
+            planted=planted,
+            examples=_examples(context),
+            notes=notes,
+        )
+    )
+    folder = workspace.report(recipe.name)
+    shards.write_text(folder / f"{version}{suffix}.html", page)
+    numbers: dict[str, Any] = {
+        "recipe": recipe.name,
+        "version": version,
+        "rows": funnel(done),
+        "facts": {stage.name: output.facts for stage, output in done},
+        "accuracy": accuracy.to_dicts() if accuracy is not None else None,
+        "notes": list(notes),
+    }
+    shards.write_json(folder / f"{version}{suffix}.json", numbers)
+    return folder / f"{version}{suffix}.html", numbers
+
+
+def _ran(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    engines = {role: recipe.model(role).spec for role in ("target", "sampler", "embedder")}
+    lines = [("siftline", __version__), ("seed", str(recipe.seed))]
+    lines += [(f"{role} engine", f"{s.engine}, {s.dtype}") for role, s in engines.items()]
+    return tuple(lines)
+
+
+def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None) -> tuple[str, ...]:
+    notes = []
+    for stage, output in done:
+        facts = output.facts
+        if facts.get("vacuous"):
+            notes.append(f"{stage.name} was vacuous: there was nothing to choose.")
+        if "auroc" in facts and stage.scope == "all":
+            notes.append(_reflection_note(stage.name, facts))
+        if facts.get("shortfall"):
+            notes.append(f"{stage.name} fell short of the budget: {facts['shortfall']}.")
+        if output.accounting.failed:
+            notes.append(f"{stage.name}: {output.accounting.failed} rows failed, tried next run.")
+    if accuracy is not None:
+        floor = accuracy.filter((pl.col("level") == "all") & pl.col("at_floor").fill_null(False))
+        notes += [
+            f"Arm {arm} is at the floor: its accuracy can't be told from guessing."
+            for arm in floor["arm"].to_list()
+        ]
+    return tuple(notes)
+
+
+def _reflection_note(name: str, facts: dict[str, Any]) -> str:
+    if facts["auroc"] is None:
+        return f"{name}: reflection got weight 0, dev has too few right or wrong draws to judge it."
+    interval = f"{facts['auroc']:.2f} ({facts['auroc_low']:.2f} to {facts['auroc_high']:.2f})"
+    weight = 1 - facts["weight_consistency"]
+    said = f"{name}: AUROC of reflection on dev {interval}, weight {weight:.2f}"
+    return said + (", because the interval includes 0.5." if weight == 0 else ".")
+
+
+def _histograms(done: list[tuple[Stage, StageOutput]]) -> tuple[Histogram, ...]:
+    found = []
+    for stage, output in done:
+        if stage.scope != "all":
+            continue
+        if stage.kind == "likelihood":
+            table = output.table("likelihood")
+            if table is not None:
+                name = "mean log-probability of the response, nats"
+                found.append(Histogram(name, stage.name, table["logprob_mean"].to_numpy()))
+        if stage.kind == "confidence":
+            table = output.table("confidence")
+            if table is not None:
+                line = (float(output.facts["threshold"]),)
+                values = table["confidence"].drop_nulls().to_numpy()
+                found.append(Histogram("confidence", stage.name, values, line))
+    return tuple(found)
+
+
+def _cluster_map(context: Context) -> pl.DataFrame | None:
+    output = context.output("diversity")
+    table = output.table("clusters") if output else None
+    if table is None:
+        return None
+    last = context.before[-1][1].all_decisions().filter(pl.col("outcome") == KEPT)
+    kept = set(last["id"].str.slice(0, schema.HALF_ID).to_list())
+    u = uniforms(context.recipe.seed, "map", table["prompt_id"].to_list())
+    drawn = table.with_columns(pl.Series("u", np.asarray(u))).sort("u").head(MAP_POINTS)
+    return drawn.with_columns(pl.col("prompt_id").is_in(list(kept)).alias("chosen")).cast(
+        {"x": pl.Float64, "y": pl.Float64, "cluster": pl.Int64}
+    )
+
+
+def _difficulty(context: Context) -> pl.DataFrame | None:
+    """Rows by difficulty level, before the budget was spent and after."""
+    table = context.side_table("difficulty")
+    if table is None:
+        return None
+    measured = dict(table.select("prompt_id", "difficulty").iter_rows())
+
+    def counts(ids: list[str]) -> np.ndarray:
+        values = np.array([measured.get(i[: schema.HALF_ID], np.nan) for i in ids], np.float64)
+        levels = level_of(np.where(np.isnan(values), np.nan, values), LEVELS)
+        return np.bincount(levels, minlength=LEVELS + 1)[1:]
+
+    last = context.before[-1][1].all_decisions()
+    before, after = (
+        counts(last["id"].to_list()),
+        counts(last.filter(pl.col("outcome") == KEPT)["id"].to_list()),
+    )
+    edges = [f"{i / LEVELS:.1f}-{(i + 1) / LEVELS:.1f}" for i in range(LEVELS)]
+    return pl.DataFrame({"level": edges, "before": before, "after": after}).cast(
+        {"before": pl.Int64, "after": pl.Int64}
+    )
+
+
+def _curves(arms: list[Arm]) -> pl.DataFrame | None:
+    if not arms:
+        return None
+    first = min(arm.seed for arm in arms)
+    return pl.concat(
+        arm.curve.select(
+            pl.lit(arm.arm).alias("arm"), pl.col("step").cast(pl.Int64), pl.col("loss")
+        )
+        for arm in arms
+        if arm.seed == first
+    )
+
+
+def _examples(context: Context) -> pl.DataFrame:
+    removed = removed_rows(context)
+    wanted = set(removed["matched_id"].drop_nulls().to_list())
+    matched = []
+    for bucket in context.buckets:
+        tables = [context.pool.rows(bucket)]
+        tables += [o.added(bucket).select(schema.ROW.names) for _, o in context.before]
+        rows = pa.concat_tables(t.cast(schema.ROW) for t in tables)
+        view = schema.text_view(rows).filter(pl.col("id").is_in(list(wanted)))
+        matched.append(
+            view.select("id", *(pl.col(c).str.slice(0, EXCERPT) for c in ("prompt", "response")))
+        )
+    return pick_examples(removed, pl.concat(matched), seed=context.recipe.seed)

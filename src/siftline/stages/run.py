@@ -1,0 +1,151 @@
+"""Runs stages and finds what they wrote.
+
+A stage's output is named by a key: a hash of its configuration, of everything upstream, and of the
+models it asks. So an unchanged stage is found instead of run, a changed one never overwrites
+another's decisions, and any process can find the outputs of a recipe by reading manifests.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from siftline.ingest.pool import Pool
+from siftline.ledger import StageOutput, write_stage
+from siftline.recipe import Recipe, Stage
+from siftline.shards import content_hash
+from siftline.stages import gates, sampling, scores, shortlist, spend
+from siftline.stages.context import Context, StageRun
+from siftline.stages.models import engines, identity, model_spec
+from siftline.workspace import Workspace
+
+VERSION = 1
+"""Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
+
+RUN: dict[str, Callable[[Context], StageRun]] = {
+    "duplicates": gates.duplicates,
+    "decontamination": gates.decontamination,
+    "verify": gates.verify,
+    "likelihood": scores.likelihood_gate,
+    "diversity": shortlist.diversity,
+    "confidence": sampling.confidence,
+    "rejection_sampling": sampling.rejection_sampling,
+    "allocate": spend.allocate,
+}
+
+USES_MODELS: dict[str, tuple[str, ...]] = {
+    "likelihood": ("target",),
+    "diversity": ("embedder",),
+    "confidence": ("sampler", "judge"),
+    "rejection_sampling": ("sampler",),
+    "allocate": ("target",),
+}
+USES_SETS: dict[str, tuple[str, ...]] = {
+    "decontamination": ("target", "dev", "test"),
+    "confidence": ("dev",),
+}
+
+
+def _inputs(
+    workspace: Workspace, recipe: Recipe, stage: Stage, before: list[tuple[Stage, StageOutput]]
+) -> dict[str, Any]:
+    """Everything that a stage's decisions depend on; JSON."""
+    upstream = before[-1][1].manifest if before else None
+    roles = USES_MODELS.get(stage.kind, ())
+    wanted = USES_SETS.get(stage.kind, ())
+    return {
+        "code": VERSION,
+        "kind": stage.kind,
+        "scope": stage.scope,
+        "options": asdict(stage.options),
+        "pool": Pool(workspace.pool(recipe.pool.name)).version,
+        "upstream": [upstream.version, content_hash(upstream.info["identity"])]
+        if upstream
+        else None,
+        "models": {role: identity(model_spec(workspace, recipe, role)) for role in roles},
+        "sets": {
+            f"{role}/{spec.name}": Pool(workspace.pool(spec.name)).version
+            for role, spec in recipe.sets.items()
+            if role in wanted
+        },
+    }
+
+
+def _path(workspace: Workspace, recipe: Recipe, stage: Stage, inputs: dict[str, Any]) -> Path:
+    return workspace.stage(recipe.name, stage.name) / f"{content_hash(inputs)[:12]}.json"
+
+
+def outputs_so_far(
+    workspace: Workspace, recipe: Recipe, until: str | None = None
+) -> list[tuple[Stage, StageOutput]]:
+    """Outputs of a recipe's stages in order, up to the first that has not run or to `until`."""
+    found: list[tuple[Stage, StageOutput]] = []
+    for stage in recipe.stages:
+        if stage.name == until:
+            break
+        try:
+            path = _path(workspace, recipe, stage, _inputs(workspace, recipe, stage, found))
+        except ValueError:  # a model or a set that this stage needs is not there yet
+            break
+        if not path.exists():
+            break
+        found.append((stage, StageOutput(path)))
+    return found
+
+
+def outputs(
+    workspace: Workspace, recipe: Recipe, until: str | None = None
+) -> list[tuple[Stage, StageOutput]]:
+    """Outputs of a recipe's stages in order, up to but not including `until`.
+
+    Raises:
+        ValueError: naming the first stage that was not run with these settings.
+    """
+    found = outputs_so_far(workspace, recipe, until)
+    rest = [stage.name for stage in recipe.stages[len(found) :]]
+    if rest and rest[0] != until:
+        raise ValueError(
+            f"stage {recipe.name}/{rest[0]} has not been run with these settings: "
+            "materialize it first"
+        )
+    return found
+
+
+def run_stage(
+    workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str], None]
+) -> tuple[StageOutput, bool]:
+    """Runs one stage, or finds its output where nothing it depends on changed.
+
+    Failed rows are tried again: an output with failed rows is not reused.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe.
+        name: The stage's name.
+        emit: Takes lines of progress.
+
+    Returns:
+        The output, and whether it was computed now.
+    """
+    stage = recipe.stage(name)
+    before = outputs(workspace, recipe, until=name)
+    inputs = _inputs(workspace, recipe, stage, before)
+    path = _path(workspace, recipe, stage, inputs)
+    if path.exists():
+        found = StageOutput(path)
+        if not found.accounting.failed:
+            return found, False
+    pool = Pool(workspace.pool(recipe.pool.name))
+    with engines() as opened:
+        context = Context(workspace, recipe, stage, pool, before, opened, emit)
+        rows_in = sum(len(context.in_play(bucket)) for bucket in context.buckets)
+        if not rows_in:
+            raise ValueError(
+                f"stage {recipe.name}/{name}: no rows are left to judge: loosen a gate"
+            )
+        run = RUN[stage.kind](context)
+    output = write_stage(
+        path, run.results, rows_in=rows_in, tables=run.tables, facts=run.facts, identity=inputs
+    )
+    assert output.accounting.closes, output.accounting
+    return output, True

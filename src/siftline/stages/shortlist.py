@@ -1,0 +1,76 @@
+"""Diversity: embeds prompts, clusters them, and picks those worth spending model calls on."""
+
+import math
+
+import numpy as np
+import polars as pl
+
+from siftline import schema
+from siftline.progress import Progress
+from siftline.scoring.embedding import embed_texts
+from siftline.selectors import diversity as prompts_selector
+from siftline.selectors.shortlist import Shortlist
+from siftline.stages.context import Context, StageRun, split_failed
+from siftline.stages.scores import likelihoods
+
+
+def _budget_rows(context: Context) -> int:
+    """Rows the budget buys, at the mean response length of the rows in play."""
+    budget = context.recipe.budget
+    if budget.unit == "rows":
+        return budget.size
+    scored, _ = likelihoods(context)
+    lengths = pl.concat(scored)["n_tokens"]
+    return max(1, math.ceil(budget.size / float(lengths.mean())))  # type: ignore[arg-type]
+
+
+def _embeddings(context: Context) -> tuple[pl.DataFrame, dict[str, str]]:
+    """One line per prompt in play: prompt_id and embedding; reasons by prompt id."""
+    spec = context.spec("embedder")
+    views = [
+        (bucket, schema.text_view(rows).unique("prompt_id", keep="first", maintain_order=True))
+        for bucket, rows in context.store_buckets()
+    ]
+    total = sum(view.height for _, view in views)
+    progress = Progress(context.stage.name, total, context.emit, "prompts")
+    recorder = context.opened.recorder(spec, context.workspace.store, progress.advance)
+    vectors: dict[str, np.ndarray] = {}
+    failed: dict[str, str] = {}
+    for bucket, view in views:
+        # Plain text has no prompt: the text itself says what it is about.
+        about = pl.when(pl.col("prompt") == "").then("response").otherwise("prompt")
+        texts = view.select("prompt_id", about=about)
+        found, reasons = embed_texts(recorder, bucket, dict(texts.iter_rows()))
+        vectors.update(found)
+        failed.update(reasons)
+    progress.close()
+    ids = sorted(vectors)
+    values = np.stack([vectors[i] for i in ids]).astype(np.float32)
+    width = values.shape[1]
+    frame = pl.DataFrame(
+        {"prompt_id": ids, "embedding": values},
+        schema={"prompt_id": pl.String, "embedding": pl.Array(pl.Float32, width)},
+    )
+    return frame, failed
+
+
+def diversity(context: Context) -> StageRun:
+    """Keeps the rows of the prompts that the cluster quotas draw."""
+    options = context.stage.options
+    assert isinstance(options, Shortlist)
+    frame, failed = _embeddings(context)
+    budget_rows = _budget_rows(context)
+    selector = options.diversity(budget_rows, frame.height)
+    plan = selector.decide([selector.summarise(frame)])
+    chosen = selector.apply(frame, plan)
+    results = []
+    for bucket in context.buckets:
+        rows = context.rows(bucket).select(["id", "prompt_id"])
+        pairs = pl.DataFrame({name: rows.column(name).to_pylist() for name in rows.column_names})
+        lost = pairs.filter(pl.col("prompt_id").is_in(list(failed)))
+        judged = pairs.filter(~pl.col("prompt_id").is_in(list(failed)))
+        kept = prompts_selector.expand(chosen, judged)
+        reasons = {i: failed[p] for i, p in lost.iter_rows()}
+        results.append(split_failed(kept.decisions, reasons))
+    facts = {**chosen.facts, "budget_rows": budget_rows, "vacuous": chosen.vacuous}
+    return StageRun(results, {"clusters": chosen.tables["clusters"]}, facts)

@@ -1,0 +1,130 @@
+"""`siftline explain`: the whole story of one row, wherever it ended.
+
+A row is named by its id (or the first digits of it), or by the file and line it was read from,
+which is the only name that a quarantined or collapsed input line has.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from siftline.ingest.pool import PROVENANCE, QUARANTINE, ROWS, Pool
+from siftline.ledger import Chapter, StageOutput, stage_chapters
+from siftline.recipe import Recipe, Stage
+from siftline.schema import bucket_of
+from siftline.workspace import Workspace
+
+SHORTEST = 8
+"""Fewest digits of an id that are looked up: the bucket is read from them."""
+
+
+def explain(
+    workspace: Workspace, name: str, recipes: list[tuple[Recipe, list[tuple[Stage, StageOutput]]]]
+) -> list[tuple[str, list[Chapter]]]:
+    """Tells what happened to a row.
+
+    Args:
+        workspace: The root.
+        name: An id, its first digits, or `file:line`.
+        recipes: Recipes with the outputs of the stages that have run.
+
+    Returns:
+        (title, chapters) for every pool and recipe that knows the row.
+
+    Raises:
+        ValueError: if nothing knows it, or the digits fit several rows.
+    """
+    stories = []
+    file, colon, line = name.rpartition(":")
+    pools = sorted(workspace.root.glob("pool/*/manifest.json"))
+    if colon and line.isdigit():
+        for path in pools:
+            stories += _by_line(Pool(path.parent), path.parent.name, file, int(line), recipes)
+    else:
+        if len(name) < SHORTEST or not set(name) <= set("0123456789abcdef"):
+            raise ValueError(
+                f"{name!r} is no row id: give {SHORTEST} to 40 hex digits, or FILE:LINE"
+            )
+        for path in pools:
+            stories += _by_id(Pool(path.parent), path.parent.name, name, recipes)
+        stories += _added(name, recipes)
+    if not stories:
+        raise ValueError(f"no pool or stage under {workspace.root} knows {name!r}")
+    return stories
+
+
+def _by_line(
+    pool: Pool, title: str, file: str, line: int, recipes: list[Any]
+) -> Iterator[tuple[str, list[Chapter]]]:
+    here = (pl.col("file") == file) & (pl.col("line") == line)
+    bad = _frame(pool.read(QUARANTINE, 0)).filter(here)
+    for row in bad.to_dicts():
+        detail = {k: row[k] for k in ("file", "line", "reason", "excerpt")}
+        yield f"pool {title}", [Chapter("pool", "quarantined", detail)]
+    for bucket in range(pool.buckets):
+        found = _frame(pool.read(PROVENANCE, bucket)).filter(here)
+        for identity in found["id"].to_list():
+            yield from _by_id(pool, title, identity, recipes)
+
+
+def _by_id(
+    pool: Pool, title: str, name: str, recipes: list[Any]
+) -> Iterator[tuple[str, list[Chapter]]]:
+    bucket = bucket_of(name.ljust(40, "0"), pool.buckets)
+    rows = _frame(pool.read(ROWS, bucket, ["id", "copies", "source"]))
+    found = rows.filter(pl.col("id").str.starts_with(name)).to_dicts()
+    if len(found) > 1:
+        raise ValueError(f"{name!r} fits {len(found)} rows of pool {title}: give more digits")
+    for row in found:
+        chapters = list(_origins(pool, bucket, row))
+        told = False
+        for recipe, done in recipes:
+            if recipe.pool.name != title:
+                continue
+            told = True
+            stages = [(stage.name, output) for stage, output in done]
+            later = list(stage_chapters(row["id"], stages, pool.buckets))
+            yield f"recipe {recipe.name}, row {row['id']}", chapters + later
+        if not told:
+            yield f"pool {title}, row {row['id']}", chapters
+
+
+def _origins(pool: Pool, bucket: int, row: dict[str, Any]) -> Iterator[Chapter]:
+    lines = _frame(pool.read(PROVENANCE, bucket)).filter(pl.col("id") == row["id"]).to_dicts()
+    for i, line in enumerate(lines):
+        detail = {"file": line["file"], "line": line["line"], "source": row["source"]}
+        if i:
+            detail["reason"] = f"identical to {lines[0]['file']}:{lines[0]['line']}"
+        yield Chapter("pool", "collapsed" if i else "read", detail)
+
+
+def _added(name: str, recipes: list[Any]) -> Iterator[tuple[str, list[Chapter]]]:
+    """Rows that a stage brought: no pool knows them."""
+    for recipe, done in recipes:
+        for _, output in done:
+            bucket = bucket_of(name.ljust(40, "0"), output.manifest.buckets)
+            ids = output.added(bucket).column("id").to_pylist()
+            for identity in [i for i in ids if i.startswith(name)]:
+                stages = [(stage.name, output) for stage, output in done]
+                chapters = list(stage_chapters(identity, stages, output.manifest.buckets))
+                yield f"recipe {recipe.name}, row {identity}", chapters
+
+
+def _frame(table: Any) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def published_with(workspace: Workspace, identity: str) -> list[Path]:
+    """Folders of the published versions that hold a row."""
+    found = []
+    for folder in sorted(workspace.root.glob("curated/*/*/data")):
+        for file in sorted(folder.glob("*.parquet")):
+            ids = pl.scan_parquet(file).filter(pl.col("id") == identity).select("id").collect()
+            if ids.height:
+                found.append(folder.parent)
+                break
+    return found

@@ -1,0 +1,89 @@
+"""What is written beside a trained model: its card, the training curve as CSV and as a picture."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+
+def _table(pairs: Mapping[str, Any]) -> str:
+    lines = ["| | |", "| --- | --- |"]
+    for name, value in pairs.items():
+        text = str(value).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {name} | {text} |")
+    return "\n".join(lines)
+
+
+def model_card(facts: Mapping[str, Any], config: Any) -> str:
+    """The README.md of a model directory.
+
+    Args:
+        facts: What identifies the run; `dataset_version`, `base_fingerprint` and `seed` at least.
+        config: The frozen dataclass the run was configured with.
+
+    Returns:
+        Markdown with the YAML header that the Hugging Face Hub reads.
+    """
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [sft, siftline]
+---
+
+# Fine-tuned on {facts["dataset_version"]}
+
+Trained by Siftline with TRL's SFTTrainer on the responses of dataset version
+`{facts["dataset_version"]}`. It started from the model with fingerprint
+`{facts["base_fingerprint"]}`.
+
+The loss is taken on the last assistant turn and its end of sequence only. The loss of every step is
+in curve.csv, drawn in curve.png; rows that were left out, with the reason, are in skipped.csv.
+
+## Run
+
+{_table(facts)}
+
+## Configuration
+
+{_table(asdict(config))}
+"""
+
+
+def draw_curve(curve: pl.DataFrame, path: Path) -> None:
+    """Draws loss and learning rate over steps as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss = figure.add_subplot()
+    loss.plot(curve["step"], curve["loss"], color="tab:blue", linewidth=1)
+    loss.set(xlabel="step", ylabel="loss (nats a token)")
+    rate = loss.twinx()
+    rate.plot(curve["step"], curve["learning_rate"], color="tab:gray", linewidth=1, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON under a dot-name and renames it, so a reader sees all of it or nothing."""
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def write_record(
+    out: Path, curve: pl.DataFrame, skipped: pl.DataFrame, facts: Mapping[str, Any], config: Any
+) -> None:
+    """Writes curve.csv, curve.png, skipped.csv and README.md into `out`, and training.json last.
+
+    Readers may take training.json as the sign that the folder is complete.
+    """
+    curve.write_csv(out / "curve.csv")
+    skipped.write_csv(out / "skipped.csv")
+    draw_curve(curve, out / "curve.png")
+    (out / "README.md").write_text(model_card(facts, config), encoding="utf-8")
+    write_json(out / "training.json", {"facts": dict(facts), "config": asdict(config)})

@@ -1,0 +1,236 @@
+import threading
+import time
+from fractions import Fraction
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siftline.scoring.answers import answer_key, extract_answer, parse_quantity
+from siftline.scoring.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.verifiers import ExactVerifier, MathVerifier, Verdict, get_verifier
+from siftline.selectors.selection import select
+from siftline.selectors.verify import Verify
+
+
+@pytest.fixture(scope="module")
+def math():
+    verifier = MathVerifier(timeout=20)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("48/2 = 24\n#### 72", "72"),
+        ("#### 1,080 ", "1,080"),
+        ("#### Step 1: add\n2 + 3 = 5\nSo \\boxed{5}.", "5"),  # a Markdown heading is no answer
+        ("#### 5\n\nQuestion: and then?", "5"),  # a base model that runs on
+        ("#### one\n#### two", "two"),
+        ("\\boxed{\\frac{1}{2}} and \\boxed{\\text{a {b} c}}", "\\text{a {b} c}"),
+        ("\\boxed{3} then \\boxed{4", "3"),  # the last balanced one
+        ("\\boxed{\\boxed{7}}", "7"),
+        ("The answer is 4.5. Good.", "4.5"),
+        ("the final answer is: **18**", "18"),
+        ("Answer: x + 1\nbecause", "x + 1"),
+        ("The answer is 3. No, the answer is 4.", "4"),
+        ("I get \\boxed{3}\n#### 4", "4"),
+        ("She has 24 clips in May and 72", None),
+        ("We compute 3 + 4 = 7\n####", None),
+        ("the answers are plenty: 3", None),
+        ("", None),
+    ],
+)
+def test_strict_extraction(response, expected):
+    assert extract_answer(response) == expected
+
+
+def test_the_last_number_is_read_only_when_asked_for():
+    text = "so 12 apples, then $1,234.5 in all"
+    assert extract_answer(text) is None
+    assert extract_answer(text, strict=False) == "$1,234.5"
+    assert extract_answer("no number", strict=False) is None
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("1000", "1,000", "1000.0", "$1,000", "1000 dollars", "1e3", "1 thousand", "+1000."),
+        ("-5", "\u22125", "- 5", "$-5", "-$5.00", "-5 degrees"),
+        ("1/2", "0.5", ".5", "\\frac{1}{2}", "\\dfrac{2}{4}", "1/2 cup"),
+        ("7/2", "3.5", "3 1/2", "3 1/2 hours"),
+        ("60", "60 miles per hour", "60%", "60 \\%", "60\\text{ cm}", "60cm", "x = 60"),
+        ("2 pi", "2  PI"),
+    ],
+)  # fmt: skip
+def test_equal_answers_have_one_key(same):
+    assert {answer_key(text) for text in same} == {answer_key(same[0])}
+
+
+def test_different_answers_have_different_keys():
+    texts = ["-5", "5", "1/2", "12", "1.2", "2 pi", "2", "5 or 6", "5 pm", "5 am", "1,00",
+             "100", "1/0", "(1, 2)", "9" * 300, "9" * 301, "5 million", "x",
+             "__import__('os')"]  # fmt: skip
+    assert len({answer_key(text) for text in texts}) == len(texts)
+
+
+@given(
+    st.fractions(max_denominator=10**6), st.sampled_from(["", "$"]), st.sampled_from(["", " km"])
+)
+def test_a_fraction_reads_back_exactly(value, currency, unit):
+    sign = "-" if value < 0 else ""
+    text = f"{sign}{currency}{abs(value.numerator)}/{value.denominator}{unit}"
+    quantity = parse_quantity(text)
+    assert quantity is not None
+    assert quantity.value == value
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 4))
+def test_separators_and_trailing_zeros_change_nothing(value, zeros):
+    text = f"{value:,}" + ("." + "0" * zeros if zeros else "")
+    assert answer_key(text) == str(value)
+    assert answer_key(str(value + 1)) != answer_key(text)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_read_without_an_error(text):
+    assert answer_key(answer_key(text)) == answer_key(answer_key(text))
+    extract_answer(text)
+    extract_answer(f"#### {text}")
+    extract_answer("\\boxed{" + text)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        ("#### 72", "72", True),
+        ("#### 1,000", "1000.0", True),
+        ("#### -5", "5", False),
+        ("#### 1/2", "12", False),
+        ("#### 50%", "0.5", True),
+        ("#### 50%", "50", True),
+        ("#### 50%", "5", False),
+        ("#### 5 pm", "5 am", False),
+        ("\\boxed{x+1}", "1+x", True),
+        ("\\boxed{x+1}", "x-1", False),
+        ("\\boxed{\\frac{\\sqrt{2}}{2}}", "\\frac{1}{\\sqrt{2}}", True),
+        ("\\boxed{\\{1,2\\}}", "\\{2,1\\}", True),
+        ("\\boxed{(1,2)}", "(2,1)", False),
+        ("#### Evelyn", "evelyn", True),
+        ("#### red", "blue", False),
+        ("#### 72", "She sold 24.\n#### 72", True),  # the reference is itself a solution
+    ],
+)
+def test_math_verdicts(math, response, answer, correct):
+    verdict = math(response, answer)
+    assert verdict.correct is correct
+    assert verdict.reason == ("match" if correct else "wrong_answer")
+
+
+def test_nothing_in_a_response_is_executed(math, tmp_path):
+    target = tmp_path / "made"
+    for form in ("#### {}", "\\boxed{{{}}}", "The answer is {}"):
+        payload = f"__import__('os').system('touch {target}')"
+        assert math(form.format(payload), "x+1").correct is not True
+        assert math(form.format("1"), payload).correct is not True
+    assert not target.exists()
+
+
+def test_missing_answers_decide_nothing(math):
+    assert math("She sold 72", "72") == Verdict(None, None, "no_final_answer")
+    assert math("#### 72", " ").reason == "no_reference"
+    assert math("#### " + "x+" * 400, "y").reason.startswith("verifier_error")
+
+
+def test_a_comparison_that_never_ends_is_a_recorded_error_and_leaves_the_next_one_working():
+    verifier = MathVerifier(timeout=1)
+    # Off the main thread, where math-verify's own alarm does not work.
+    found = []
+    work = [("#### 9^{9^{9^{9}}}", "x+1"), ("\\boxed{x+1}", "1+x")]
+
+    def judge():
+        found.extend(verifier(*pair) for pair in work)
+
+    started = time.monotonic()
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join()
+    verifier.close()
+    assert time.monotonic() - started < 60
+    assert found[0].correct is None
+    assert found[0].reason == "verifier_error: timeout after 1 s"
+    assert found[1].correct is True
+
+
+def test_a_killed_child_is_an_error_and_is_replaced():
+    equivalence = Equivalence(timeout=20)
+    assert equivalence("x", "x")
+    equivalence._child.kill()
+    equivalence._child.wait()
+    with pytest.raises(EquivalenceError, match="code -9"):
+        equivalence("x", "x")
+    assert equivalence("x", "x")
+    equivalence.close()
+
+
+def test_exact_verdicts():
+    exact = ExactVerifier()
+    assert exact(" Strengthener.\n", "strengthener").correct is True
+    assert exact('"not  True"', "not true").correct is True
+    assert exact("weakener", "strengthener") == Verdict(False, "weakener", "wrong_answer")
+    assert exact("", "a") == Verdict(None, None, "no_final_answer")
+    assert exact("a", "").reason == "no_reference"
+
+
+def test_verifiers_by_name():
+    assert isinstance(get_verifier("math"), MathVerifier)
+    assert isinstance(get_verifier("siftline.scoring.verifiers:ExactVerifier"), ExactVerifier)
+    for name in ("maths", "no.such.module:x", "siftline.scoring.verifiers:missing",
+                 "siftline.scoring.verifiers:LONGEST_EXPRESSION"):  # fmt: skip
+        with pytest.raises(ValueError, match="verifier"):
+            get_verifier(name)
+    with pytest.raises(ValueError, match="timeout"):
+        MathVerifier(timeout=0)
+
+
+FRAME = pl.DataFrame(
+    {
+        "id": ["a", "b", "c", "d", "e", "f"],
+        "answer": ["1", "1", "1", "1", None, "1"],
+        "answer_from": [*["independent"] * 3, "response", None, "independent"],
+        "correct": [True, False, None, False, None, None],
+        "extracted": ["1", "2", None, "2", None, "x^x"],
+    }
+)  # fmt: skip
+
+
+def test_the_gate_holds_rows_to_independent_answers_only():
+    selection = select(Verify(), FRAME)
+    reasons = dict(selection.decisions.select("id", "reason").iter_rows())
+    assert reasons == {
+        "a": None, "b": "wrong_answer", "c": "no_final_answer", "d": None, "e": None,
+        "f": "verifier_error",
+    }  # fmt: skip
+    assert selection.facts["checked"] == 4
+    assert selection.facts["without_independent_answer"] == 2
+    assert not selection.vacuous
+
+
+def test_the_gate_can_keep_rows_without_a_final_answer():
+    kept = select(Verify(no_final_answer="keep"), FRAME).kept.to_list()
+    assert kept == ["a", "c", "d", "e"]
+    with pytest.raises(ValueError, match="no_final_answer"):
+        Verify(no_final_answer="drop")
+
+
+def test_the_gate_does_not_depend_on_order_and_says_when_it_is_vacuous():
+    shuffled = FRAME.sample(fraction=1.0, shuffle=True, seed=3)
+    assert select(Verify(), shuffled).decisions.equals(select(Verify(), FRAME).decisions)
+    assert select(Verify(), FRAME.filter(pl.col("id").is_in(["d", "e"]))).vacuous
+
+
+def test_fractions_in_a_row_are_exact_not_rounded(math):
+    third = Fraction(1, 3)
+    assert math(f"#### {third.numerator}/{third.denominator}", "0.333333").correct is False
