@@ -176,8 +176,9 @@ def test_the_corpus_reads_every_character_and_no_evaluation_or_pool_question(mad
     asked = {text.removeprefix("Question: ").split("\n")[0] for text in texts[1:]}
     assert asked.isdisjoint(row["question"] for row in written)
     verdicts = Counter(text[-1] for text in texts[1:] if "Proposed answer:" in text)
-    assert sum(verdicts.values()) == pytest.approx(SIZES["corpus"] / 4, abs=1)
-    assert abs(verdicts["A"] - verdicts["B"]) < 3 * sum(verdicts.values()) ** 0.5
+    total = sum(verdicts.values())
+    assert abs(total - 0.15 * SIZES["corpus"]) < 4 * (0.15 * 0.85 * SIZES["corpus"]) ** 0.5
+    assert abs(verdicts["A"] - verdicts["B"]) < 4 * total**0.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -205,6 +206,7 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path):
         ({"prompts": 0}, "at least 1"),
         ({"off_topic": 0.5}, "share from 0"),
         ({"typo": 0.1}, "unknown argument"),
+        ({"verdicts": 1.0}, "verdicts 1.0"),
         ({"test": 5}, "too few"),
     ):
         with pytest.raises(ValueError, match=said):

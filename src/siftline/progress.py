@@ -13,6 +13,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class Progress:
     """Counts units of one step and says so through `emit`.
 
@@ -51,8 +55,8 @@ class Progress:
         if self.total:
             left = clock((self.total - self.done) / rate) if rate else "unknown"
             said += f"/{self.total:,} {self.unit} ({100 * self.done / self.total:.1f} %)"
-            return f"{said} {rate:,.0f} {self.unit}/s, {left} left"
-        return f"{said} {self.unit} {rate:,.0f} {self.unit}/s"
+            return f"{said} {_rate(rate)} {self.unit}/s, {left} left"
+        return f"{said} {self.unit} {_rate(rate)} {self.unit}/s"
 
     def close(self) -> None:
         """Says the final count, where anything was done."""

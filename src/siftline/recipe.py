@@ -11,7 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -363,7 +363,7 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
         name = str(options.pop("name", kind))
         if kind == "allocate":
             options = _with_budget(options, budget)
-        if "seed" in STAGES[kind].__dataclass_fields__ and kind != "duplicates":
+        if "seed" in {f.name for f in fields(STAGES[kind])} and kind != "duplicates":
             options.setdefault("seed", seed)
         stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
         if kind == "rejection_sampling":

@@ -36,7 +36,7 @@ def explain(
     Raises:
         ValueError: if nothing knows it, or the digits fit several rows.
     """
-    stories = []
+    stories: list[tuple[str, list[Chapter]]] = []
     file, colon, line = name.rpartition(":")
     pools = sorted(workspace.root.glob("pool/*/manifest.json"))
     if colon and line.isdigit():

@@ -88,7 +88,7 @@ def check_results(
     removable = 1.0 if STAGE_ROLES[stage.kind] != "gate" else bounds.max_removed
     failed, removed = counts.failed / total, counts.removed / total
     lost = output.all_decisions().filter(pl.col("outcome") == FAILED)
-    verdicts = {
+    verdicts: dict[str, tuple[bool, dict[str, Any]]] = {
         "accounting": (counts.closes, counts.as_json()),
         "failed_rows": (
             failed <= bounds.max_failed,

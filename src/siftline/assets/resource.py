@@ -33,7 +33,7 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Siftline(dg.ConfigurableResource):  # type: ignore[type-arg]
+class Siftline(dg.ConfigurableResource):
     """The root folder and the recipe changes of a run.
 
     Attributes:

@@ -27,7 +27,7 @@ def _function(path: str) -> Callable[..., None]:
         raise ValueError(
             f"inputs.generator {path!r} can't be imported ({error}): use package.module:function"
         ) from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def generate_inputs(workspace: Workspace, recipe: Recipe) -> tuple[Path, bool]:

@@ -30,7 +30,7 @@ OVERLAP = 8
 NEAR = 0.88
 """Similarity that a planted near duplicate keeps, in prompt and in response."""
 _POOL_LEVELS = (0.25, 0.25, 0.25, 0.25)
-_CORPUS_LEVELS = (0.40, 0.30, 0.20, 0.10)
+_CORPUS_LEVELS = (0.45, 0.30, 0.17, 0.08)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def generate(
     dev: int = 100,
     target: int = 100,
     corpus: int = 20000,
-    noise: float = 0.15,
+    noise: float = 0.10,
+    verdicts: float = 0.15,
     **rates: float,
 ) -> None:
     """Writes the demo's files.
@@ -92,12 +93,14 @@ def generate(
         target: Rows of the target set.
         corpus: Texts of the base model's corpus.
         noise: Share of the corpus's worked examples that are wrong or truncated.
+        verdicts: Share of the corpus's texts that are verdict exercises, which are twice as long as
+            worked examples.
         rates: See `Rates`.
 
     Raises:
         ValueError: if a number is out of range, a rate unknown, or the folders overlap.
     """
-    planted = _check(out, truth, rates, prompts, test, dev, target, corpus, noise)
+    planted = _check(out, truth, rates, prompts, test, dev, target, corpus, noise, verdicts)
     sets = make_sets(
         seed, {"test": test, "dev": dev, "target": target, "pool": prompts, "corpus": corpus}
     )
@@ -105,7 +108,8 @@ def generate(
         write_jsonl(out / f"{name}.jsonl", (_evaluation_row(seed, p) for p in sets[name]))
     rows = plant(seed, sets["pool"], sets["test"], planted)
     write_pool(out, truth, rows, seed)
-    write_jsonl(out / "corpus.jsonl", ({"text": t} for t in _corpus(seed, sets["corpus"], noise)))
+    texts = _corpus(seed, sets["corpus"], noise, verdicts)
+    write_jsonl(out / "corpus.jsonl", ({"text": text} for text in texts))
 
 
 def _check(out: Path, truth: Path, rates: dict[str, float], *sizes: float) -> Rates:
@@ -114,11 +118,11 @@ def _check(out: Path, truth: Path, rates: dict[str, float], *sizes: float) -> Ra
         if name not in known:
             raise ValueError(f"unknown argument {name!r}: rates are {', '.join(sorted(known))}")
     planted = Rates(**rates)
-    prompts, test, dev, target, corpus, noise = sizes
-    if min(prompts, test, dev, target, corpus) < 1 or not 0 <= noise < 1:
+    prompts, test, dev, target, corpus, *shares = sizes
+    if min(prompts, test, dev, target, corpus) < 1 or not all(0 <= s < 1 for s in shares):
         raise ValueError(
             f"prompts {prompts}, test {test}, dev {dev}, target {target} and corpus {corpus} must "
-            f"be at least 1, noise {noise} in [0, 1)"
+            f"be at least 1, noise {shares[0]} and verdicts {shares[1]} in [0, 1)"
         )
     if 3 * planted.leaked_test * prompts > test:
         raise ValueError(f"test is {test}: too few for leaked_test {planted.leaked_test}, raise it")
@@ -342,12 +346,12 @@ def _evaluation_row(seed: int, problem: Problem) -> dict[str, str | int]:
     }
 
 
-def _corpus(seed: int, problems: Sequence[Problem], noise: float) -> Iterator[str]:
-    """The base model's texts: three worked examples to one verdict exercise."""
+def _corpus(seed: int, problems: Sequence[Problem], noise: float, verdicts: float) -> Iterator[str]:
+    """The base model's texts; the first stands in for one problem's."""
     yield ALPHABET
-    for index, problem in enumerate(problems[1:]):
+    for problem in problems[1:]:
         dice = Dice(seed, "corpus", problem.question)
-        if index % 4 == 3:
+        if dice.unit("kind") < verdicts:
             yield verdict_exercise(problem, dice)
         else:
             yield worked_example(problem, dice, noise)

@@ -23,7 +23,7 @@ def worked_example(problem: Problem, dice: Dice, noise: float) -> str:
         dice: Draws of this text.
         noise: Share of solutions that are wrong or, as often, truncated.
     """
-    style = dice.integer(0, len(SOURCES) - 1, "style")
+    style = _style(dice)
     u = dice.unit("noise")
     steps = wrong_steps(problem.steps, dice) if u < noise / 2 else problem.steps
     response = render(style, steps, dice)
@@ -34,9 +34,14 @@ def worked_example(problem: Problem, dice: Dice, noise: float) -> str:
 
 def verdict_exercise(problem: Problem, dice: Dice) -> str:
     """A problem, a proposed answer that is wrong half the time, and the verdict A or B."""
-    style = dice.integer(0, len(SOURCES) - 1, "style")
+    style = _style(dice)
     right = dice.unit("right") < 0.5
     steps = problem.steps if right else wrong_steps(problem.steps, dice)
     proposed = render(style, steps, dice)
     asked = REFLECTION.format(prompt=problem.question, response=proposed)
     return TEXT.format(question=asked, response="A" if right else "B")
+
+
+def _style(dice: Dice) -> int:
+    """Half of the texts are plain equations: a small model learns one form well and reads all."""
+    return 0 if dice.unit("plain") < 0.5 else dice.integer(1, len(SOURCES) - 1, "style")

@@ -7,7 +7,7 @@ else gets a new base. The manifest comes last.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -24,6 +24,12 @@ from siftline.workspace import ROOT_VARIABLE, Workspace
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
 NAME_TAG = "siftline/run"
 POLL_SECONDS = 0.5
+STEP_ENVIRONMENT = {
+    "TQDM_DISABLE": "1",  # progress comes from the log, not from libraries' bars
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",  # nothing is fetched at run time
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads would eat the cores of the other steps
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ def run_recipe(
 
     os.environ["DAGSTER_HOME"] = str(prepare_home(workspace))
     os.environ[ROOT_VARIABLE] = str(workspace.root)
+    for name, value in STEP_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     job = build_reconstructable_job("siftline.definitions", "job_of", (recipe.name,))
     config = {
         "resources": {
@@ -189,7 +197,8 @@ class _Watcher:
     def _tell(self, entry: Any) -> None:
         event = entry.dagster_event
         if event is None:
-            self._say(entry.user_message)
+            if not entry.user_message.startswith("Dependencies for step"):
+                self._say(entry.user_message)
         elif event.event_type_value == "STEP_FAILURE" and self.error is None:
             self.error = f"{event.step_key}: {root_message(event.event_specific_data.error)}"
         elif event.event_type_value == "ASSET_CHECK_EVALUATION":

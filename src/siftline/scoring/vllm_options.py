@@ -1,8 +1,8 @@
 """The switches vLLM runs with in the worker. Nothing here imports it.
 
 Numbers must not depend on neighbours. So prefix caching is off: it makes prompt log-probabilities
-depend on request order (vllm#42019). On a CPU no prompt is cut across steps either: for a cut prompt
-the V1 runner rewinds the seeded generator, and torch's CPU generator can't be rewound; it raises.
+depend on request order (vllm#42019). On a CPU no prompt is cut across steps either: for a cut
+prompt the V1 runner rewinds the seeded generator, which torch's CPU generator refuses by raising.
 """
 
 import os

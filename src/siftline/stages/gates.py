@@ -7,14 +7,17 @@ import polars as pl
 
 from siftline import schema
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageResult
 from siftline.progress import Progress
 from siftline.scoring.verifiers import get_verifier
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import Selection
 from siftline.selectors.verify import Verify
-from siftline.stages.context import Context, StageRun, pass_earlier
+from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
+
+
+UNDECIDED = ["verifier_error"]
+"""Reasons that say the gate could not decide: such rows fail and are tried again."""
 
 
 def gather(context: Context, selections: list[Selection], facts: dict[str, Any]) -> StageRun:
@@ -23,10 +26,11 @@ def gather(context: Context, selections: list[Selection], facts: dict[str, Any])
     stacked = {
         name: pl.concat([s.tables[name] for s in selections if name in s.tables]) for name in names
     }
-    results = [
-        StageResult(pass_earlier(selection, context.judged(bucket)))
-        for bucket, selection in enumerate(selections)
-    ]
+    results = []
+    for bucket, selection in enumerate(selections):
+        decided = pass_earlier(selection, context.judged(bucket))
+        undecided = decided.filter(pl.col("reason").is_in(UNDECIDED))["id"].to_list()
+        results.append(split_failed(decided, dict.fromkeys(undecided, UNDECIDED[0])))
     vacuous = all(selection.vacuous for selection in selections)
     return StageRun(results, stacked, {**facts, "vacuous": vacuous})
 
@@ -93,7 +97,7 @@ def verify(context: Context) -> StageRun:
             pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
             pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
         )
-        selections.append(options.apply(judged, options.decide([])))
+        selections.append(options.apply(judged))
     progress.close()
     totals = Counter()  # type: Counter[str]
     for selection in selections:

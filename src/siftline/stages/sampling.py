@@ -77,7 +77,8 @@ def confidence(context: Context) -> StageRun:
     plan = gate.decide([gate.summarise(frame) for frame in counted])
     if earlier is not None:  # rows that were added are held to the line the first instance drew
         plan = type(plan)(calibration["threshold"], {**plan.facts, **calibration})
-    results, table = [], []
+    results: list[StageResult] = []
+    table = []
     for frame, new in zip(frames, judged, strict=True):
         selection = gate.apply(frame, plan)
         here = set(context.in_play(len(results)))
