@@ -104,7 +104,7 @@ def summary(workspace: Workspace, recipe: Recipe) -> dict[str, Any]:
     return {
         "curated": str(folder),
         "report": str(page),
-        "rows": numbers["rows"],
+        "rows": {stage.name: numbers["rows"][stage.name] for stage in recipe.stages},
         "accuracy": accuracy,
         "notes": numbers["notes"],
     }

@@ -110,7 +110,7 @@ def file_hash(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically; leaves an equal file untouched."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.exists() and path.read_bytes() == text.encode():
         return
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -214,7 +214,7 @@ class Manifest:
                 parts=tuple(Part(**part) for part in raw["parts"]),
                 info=raw["info"],
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest ({error}): delete it, run again") from error
 
     def save(self, path: Path) -> None:

@@ -6,8 +6,11 @@ holds. A bucket that did not change keeps its files; one that only grew gets a d
 else gets a new base. The manifest comes last.
 """
 
+import fcntl
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +20,11 @@ import pyarrow.parquet as pq
 
 from siftline import schema
 from siftline.ingest.readers import Source, fingerprint, read_sources
-from siftline.shards import Manifest, PartWriter, RowHash, content_hash, read_bucket
+from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
 _SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
+_ORDER = {ROWS: ("id",), PROVENANCE: ("id", "file", "line"), QUARANTINE: ("file", "line")}
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,26 @@ class Pool:
         return self.manifest.buckets
 
     def read(self, table: str, bucket: int, columns: list[str] | None = None) -> pa.Table:
-        """Reads one bucket of `rows`, `provenance` or (bucket 0 only) `quarantine`."""
-        return read_bucket(
+        """Reads one bucket of `rows`, `provenance` or (bucket 0 only) `quarantine`, sorted."""
+        found = read_bucket(
             self.folder, self.manifest, table, bucket, schema=_SCHEMAS[table], columns=columns
         )
+        return _sorted(table, found)
 
     def rows(self, bucket: int, columns: list[str] | None = None) -> pa.Table:
         """Rows of one bucket, sorted by id."""
         wanted = columns if columns is None or "id" in columns else ["id", *columns]
-        return self.read(ROWS, bucket, wanted).sort_by("id")
+        return self.read(ROWS, bucket, wanted)
 
     def all_rows(self, columns: list[str] | None = None) -> pa.Table:
         """All rows sorted by id, for sets that fit memory (evaluation sets do)."""
         return pa.concat_tables(self.rows(b, columns) for b in range(self.buckets))
+
+
+def _sorted(table: str, data: pa.Table) -> pa.Table:
+    """In the table's order, as far as its columns were read: deltas must not show."""
+    order = [(name, "ascending") for name in _ORDER[table] if name in data.column_names]
+    return data.sort_by(order) if order else data
 
 
 def collapse(rows: pa.Table) -> pa.Table:
@@ -99,11 +110,12 @@ def collapse(rows: pa.Table) -> pa.Table:
 
 
 class _Spill:
-    """One scratch file per bucket and table, written batch by batch."""
+    """One scratch file per bucket and table, written batch by batch; close it to read."""
 
     def __init__(self, folder: Path, buckets: int) -> None:
         self.folder, self.buckets = folder, buckets
         self._writers: dict[tuple[str, int], pq.ParquetWriter] = {}
+        self._opened = ExitStack()
 
     def add(self, table: str, data: pa.Table) -> None:
         of = [schema.bucket_of(i, self.buckets) for i in data.column("id").to_pylist()]
@@ -111,13 +123,15 @@ class _Spill:
         for bucket in sorted(set(of)):
             key = (table, bucket)
             if key not in self._writers:
-                path = self._path(table, bucket)
-                self._writers[key] = pq.ParquetWriter(path, _SCHEMAS[table], compression="lz4")
+                # A writer of its own file leaves it open where a full disk fails its close.
+                sink = self._opened.enter_context(pa.OSFile(str(self._path(table, bucket)), "wb"))
+                writer = pq.ParquetWriter(sink, _SCHEMAS[table], compression="lz4")
+                self._writers[key] = self._opened.enter_context(writer)
             self._writers[key].write_table(data.filter(pa.compute.equal(column, bucket)))
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        """Closes every file, whatever fails."""
+        self._opened.close()
 
     def read(self, table: str, bucket: int) -> pa.Table:
         if (table, bucket) not in self._writers:
@@ -139,33 +153,52 @@ def build_pool(
         progress: Called with the number of input rows of each batch read.
 
     Returns:
-        The manifest; the one on disk, untouched, where neither inputs nor `spec` changed.
+        The manifest; the one on disk, untouched, where neither inputs nor `spec` changed. Where
+        another process builds the pool, this one waits for it.
 
     Raises:
         ValueError: if no row could be read, too many could not, or `buckets` changed.
     """
     path = folder / "manifest.json"
-    old = Manifest.load(path) if path.exists() else None
     inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine])
-    if old is not None:
-        if old.buckets != spec.buckets:
-            raise ValueError(
-                f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "
-                f"{spec.buckets}: give the new one another name, or delete {folder}"
-            )
-        if old.info["inputs"] == inputs:
-            return old
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".scratch"
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
-    scratch.mkdir()
-    try:
+    with _sole_builder(folder) as scratch:
+        old = Manifest.load(path) if path.exists() else None
+        if old is not None:
+            if old.buckets != spec.buckets:
+                raise ValueError(
+                    f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "
+                    f"{spec.buckets}: give the new one another name, or delete {folder}"
+                )
+            if old.info["inputs"] == inputs and all(_there(folder, p) for p in old.parts):
+                return old
         spill, quarantine = _read(spec, scratch, progress)
         manifest = _write(folder, spec, inputs, old, spill, quarantine)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    manifest.save(path)
+        manifest.save(path)
     return manifest
+
+
+def _there(folder: Path, part: Part) -> bool:
+    return (folder / part.file).exists()
+
+
+@contextmanager
+def _sole_builder(folder: Path) -> Iterator[Path]:
+    """Holds the pool for writing; yields an empty scratch folder that is removed at the end.
+
+    The lock belongs to the process, so that of a killed one is free at once.
+    """
+    with (folder / ".lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in folder.glob(".*.parquet*"):  # by a killed build
+            left.unlink()
+        scratch = folder / ".scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read(
@@ -174,15 +207,15 @@ def _read(
     spill = _Spill(scratch, spec.buckets)
     quarantined: list[pa.Table] = []
     read = 0
-    for batch in read_sources(spec.inputs):
-        spill.add(ROWS, batch.rows)
-        spill.add(PROVENANCE, batch.provenance)
-        quarantined.append(batch.quarantine)
-        read += batch.provenance.num_rows
-        progress(batch.provenance.num_rows + batch.quarantine.num_rows)
-    spill.close()
+    with closing(spill):
+        for batch in read_sources(spec.inputs):
+            spill.add(ROWS, batch.rows)
+            spill.add(PROVENANCE, batch.provenance)
+            quarantined.append(batch.quarantine)
+            read += batch.provenance.num_rows
+            progress(batch.provenance.num_rows + batch.quarantine.num_rows)
     quarantine = pa.concat_tables([schema.QUARANTINE.empty_table(), *quarantined])
-    quarantine = quarantine.sort_by([("file", "ascending"), ("line", "ascending")])
+    quarantine = _sorted(QUARANTINE, quarantine)
     bad, total = quarantine.num_rows, read + quarantine.num_rows
     first = f"{_where(quarantine)}" if bad else ""
     if not read:
@@ -214,9 +247,8 @@ def _write(
         rows = collapse(spill.read(ROWS, bucket))
         version.update(rows)
         _write_bucket(writer, folder, old, ROWS, bucket, rows)
-        lines = spill.read(PROVENANCE, bucket)
-        order = [("id", "ascending"), ("file", "ascending"), ("line", "ascending")]
-        _write_bucket(writer, folder, old, PROVENANCE, bucket, lines.sort_by(order))
+        lines = _sorted(PROVENANCE, spill.read(PROVENANCE, bucket))
+        _write_bucket(writer, folder, old, PROVENANCE, bucket, lines)
     writer.add(QUARANTINE, 0, quarantine)
     parts = tuple(writer.parts)
     counts = {t: sum(p.rows for p in parts if p.table == t) for t in _SCHEMAS}
@@ -229,14 +261,16 @@ def _write_bucket(
 ) -> None:
     """Writes a bucket as: its old parts, its old parts plus a delta, or a new base."""
     kept = [p for p in old.parts if (p.table, p.bucket) == (table, bucket)] if old else []
-    if kept:
+    if kept and all(_there(folder, part) for part in kept):
         assert old is not None
         before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
-        known = set(map(repr, before.to_pylist()))
-        now = data.to_pylist()
-        fresh = pa.array([repr(row) not in known for row in now], pa.bool_())
-        if len(now) - sum(fresh.to_pylist()) == before.num_rows:
+        # Counted: both halves of a pair of equal answers have the same provenance line.
+        missing, fresh = Counter(map(repr, before.to_pylist())), []
+        for line in map(repr, data.to_pylist()):
+            fresh.append(not missing[line])
+            missing[line] -= not fresh[-1]
+        if not any(missing.values()):
             writer.parts.extend(kept)
-            writer.add(table, bucket, data.filter(fresh))
+            writer.add(table, bucket, data.filter(pa.array(fresh, pa.bool_())))
             return
     writer.add(table, bucket, data)

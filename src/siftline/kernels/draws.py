@@ -31,8 +31,8 @@ def uniforms(seed: int, stage: str, ids: Sequence[str], index: int = 0) -> np.nd
     """
     prefix = f"{seed}\x1f{stage}\x1f{index}\x1f".encode()
     raw = b"".join(hashlib.blake2b(prefix + i.encode(), digest_size=8).digest() for i in ids)
-    # 53 bits fill a double's mantissa; the half step keeps 0 and 1 out, where log() is infinite.
-    return ((np.frombuffer(raw, dtype="<u8") >> 11).astype(np.float64) + 0.5) / 2.0**53
+    # The half step keeps 0 and 1 out, where log() is infinite; with 53 bits it would round to 1.
+    return ((np.frombuffer(raw, dtype="<u8") >> 12).astype(np.float64) + 0.5) / 2.0**52
 
 
 def gumbel_top_k(

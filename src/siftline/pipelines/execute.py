@@ -73,7 +73,10 @@ def _born(pid: int) -> str | None:
 
 
 def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Marks runs of dead processes of this machine as failed and frees their pool slots.
+    """Marks runs of dead processes of this machine as failed and frees slots nobody works in.
+
+    A killed run would block the next one for good where no daemon runs, and so would a step that
+    crashed without giving its slot back.
 
     Returns:
         Ids of the runs that were buried.
@@ -86,9 +89,12 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
             continue
         if _born(int(pid)) == run.tags.get(BORN_TAG):
             continue
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         instance.report_run_failed(run, message=f"process {pid} of the run is gone")
         buried.append(run.run_id)
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return buried
 
 

@@ -228,7 +228,11 @@ def _evaluated(
     if not path.exists():
         with engines() as opened:
             answered = evaluate(
-                opened.get(spec), questions, get_verifier("math"), settings, progress.reach
+                opened.get(spec),
+                questions,
+                get_verifier(settings.verifier),
+                settings,
+                progress.reach,
             )
         shards.write_parquet(answered.to_arrow(), path)
     frame = pl.from_arrow(shards.read_parquet(path))

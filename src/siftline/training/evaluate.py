@@ -29,7 +29,7 @@ RESULT = {
 }
 OVERALL = "all"
 FLOOR = 0.02
-"""Accuracy below which a model counts as unable: 3 right of 150 say nothing about a method."""
+"""Accuracy a model must clearly exceed: a few lucky answers say nothing about a method."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Evaluation:
     Attributes:
         max_new_tokens: Most tokens of an answer; 512 is lm-evaluation-harness's order of size.
         temperature: 0 takes the most likely token, as accuracy tables do.
+        verifier: Who judges the answers: `math`, `exact` or an import path.
         level_column: Column with the level of difficulty; a frame without it has no levels.
         batch_tokens: Most tokens of a planned batch, prompt and answer, padding included.
         batch_rows: Most questions of a planned batch.
@@ -47,6 +48,7 @@ class Evaluation:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
+    verifier: str = "math"
     level_column: str = "level"
     batch_tokens: int = 65536
     batch_rows: int = 256
@@ -142,11 +144,11 @@ def _by_level(results: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
 
 
 def at_floor(interval: Interval, guess: float = 0.0) -> bool:
-    """Whether an accuracy can't be told from guessing, or lies below `FLOOR`.
+    """Whether an accuracy can't be told from guessing, or from `FLOOR` where that is higher.
 
     Differences between models at the floor say nothing about how they were trained.
     """
-    return interval.low <= guess or interval.estimate < FLOOR
+    return interval.low <= max(guess, FLOOR)
 
 
 def summarise_accuracy(
