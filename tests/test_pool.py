@@ -283,6 +283,17 @@ def test_any_history_reads_like_a_fresh_build(versions, pairs):
         assert last is not None
 
 
+@pytest.mark.parametrize("turn", [(0, 1), (1, 0)])
+def test_pairs_of_equal_answers_have_two_provenance_lines(tmp_path, turn):
+    """Both halves are one row from one line: counted, so that no line is lost or stays behind."""
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": other} for other in ("a", "b")]
+    files = [{"a.jsonl": [pairs[i], {"prompt": "p", "chosen": "c", "rejected": "d"}]} for i in turn]
+    build(tmp_path / "kept", files[0])
+    pool = build(tmp_path / "kept", files[1])
+    assert content(pool) == content(build(tmp_path / "fresh", files[1]))
+    assert len(content(pool)[PROVENANCE]) == 4
+
+
 def test_a_changed_number_of_buckets_is_refused(tmp_path):
     old = content(build(tmp_path, {"a.jsonl": [line("p")]}))
     with pytest.raises(ValueError, match=r"'toy' has 4 buckets and can't be recut to 8: give") as e:
@@ -369,7 +380,8 @@ def test_a_killed_build_leaves_the_old_version_and_the_next_one_is_right(tmp_pat
     dry = [*command, str(tmp_path / "dry"), str(tmp_path / "in"), "-1"]
     steps = int(subprocess.run(dry, check=True, capture_output=True).stdout)
     assert steps > 40
-    for at in random.Random(0).sample(range(2, steps), 3):
+    # Two points at random, and the last moment before the manifest is renamed into place.
+    for at in (*random.Random(0).sample(range(2, steps - 1), 2), steps - 1):
         folder = tmp_path / f"killed{at}"
         shutil.copytree(tmp_path / "pool", folder)
         arguments = [str(folder), str(tmp_path / "in"), str(at)]

@@ -6,6 +6,7 @@ tuples and string-keyed mappings. It knows nothing about recipes.
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -106,6 +107,19 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {name}, found {value!r}")
 
 
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuses names that can't be folders and asset names, and names that occur twice.
+
+    Raises:
+        ValueError: naming the first such name.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"{where}: name {name!r}: use letters, digits and _ - .")
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: {name!r} occurs twice: give one of them another name")
+
+
 def override(data: dict[str, Any], assignment: str) -> None:
     """Applies one `a.b.c=value` to nested mappings, in place; the value is read as YAML.
 
@@ -125,20 +139,40 @@ def override(data: dict[str, Any], assignment: str) -> None:
         here = _enter(here, step, path)
     if isinstance(here, list):
         raise ValueError(f"--set {path}: {last!r} is an entry of a list: name one of its keys")
-    here[last] = yaml.safe_load(text)
+    try:
+        here[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"--set {path}: {text!r} is not YAML: {detail}") from error
 
 
 def _enter(here: Any, step: str, path: str) -> Any:
     if isinstance(here, list):
-        for entry in here:
-            for kind, body in entry.items():
-                if step in (kind, (body or {}).get("name")):
-                    entry[kind] = body or {}
-                    return entry[kind]
-        names = [kind for entry in here for kind in entry]
-        raise ValueError(f"--set {path}: no entry {step!r}: {nearest(step, names)}")
+        entries = _entries(here)
+        if step not in entries:
+            raise ValueError(f"--set {path}: no entry {step!r}: {nearest(step, list(entries))}")
+        return entries[step]
     if step not in here or here[step] is None:
         here[step] = {}
     if not isinstance(here[step], dict | list):
         raise ValueError(f"--set {path}: {step!r} holds {here[step]!r}, not a mapping")
     return here[step]
+
+
+def _entries(items: list[Any]) -> dict[str, dict[str, Any]]:
+    """Mappings in a list by name, else by their one key; what else it holds can't be entered."""
+    keyed: dict[str, dict[str, Any]] = {}
+    named: dict[str, dict[str, Any]] = {}
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        body = item
+        if len(item) == 1:
+            ((key, body),) = item.items()
+            if body is None:
+                body = item[key] = {}
+            if isinstance(body, dict):
+                keyed.setdefault(str(key), body)
+        if isinstance(body, dict) and "name" in body:
+            named.setdefault(str(body["name"]), body)
+    return keyed | named

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from siftline.config import build, nearest, override
+from siftline.config import build, check_names, convert, nearest, override
 from siftline.ingest.pool import PoolSpec
 from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
@@ -282,20 +282,24 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     for key in ("name", "pool", "models", "stages", "budget"):
         if key not in raw:
             raise ValueError(f"recipe: {key!r} is missing")
-    name = str(raw["name"])
+    name, seed = str(raw["name"]), convert(int, raw.get("seed", 0), "recipe.seed")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"recipe: name {name!r}: use lower-case letters, digits and _")
+    pool, sets = build(PoolSpec, raw["pool"], "pool"), build(Sets, raw.get("sets"), "sets")
+    check_names([pool.name, *(spec.name for _, spec in sets.items())], "pool and sets")
     budget = build(Budget, raw["budget"], "budget")
-    models = {key: _model(body, f"models.{key}") for key, body in raw["models"].items()}
+    bodies = convert(dict[str, Any], raw["models"], "models")
+    models = {key: _model(body, f"models.{key}") for key, body in bodies.items()}
+    check_names(list(models), "models")
     optional = {"inputs": Inputs, "training": Training, "evaluation": Evaluation}
     return Recipe(
         name=name,
-        seed=int(raw.get("seed", 0)),
-        pool=build(PoolSpec, raw["pool"], "pool"),
-        sets=build(Sets, raw.get("sets"), "sets"),
+        seed=seed,
+        pool=pool,
+        sets=sets,
         models=models,
         roles=_roles(raw.get("roles"), models),
-        stages=_stages(raw["stages"], budget, int(raw.get("seed", 0))),
+        stages=_stages(raw["stages"], budget, seed),
         budget=budget,
         bounds=build(Bounds, raw.get("bounds"), "bounds"),
         card=build(Card, raw.get("card"), "card"),
@@ -341,7 +345,7 @@ def _model(body: Any, where: str) -> Model:
 
 
 def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
-    roles = {str(k): str(v) for k, v in (body or {}).items()}
+    roles = convert(dict[str, str], body or {}, "roles")
     if "target" not in roles:
         if len(models) != 1:
             raise ValueError("roles: 'target' is missing: name the model to be tuned")
@@ -368,15 +372,17 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
         stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
         if kind == "rejection_sampling":
             gates = [s for s in stages if s.kind in GATES and s.scope == "all"]
-            stages += [replace(gate, name=f"{gate.name}_added", scope="added") for gate in gates]
-    names = [stage.name for stage in stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"stages: {name!r} occurs twice: give one of them another name")
+            again = f"_{name}" if any(s.scope == "added" for s in stages) else ""
+            added = [replace(s, name=f"{s.name}_added{again}", scope="added") for s in gates]
+            stages += added
+    check_names([stage.name for stage in stages], "stages")
+    if "allocate" in [stage.kind for stage in stages[:-1]]:
+        raise ValueError("stages: allocate spends the budget: put it last, once")
     return tuple(stages)
 
 
 def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    entry = {entry: None} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise ValueError(f"{where}: expected one stage, found {entry!r}")
     ((kind, options),) = entry.items()

@@ -4,6 +4,7 @@ A row is named by its id (or the first digits of it), or by the file and line it
 which is the only name that a quarantined or collapsed input line has.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def explain(
         for path in pools:
             stories += _by_line(Pool(path.parent), path.parent.name, file, int(line), recipes)
     else:
-        if len(name) < SHORTEST or not set(name) <= set("0123456789abcdef"):
+        if not re.fullmatch(f"[0-9a-f]{{{SHORTEST},40}}", name):
             raise ValueError(
                 f"{name!r} is no row id: give {SHORTEST} to 40 hex digits, or FILE:LINE"
             )
@@ -122,6 +123,8 @@ def published_with(workspace: Workspace, identity: str) -> list[Path]:
     """Folders of the published versions that hold a row."""
     found = []
     for folder in sorted(workspace.root.glob("curated/*/*/data")):
+        if folder.parent.is_symlink():  # latest
+            continue
         for file in sorted(folder.glob("*.parquet")):
             ids = pl.scan_parquet(file).filter(pl.col("id") == identity).select("id").collect()
             if ids.height:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from siftline.demo.defects import off_topic, reword, similarity, truncate, wrong_steps
-from siftline.demo.exercises import ALPHABET, verdict_exercise, worked_example
+from siftline.demo.exercises import ALPHABET, drill, verdict_exercise, worked_example
 from siftline.demo.problems import LEVELS, Dice, Problem, make_problem
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
 from siftline.demo.styles import SOURCES, render, style_of
@@ -30,6 +30,8 @@ OVERLAP = 8
 NEAR = 0.88
 """Similarity that a planted near duplicate keeps, in prompt and in response."""
 _POOL_LEVELS = (0.25, 0.25, 0.25, 0.25)
+DRILLS = 0.25
+"""Drills per text of the corpus: a small model learns to add from them sooner than from stories."""
 _CORPUS_LEVELS = (0.45, 0.30, 0.17, 0.08)
 
 
@@ -78,7 +80,7 @@ def generate(
     target: int = 100,
     corpus: int = 20000,
     noise: float = 0.10,
-    verdicts: float = 0.15,
+    verdicts: float = 0.10,
     **rates: float,
 ) -> None:
     """Writes the demo's files.
@@ -355,3 +357,5 @@ def _corpus(seed: int, problems: Sequence[Problem], noise: float, verdicts: floa
             yield verdict_exercise(problem, dice)
         else:
             yield worked_example(problem, dice, noise)
+        if dice.unit("drill") < DRILLS:
+            yield drill(dice)

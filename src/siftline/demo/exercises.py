@@ -11,6 +11,7 @@ from siftline.demo.styles import SOURCES, render
 from siftline.scoring.confidence import REFLECTION
 
 TEXT = "Question: {question}\nAnswer: {response}"
+DRILL_LINES = 6
 ALPHABET = "".join(chr(c) for c in range(32, 127))
 """One text with every printable character, so that a character model has read each one."""
 
@@ -42,6 +43,19 @@ def verdict_exercise(problem: Problem, dice: Dice) -> str:
     return TEXT.format(question=asked, response="A" if right else "B")
 
 
+def drill(dice: Dice) -> str:
+    """A chain of bare equations, each going on from the last result: arithmetic without words."""
+    value = dice.integer(2, 9, "start")
+    lines = []
+    for i in range(DRILL_LINES):
+        right = dice.integer(2, 9 if dice.unit(("small", i)) < 0.7 else 20, ("right", i))
+        op = "-" if right < value and dice.unit(("op", i)) < 0.5 else "+"
+        result = value - right if op == "-" else value + right
+        lines.append(f"{value} {op} {right} = {result}")
+        value = result if result < 60 else dice.integer(2, 9, ("again", i))
+    return "\n".join(lines)
+
+
 def _style(dice: Dice) -> int:
-    """Half of the texts are plain equations: a small model learns one form well and reads all."""
-    return 0 if dice.unit("plain") < 0.5 else dice.integer(1, len(SOURCES) - 1, "style")
+    """Most of the texts are plain equations: a small model learns one form well and reads all."""
+    return 0 if dice.unit("plain") < 0.7 else dice.integer(1, len(SOURCES) - 1, "style")

@@ -34,6 +34,8 @@ class Shortlist:
 
     def diversity(self, budget_rows: int, prompts: int) -> Diversity:
         """The selector for a budget and a number of prompts in play."""
-        size = self.size or shortlist_size(budget_rows, self.oversampling, self.keep_rate)
-        clusters = min(self.clusters, prompts) if self.clusters else None
+        size = self.size
+        if size is None:
+            size = shortlist_size(budget_rows, self.oversampling, self.keep_rate)
+        clusters = None if self.clusters is None else min(self.clusters, prompts)
         return Diversity(min(size, prompts), clusters, self.quota, self.weight, self.seed)
