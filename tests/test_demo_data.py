@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
 
-from siftline.demo.arithmetic import NEAR, generate, word_runs
+from siftline.demo.arithmetic import DRILLS, NEAR, generate, word_runs
 from siftline.demo.audit import ACCEPTED, CHARGED, audit, wrong_removals
 from siftline.demo.defects import similarity, truncate, wrong_steps
 from siftline.demo.problems import LEVELS, LONGEST_QUESTION, Dice, apply_op, make_problem
@@ -167,7 +167,12 @@ def test_neither_source_nor_position_nor_column_gives_a_defect_away(pool, truth)
 
 def test_the_corpus_reads_every_character_and_no_evaluation_or_pool_question(made, pool):
     texts = [line["text"] for line in read(made / "in" / "corpus.jsonl")]
-    assert len(texts) == SIZES["corpus"]
+    drills = [text for text in texts[1:] if not text.startswith("Question: ")]
+    assert len(texts) - len(drills) == SIZES["corpus"]
+    assert abs(len(drills) - DRILLS * SIZES["corpus"]) < 4 * (0.25 * SIZES["corpus"]) ** 0.5
+    for line in "\n".join(drills).split("\n"):
+        left, op, right, _, value = line.split()
+        assert apply_op(int(left), op, int(right)) == int(value)
     written = pool + [
         r for n in ("test", "dev", "target") for r in read(made / "in" / f"{n}.jsonl")
     ]
@@ -177,7 +182,7 @@ def test_the_corpus_reads_every_character_and_no_evaluation_or_pool_question(mad
     assert asked.isdisjoint(row["question"] for row in written)
     verdicts = Counter(text[-1] for text in texts[1:] if "Proposed answer:" in text)
     total = sum(verdicts.values())
-    assert abs(total - 0.15 * SIZES["corpus"]) < 4 * (0.15 * 0.85 * SIZES["corpus"]) ** 0.5
+    assert abs(total - 0.1 * SIZES["corpus"]) < 4 * (0.1 * 0.9 * SIZES["corpus"]) ** 0.5
     assert abs(verdicts["A"] - verdicts["B"]) < 4 * total**0.5
 
 

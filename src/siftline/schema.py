@@ -144,18 +144,26 @@ def bucket_of(identity: str, buckets: int) -> int:
     return int(identity[:8], 16) * buckets >> 32
 
 
-def text_view(rows: pa.Table) -> pl.DataFrame:
+def text_view(rows: pa.Table, *, everything: bool = False) -> pl.DataFrame:
     """Flattens rows to `id, prompt_id, prompt, response, answer, answer_from, source` strings.
 
     `prompt` joins the contents of all messages before the response with newlines; templating for a
     model is done from the messages themselves, never from this view.
+
+    Args:
+        rows: Columns of `ROW`.
+        everything: Also take in reasoning, tool calls and tools: rows that differ in these alone
+            are not the same.
     """
     frame = pl.from_arrow(rows.select(["id", "prompt_id", "answer", "answer_from", "source"]))
     assert isinstance(frame, pl.DataFrame)
+    fields = ("reasoning", "content", "tool_calls") if everything else ("content",)
+    tools = rows.column("tools").to_pylist() if everything else [None] * rows.num_rows
     prompts, responses = [], []
-    for messages in rows.column("messages").to_pylist():
-        prompts.append("\n".join(m["content"] or "" for m in messages[:-1]))
-        responses.append(messages[-1]["content"] or "")
+    for messages, offered in zip(rows.column("messages").to_pylist(), tools, strict=True):
+        told = ["\n".join(m[f] for f in fields if m[f]) for m in messages]
+        prompts.append("\n".join([*([offered] if offered else []), *told[:-1]]))
+        responses.append(told[-1])
     return frame.with_columns(
         pl.Series("prompt", prompts, dtype=pl.String),
         pl.Series("response", responses, dtype=pl.String),

@@ -50,7 +50,7 @@ def generate(
     (out / "pool").mkdir(parents=True, exist_ok=True)
     for file in files:
         rows = list(_rows(file))[:limit]
-        pool = []
+        pool: list[dict[str, Any]] = []
         for row, u in zip(rows, uniforms(seed, STAGE, [r["input_col"] for r in rows]), strict=True):
             split = _split(float(u), test_share, dev_share, base_share)
             (pool if split == "pool" else splits[split]).append(row)

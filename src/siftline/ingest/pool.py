@@ -8,7 +8,6 @@ else gets a new base. The manifest comes last.
 
 import fcntl
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,11 @@ from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, r
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
 _SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
-_ORDER = {ROWS: ("id",), PROVENANCE: ("id", "file", "line"), QUARANTINE: ("file", "line")}
+_ORDER = {
+    ROWS: ("id",),
+    PROVENANCE: ("id", "file", "line", "leftover"),
+    QUARANTINE: ("file", "line"),
+}
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _sole_builder(folder: Path) -> Iterator[Path]:
     """
     with (folder / ".lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in folder.glob(".*.parquet*"):  # by a killed build
+        for left in (*folder.glob(".*.parquet*"), *folder.glob(".manifest.json.*")):  # by a kill
             left.unlink()
         scratch = folder / ".scratch"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -264,13 +267,11 @@ def _write_bucket(
     if kept and all(_there(folder, part) for part in kept):
         assert old is not None
         before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
-        # Counted: both halves of a pair of equal answers have the same provenance line.
-        missing, fresh = Counter(map(repr, before.to_pylist())), []
-        for line in map(repr, data.to_pylist()):
-            fresh.append(not missing[line])
-            missing[line] -= not fresh[-1]
-        if not any(missing.values()):
+        known = set(map(repr, before.to_pylist()))
+        now = data.to_pylist()
+        fresh = pa.array([repr(row) not in known for row in now], pa.bool_())
+        if len(now) - sum(fresh.to_pylist()) == before.num_rows:
             writer.parts.extend(kept)
-            writer.add(table, bucket, data.filter(pa.array(fresh, pa.bool_())))
+            writer.add(table, bucket, data.filter(fresh))
             return
     writer.add(table, bucket, data)

@@ -15,7 +15,6 @@ from siftline.selectors.selection import Selection
 from siftline.selectors.verify import Verify
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 
-
 UNDECIDED = ["verifier_error"]
 """Reasons that say the gate could not decide: such rows fail and are tried again."""
 
@@ -45,7 +44,7 @@ def duplicates(context: Context) -> StageRun:
     for bucket in context.buckets:
         rows = context.rows(bucket)
         added = pl.Series("priority", rows.column("origin").is_valid().to_pylist(), pl.Boolean)
-        view = schema.text_view(rows).with_columns(added.cast(pl.Int64))
+        view = schema.text_view(rows, everything=True).with_columns(added.cast(pl.Int64))
         states.append(options.summarise(view))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
