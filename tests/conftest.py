@@ -1,9 +1,16 @@
 """Fixtures several test files share. Heavy imports stay inside, so light tests stay quick."""
 
+import hashlib
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -34,3 +41,188 @@ def tiny_model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """
     folder: Path = tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
     return folder
+
+
+# ---- the mini recipe: the whole chain through the real command line, once a session ----------
+
+RECIPES = Path(__file__).with_name("recipes")
+GUARD = '''
+import os, sys
+
+def deny(event, args):
+    if event == "open" and os.sep + "truth" + os.sep in os.fspath(args[0] or ""):
+        with open(os.environ["SIFTLINE_TEST_CAUGHT"], "a") as log:
+            log.write(args[0] + "\\n")
+        raise PermissionError(f"the truth is off limits: {args[0]}")
+
+def hook(event, args):
+    if event == "open" and args and isinstance(args[0], (str, os.PathLike)):
+        deny(event, args)
+
+sys.addaudithook(hook)
+'''
+"""Python runs this at the start of every process that finds it on PYTHONPATH as sitecustomize."""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """An environment in which no process may open a path below a folder named truth."""
+
+    environment: dict[str, str]
+    caught: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A root that `siftline run mini` filled, with what the command said; read only."""
+
+    root: Path
+    said: "subprocess.CompletedProcess[str]"
+    truth: Path
+
+
+def mini_environment(*more_python: Path, **changes: str) -> dict[str, str]:
+    """Environment in which a child finds the mini recipe and its generator."""
+    python = os.pathsep.join(map(str, (*more_python, RECIPES)))
+    return os.environ | {
+        "PYTHONPATH": python,
+        "SIFTLINE_RECIPES": str(RECIPES),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **changes,
+    }
+
+
+def siftline(
+    *arguments: object, environment: dict[str, str] | None = None, timeout: float = 500
+) -> "subprocess.CompletedProcess[str]":
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "siftline.cli", *map(str, arguments)],
+        env=environment or mini_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, modification time and size of every file below `root` but Dagster's own."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if path.is_file() and name.parts[0] != ".dagster":
+            stat = path.stat()
+            found[str(name)] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return found
+
+
+def tree_bytes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, and where links point."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found, f"nothing below {folder}"
+    return found
+
+
+def copy_root(source: Path, target: Path, *parts: str) -> Path:
+    """Copies folders of a root (all but Dagster's by default) to a new one."""
+    names = parts or [p.name for p in source.iterdir() if p.name != ".dagster"]
+    for name in names:
+        shutil.copytree(source / name, target / name, symlinks=True)
+    return target
+
+
+def run_chain(root: Path, recipe: Any, until: str | None = None) -> list[tuple[str, Any, bool]]:
+    """Does what the assets do, in this process, up to the curated version or the stage `until`.
+
+    Returns:
+        (stage, output, computed now) for every stage that was run.
+    """
+    from siftline.assets.shared import build, generate_inputs, score, train_base
+    from siftline.stages.publish import publish_curated
+    from siftline.stages.run import run_stage
+    from siftline.workspace import Workspace
+
+    def quiet(line: str) -> None: ...
+
+    workspace = Workspace(root)
+    generate_inputs(workspace, recipe)
+    for spec in (recipe.pool, *(spec for _, spec in recipe.sets.items())):
+        build(workspace, recipe, spec.name, quiet)
+    for name, model in recipe.models.items():
+        if model.pretrain is not None:
+            train_base(workspace, recipe, name, quiet)
+    score(workspace, recipe, quiet)
+    done = []
+    for stage in recipe.stages:
+        output, fresh = run_stage(workspace, recipe, stage.name, quiet)
+        done.append((stage.name, output, fresh))
+        if stage.name == until:
+            return done
+    publish_curated(workspace, recipe)
+    return done
+
+
+@pytest.fixture(scope="session")
+def mini_tools() -> ModuleType:
+    """This module's functions, for tests that can't import conftest."""
+    return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
+    """Forbids the truth to every process that is started with this environment."""
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+    caught = folder / "caught"
+    return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Finished:
+    """`siftline run mini`, once: the truth is out of the root before the run and off limits."""
+    root = tmp_path_factory.mktemp("mini") / "root"
+    made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
+    assert made.returncode == 0, made.stderr
+    truth = root.parent / "truth"
+    shutil.move(root / "truth", truth)
+    said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
+    assert said.returncode == 0, said.stderr[-4000:]
+    return Finished(root, said, truth)
+
+
+@pytest.fixture
+def mini(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`mini(*overrides)` is the recipe, in a process that finds it; with its generator."""
+    from siftline.library import find
+
+    monkeypatch.setenv("SIFTLINE_RECIPES", str(RECIPES))
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return lambda *overrides: find("mini", overrides)
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the rows that the transformers engine is asked for, by method."""
+    from siftline.scoring.transformers_engine import TransformersEngine
+
+    counts: dict[str, int] = {}
+
+    def counting(name: str) -> Callable[..., Any]:
+        original = getattr(TransformersEngine, name)
+
+        def asked(self: Any, rows: Any, *rest: Any, **named: Any) -> Any:
+            counts[name] = counts.get(name, 0) + len(rows)
+            return original(self, rows, *rest, **named)
+
+        return asked
+
+    for name in ("score", "choices", "generate", "embed"):
+        monkeypatch.setattr(TransformersEngine, name, counting(name))
+    return counts

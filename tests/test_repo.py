@@ -241,23 +241,29 @@ def test_the_readme_says_what_this_is():
 
 
 def tree_paths(text: str) -> list[str]:
-    """Paths that a file tree drawn with box characters names."""
-    paths, above = [], []
+    """Paths that a file tree drawn with box characters names, below the folder above it."""
+    paths: list[str] = []
+    above: list[str] = []
+    base, start = "", None
     for line in text.splitlines():
-        match = re.match(r"^((?:[│ ]\s{2,3})*)[├└]──\s+(.+)$", line.strip("\n"))
-        if not match:
+        at = max(line.find("├──"), line.find("└──"))
+        if at < 0:
+            if "│" not in line:
+                base, start = line.strip(), None
             continue
-        depth = len(match[1]) // 4
-        names = re.split(r"\s{2,}|\s#", match[2].strip())[0].split()
+        start = at if start is None else start
+        depth = (at - start) // 4
+        names = re.split(r"\s{2,}|\s#", line[at + 3 :].strip())[0].split()
         above = [*above[:depth], names[0].rstrip("/")]
-        paths += ["/".join([*above[:depth], name.rstrip("/")]) for name in names]
+        root = base if re.fullmatch(r"[\w./-]+/", base) else ""
+        paths += [root + "/".join([*above[:depth], name.rstrip("/")]) for name in names]
     return paths
 
 
 def test_the_file_tree_of_the_readme_names_existing_files():
-    assert tree_paths("├── a/  what\n│   ├── b.py\n│   └── c/\n│       └── d\n└── e  f") == [
-        "a", "a/b.py", "a/c", "a/c/d", "e",
-    ]  # fmt: skip
+    drawn = "  src/\n  ├── a/  what\n  │   ├── b.py\n  │   └── c/\n  │       └── d\n  └── e  f"
+    assert tree_paths(drawn) == ["src/a", "src/a/b.py", "src/a/c", "src/a/c/d", "src/e"]
+    assert tree_paths("Files:\n\n├── a b\n└── c") == ["a", "b", "c"]
     missing = [path for path in tree_paths(readme()) if not (ROOT / path).exists()]
     assert not missing
 

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from siftline.assets.outcome import outcome_assets
+from siftline.assets.outcome import outcome_assets, outcomes
 from siftline.assets.resource import Siftline
 from siftline.assets.shared import inputs_asset, likelihood_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
@@ -29,6 +29,8 @@ def compose() -> dg.Definitions:
         ValueError: if a recipe is not valid, or two define one shared asset differently.
     """
     recipes = all_recipes()
+    for recipe in recipes:
+        _check_names(recipe)
     assets: dict[dg.AssetKey, dg.AssetsDefinition] = {}
     owners: dict[dg.AssetKey, Recipe] = {}
     for recipe in recipes:
@@ -49,6 +51,16 @@ def compose() -> dg.Definitions:
         resources={"siftline": Siftline()},
         executor=dg.multiprocess_executor,
     )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuses a stage whose asset would take the place of another of the recipe's."""
+    for stage in recipe.stages:
+        if stage.name in outcomes(recipe):
+            raise ValueError(
+                f"recipe {recipe.name!r}: a stage can't be called {stage.name!r}, that is what "
+                "comes after the stages: rename it"
+            )
 
 
 def shared_part(recipe: Recipe) -> tuple[object, ...]:

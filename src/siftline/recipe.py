@@ -234,7 +234,11 @@ class Recipe:
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {k: v for k, v in asdict(recipe).items() if k != "schedule"}
+    """What decides the bytes: neither the schedule nor how the pools are cut does."""
+    plain = {k: v for k, v in asdict(recipe).items() if k != "schedule"}
+    for spec in (plain["pool"], *(s for sets in plain["sets"].values() for s in sets)):
+        del spec["buckets"]
+    return plain
 
 
 def expand(text: str, inputs: Path | None = None) -> str:

@@ -221,6 +221,10 @@ class Manifest:
         """Writes the manifest; call it after every part is in place."""
         write_json(path, asdict(self))
 
+    def missing(self, folder: Path) -> list[str]:
+        """Files of the manifest that are not in `folder`."""
+        return [part.file for part in self.parts if not (folder / part.file).exists()]
+
     def rows(self, table: str) -> int:
         """Number of rows of one table over all its parts."""
         return sum(part.rows for part in self.parts if part.table == table)

@@ -6,7 +6,6 @@ which is the only name that a quarantined or collapsed input line has.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -42,23 +41,24 @@ def explain(
     pools = sorted(workspace.root.glob("pool/*/manifest.json"))
     if colon and line.isdigit():
         for path in pools:
-            stories += _by_line(Pool(path.parent), path.parent.name, file, int(line), recipes)
+            stories += _by_line(workspace, path.parent.name, file, int(line), recipes)
     else:
         if not re.fullmatch(f"[0-9a-f]{{{SHORTEST},40}}", name):
             raise ValueError(
                 f"{name!r} is no row id: give {SHORTEST} to 40 hex digits, or FILE:LINE"
             )
         for path in pools:
-            stories += _by_id(Pool(path.parent), path.parent.name, name, recipes)
-        stories += _added(name, recipes)
+            stories += _by_id(workspace, path.parent.name, name, recipes)
+        stories += _added(workspace, name, recipes)
     if not stories:
         raise ValueError(f"no pool or stage under {workspace.root} knows {name!r}")
     return stories
 
 
 def _by_line(
-    pool: Pool, title: str, file: str, line: int, recipes: list[Any]
+    workspace: Workspace, title: str, file: str, line: int, recipes: list[Any]
 ) -> Iterator[tuple[str, list[Chapter]]]:
+    pool = Pool(workspace.pool(title))
     here = (pl.col("file") == file) & (pl.col("line") == line)
     bad = _frame(pool.read(QUARANTINE, 0)).filter(here)
     for row in bad.to_dicts():
@@ -67,12 +67,13 @@ def _by_line(
     for bucket in range(pool.buckets):
         found = _frame(pool.read(PROVENANCE, bucket)).filter(here)
         for identity in found["id"].to_list():
-            yield from _by_id(pool, title, identity, recipes)
+            yield from _by_id(workspace, title, identity, recipes)
 
 
 def _by_id(
-    pool: Pool, title: str, name: str, recipes: list[Any]
+    workspace: Workspace, title: str, name: str, recipes: list[Any]
 ) -> Iterator[tuple[str, list[Chapter]]]:
+    pool = Pool(workspace.pool(title))
     bucket = bucket_of(name.ljust(40, "0"), pool.buckets)
     rows = _frame(pool.read(ROWS, bucket, ["id", "copies", "source"]))
     found = rows.filter(pl.col("id").str.starts_with(name)).to_dicts()
@@ -87,6 +88,7 @@ def _by_id(
             told = True
             stages = [(stage.name, output) for stage, output in done]
             later = list(stage_chapters(row["id"], stages, pool.buckets))
+            later += _published(workspace, recipe, row["id"])
             yield f"recipe {recipe.name}, row {row['id']}", chapters + later
         if not told:
             yield f"pool {title}, row {row['id']}", chapters
@@ -101,7 +103,9 @@ def _origins(pool: Pool, bucket: int, row: dict[str, Any]) -> Iterator[Chapter]:
         yield Chapter("pool", "collapsed" if i else "read", detail)
 
 
-def _added(name: str, recipes: list[Any]) -> Iterator[tuple[str, list[Chapter]]]:
+def _added(
+    workspace: Workspace, name: str, recipes: list[Any]
+) -> Iterator[tuple[str, list[Chapter]]]:
     """Rows that a stage brought: no pool knows them."""
     for recipe, done in recipes:
         for _, output in done:
@@ -110,6 +114,7 @@ def _added(name: str, recipes: list[Any]) -> Iterator[tuple[str, list[Chapter]]]
             for identity in [i for i in ids if i.startswith(name)]:
                 stages = [(stage.name, output) for stage, output in done]
                 chapters = list(stage_chapters(identity, stages, output.manifest.buckets))
+                chapters += _published(workspace, recipe, identity)
                 yield f"recipe {recipe.name}, row {identity}", chapters
 
 
@@ -119,15 +124,11 @@ def _frame(table: Any) -> pl.DataFrame:
     return frame
 
 
-def published_with(workspace: Workspace, identity: str) -> list[Path]:
-    """Folders of the published versions that hold a row."""
-    found = []
-    for folder in sorted(workspace.root.glob("curated/*/*/data")):
+def _published(workspace: Workspace, recipe: Recipe, identity: str) -> Iterator[Chapter]:
+    """One chapter per published version of the recipe that holds a row."""
+    for folder in sorted(workspace.curated(recipe.name).glob("*/data")):
         if folder.parent.is_symlink():  # latest
             continue
-        for file in sorted(folder.glob("*.parquet")):
-            ids = pl.scan_parquet(file).filter(pl.col("id") == identity).select("id").collect()
-            if ids.height:
-                found.append(folder.parent)
-                break
-    return found
+        rows = pl.scan_parquet(folder / "*.parquet").filter(pl.col("id") == identity)
+        if rows.select("id").collect().height:
+            yield Chapter("curated", "published", {"version": folder.parent.name})

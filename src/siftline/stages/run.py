@@ -87,10 +87,19 @@ def outputs_so_far(
             path = _path(workspace, recipe, stage, _inputs(workspace, recipe, stage, found))
         except ValueError:  # a model or a set that this stage needs is not there yet
             break
-        if not path.exists():
+        output = _written(path)
+        if output is None:
             break
-        found.append((stage, StageOutput(path)))
+        found.append((stage, output))
     return found
+
+
+def _written(path: Path) -> StageOutput | None:
+    """The output at `path`, or None where it or one of its parts is not there."""
+    if not path.exists():
+        return None
+    output = StageOutput(path)
+    return None if output.manifest.missing(output.folder) else output
 
 
 def outputs(
@@ -131,10 +140,9 @@ def run_stage(
     before = outputs(workspace, recipe, until=name)
     inputs = _inputs(workspace, recipe, stage, before)
     path = _path(workspace, recipe, stage, inputs)
-    if path.exists():
-        found = StageOutput(path)
-        if not found.accounting.failed:
-            return found, False
+    found = _written(path)
+    if found is not None and not found.accounting.failed:
+        return found, False
     pool = Pool(workspace.pool(recipe.pool.name))
     with engines() as opened:
         context = Context(workspace, recipe, stage, pool, before, opened, emit)

@@ -60,7 +60,8 @@ def score_pool(
     path = folder / "manifest.json"
     if path.exists():
         found = Manifest.load(path)
-        if found.info["inputs"] == inputs and not found.info["failed"]:
+        whole = not found.info["failed"] and not found.missing(folder)
+        if found.info["inputs"] == inputs and whole:
             return found, False
     progress = Progress("likelihood", 2 * pool.manifest.rows("rows"), emit, "forward rows")
     recorder = opened.recorder(spec, store, progress.advance)
