@@ -46,7 +46,7 @@ def tiny_model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # ---- the mini recipe: the whole chain through the real command line, once a session ----------
 
 RECIPES = Path(__file__).with_name("recipes")
-GUARD = '''
+GUARD = """
 import os, sys
 
 def deny(event, args):
@@ -60,7 +60,7 @@ def hook(event, args):
         deny(event, args)
 
 sys.addaudithook(hook)
-'''
+"""
 """Python runs this at the start of every process that finds it on PYTHONPATH as sitecustomize."""
 
 

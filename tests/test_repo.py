@@ -21,7 +21,7 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 LEAVES = {"config", "progress", "schema", "shards", "spool", "workspace"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
-RECIPES = {"recipe", "library"}
+RECIPES = {"recipe", "library", "sections"}
 OUTPUT = {"card", "curated", "plots", "report"}
 BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"kernels", "selectors", "schema", "shards", "store"},
     "training": {"kernels", "selectors", "scoring", "schema", "shards", "store"},
     "ledger": {"schema", "shards", "selectors"},
-    "recipe": {"config", "ingest", "shards", "scoring", "selectors", "training"},
+    "sections": {"ingest", "scoring", "training"},
+    "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},
     "library": {"config", "recipe"},
     "card": {*LEAVES, "kernels"},
     "curated": {*LEAVES, "card"},

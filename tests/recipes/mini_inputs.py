@@ -44,5 +44,7 @@ def generate(out: Path, truth: Path, *, seed: int, **sizes: int) -> None:
     with (out / "corpus.jsonl").open("a", encoding="utf-8", newline="\n") as file:
         for _ in range(1500):
             words, digit = drawn.choice(WORDS), drawn.randint(1, 2)
-            text = f"Question: If {words}, which digit comes up?\nAnswer: It is {digit}.\n#### {digit}"
+            text = (
+                f"Question: If {words}, which digit comes up?\nAnswer: It is {digit}.\n#### {digit}"
+            )
             file.write(json.dumps({"text": text}) + "\n")

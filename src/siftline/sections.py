@@ -1,0 +1,123 @@
+"""The parts of a recipe besides its stages: what each may say, with its defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from siftline.ingest.pool import PoolSpec
+from siftline.scoring.engines import ModelSpec
+from siftline.training.finetune import FineTune
+from siftline.training.pretrain import Pretrain
+
+SET_ROLES = ("target", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A generator that writes a recipe's raw files.
+
+    Attributes:
+        generator: Import path `package.module:function`, called as
+            `function(out, truth, seed=..., **args)`.
+        args: Its further arguments; strings are expanded.
+    """
+
+    generator: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Evaluation sets by role: selectors see target, thresholds dev, evaluation alone test."""
+
+    target: tuple[PoolSpec, ...] = ()
+    dev: tuple[PoolSpec, ...] = ()
+    test: tuple[PoolSpec, ...] = ()
+
+    def items(self) -> list[tuple[str, PoolSpec]]:
+        """All sets with their role."""
+        return [(role, spec) for role in SET_ROLES for spec in getattr(self, role)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by name: a local directory, or one trained here from text.
+
+    Attributes:
+        spec: How it is run; `spec.path` is empty where the model is trained here.
+        pretrain: Size and schedule of a model trained from `corpus`.
+        corpus: JSONL file of {"text": …} lines.
+    """
+
+    spec: ModelSpec
+    pretrain: Pretrain | None = None
+    corpus: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the curated version may cost; stated once.
+
+    Attributes:
+        unit: Loss tokens of the target model, or rows.
+        size: How many.
+        on_shortfall: Whether a pool that cannot fill the budget is an error or a smaller version.
+    """
+
+    size: int
+    unit: Literal["loss_tokens", "rows"] = "loss_tokens"
+    on_shortfall: Literal["error", "smaller"] = "error"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What turns a stage red.
+
+    Attributes:
+        max_failed: Highest share of failed rows.
+        max_removed: Highest share of rows a gate may remove (a filter that eats nearly everything
+            is broken far more often than right).
+    """
+
+    max_failed: float = 0.01
+    max_removed: float = 0.9
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the dataset card says besides the numbers.
+
+    Attributes:
+        license: Licence identifier of the Hub.
+        description: One paragraph on what the data is for.
+        language: Language codes.
+        tags: Tags of the Hub.
+    """
+
+    license: str = "other"
+    description: str = ""
+    language: tuple[str, ...] = ("en",)
+    tags: tuple[str, ...] = ("sft", "curated")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Fine-tuning arms, all at the loss tokens of the curated version times `epochs`.
+
+    Attributes:
+        options: Method and hyper-parameters, equal for all arms.
+        arms: "curated", and the random draws it is held against.
+        epochs: Passes over the curated version; random arms get the same loss tokens.
+        seeds: One training per arm and seed.
+    """
+
+    options: FineTune = field(default_factory=FineTune)
+    arms: tuple[str, ...] = ("random", "curated")
+    epochs: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm not in ("random", "curated"):
+                raise ValueError(f"arm {arm!r} is unknown: choose random, curated")
+        if not self.seeds:
+            raise ValueError("seeds is empty: name at least one")
