@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.selectors.selection import DECISION
-from siftline.shards import Manifest, PartWriter, RowHash, read_bucket
+from siftline.shards import Manifest, PartWriter, RowHash, content_hash, read_bucket
 
 DECISIONS = pa.schema(
     [
@@ -162,24 +162,26 @@ def write_stage(
     """
     (manifest_path.parent / "parts").mkdir(parents=True, exist_ok=True)
     writer = PartWriter(manifest_path.parent / "parts")
-    version, counts = RowHash(), dict.fromkeys((KEPT, REMOVED, FAILED), 0)
+    # Each table is hashed over all buckets for itself, so that the cut does not show.
+    hashes, counts = (RowHash(), RowHash()), dict.fromkeys((KEPT, REMOVED, FAILED), 0)
     added = 0
     for bucket, result in enumerate(results):
         decided = result.to_table()
-        version.update(decided)
+        hashes[0].update(decided)
         writer.add("decisions", bucket, decided)
         for outcome in decided.column("outcome").to_pylist():
             counts[outcome] += 1
         if result.added is not None:
             rows = result.added.sort_by("id").cast(schema.ADDED)
-            version.update(rows)
+            hashes[1].update(rows)
             writer.add("added", bucket, rows)
             added += rows.num_rows
     for name, frame in sorted(tables.items()):
         writer.add(f"side_{name}", 0, frame.to_arrow())
     accounting = Accounting(rows_in=rows_in, added=added, **counts)
     info = {"accounting": asdict(accounting), "facts": facts, "identity": identity}
-    Manifest(version.hexdigest(), len(results), tuple(writer.parts), info).save(manifest_path)
+    version = content_hash([digest.hexdigest() for digest in hashes])
+    Manifest(version, len(results), tuple(writer.parts), info).save(manifest_path)
     return StageOutput(manifest_path)
 
 

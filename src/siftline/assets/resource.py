@@ -4,11 +4,10 @@
 entered in the Launchpad.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,22 @@ from siftline.library import find
 from siftline.recipe import Recipe
 from siftline.workspace import Workspace
 
-_PR_SET_PDEATHSIG = 1
-
 
 def die_with_parent() -> None:
-    """Ends this step process when the run's process is killed; nothing keeps a card busy alone.
+    """Ends this step process when the run's process is gone; nothing keeps a card busy alone.
 
-    Does nothing outside a step process, and nothing where the system has no prctl.
+    The pipe to the run's process is watched, because the system's own signal (PR_SET_PDEATHSIG)
+    follows the fork server, which lives as long as its steps. Does nothing outside a step process.
     """
-    if multiprocessing.parent_process() is None or sys.platform != "linux":
+    parent = multiprocessing.parent_process()
+    if parent is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent died before the call
+
+    def follow() -> None:
+        parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, name="die-with-parent", daemon=True).start()
 
 
 class Siftline(dg.ConfigurableResource):

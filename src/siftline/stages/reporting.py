@@ -115,7 +115,7 @@ def _reflection_note(name: str, facts: dict[str, Any]) -> str:
     interval = f"{facts['auroc']:.2f} ({facts['auroc_low']:.2f} to {facts['auroc_high']:.2f})"
     weight = 1 - facts["weight_consistency"]
     said = f"{name}: AUROC of reflection on dev {interval}, weight {weight:.2f}"
-    return said + (", because the interval includes 0.5." if weight == 0 else ".")
+    return said + (", because the interval is not above 0.5." if weight == 0 else ".")
 
 
 def _histograms(done: list[tuple[Stage, StageOutput]]) -> tuple[Histogram, ...]:
