@@ -53,7 +53,7 @@ def test_accounting_closes_in_every_stage(done):
     removed = {stage.name: output.accounting.removed for stage, output in done}
     # Planted rows are there to be caught: a gate that lets all through would pass the sums.
     assert min(removed[name] for name in ("duplicates", "decontamination", "verify")) > 0
-    assert dict((s.name, o.accounting.added) for s, o in done)["rejection_sampling"] > 0
+    assert {s.name: o.accounting.added for s, o in done}["rejection_sampling"] > 0
 
 
 def test_published_rows_are_those_the_last_stage_kept(finished, done):
@@ -326,13 +326,8 @@ def test_killed_run_leaves_no_process_and_blocks_nobody(finished, mini_tools, tm
     again = mini_tools.siftline(*command, timeout=120)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "was killed: marked failed, its slots freed" in again.stderr
-    info = json.loads(table.read_text())["info"]
-    assert info["found"] > 0
-    finished_table = finished.root / table.relative_to(root)
-    assert (
-        json.loads(table.read_text())["version"]
-        == json.loads(finished_table.read_text())["version"]
-    )
+    assert table_of(root)["info"]["found"] > 0
+    assert table_of(root)["version"] == table_of(finished.root)["version"]
 
 
 # ---- rows that fail --------------------------------------------------------------------------

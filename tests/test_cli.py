@@ -41,7 +41,7 @@ def refused(result):
 
 @pytest.fixture
 def done(finished, mini):
-    return dict((s.name, o) for s, o in outputs(Workspace(finished.root), mini()))
+    return {s.name: output for s, output in outputs(Workspace(finished.root), mini())}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -190,7 +190,10 @@ def test_explain_of_what_nobody_knows(call, name, said):
     ("arguments", "said"),
     [
         (["run", "mimi"], "no recipe 'mimi': did you mean 'mini'?"),
-        (["run", "mini", "--set", "budgett.size=3"], "unknown key 'budgett': did you mean 'budget'"),
+        (
+            ["run", "mini", "--set", "budgett.size=3"],
+            "unknown key 'budgett': did you mean 'budget'",
+        ),
         (["run", "mini", "--set", "budget.sise=3"], "unknown key 'sise': did you mean 'size'?"),
         (["run", "mini", "--set", "budget.size"], "expected key=value"),
         (["run", "mini", "--set", "budget.size=many"], "budget.size: expected int, found 'many'"),

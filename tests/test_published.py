@@ -24,7 +24,7 @@ def test_datasets_loads_both_configs(version, rows, tmp_path):
     assert len(train) == rows > 20
     assert {"id", "messages", "sift_logprob_mean", "sift_cluster"} <= set(train.column_names)
     assert [m["role"] for m in train[0]["messages"]] == ["user", "assistant"]
-    removed = load_dataset(str(version), "removed", split="removed", cache_dir=str(tmp_path))
+    removed = load_dataset(str(version), "removed", split="train", cache_dir=str(tmp_path))
     assert {"id", "stage", "reason", "matched_id"} <= set(removed.column_names)
     assert set(train["id"]).isdisjoint(removed["id"])
     stream = load_dataset(str(version), split="train", streaming=True)
@@ -40,7 +40,9 @@ def test_polars_and_duckdb_read_the_same(version, rows):
     ).fetchone()
     assert (count, ids) == (rows, frame["id"].n_unique())
     assert mean == pytest.approx(frame["sift_n_tokens"].mean())
-    last = duckdb.execute(f"select messages[-1].content from '{glob}' order by id limit 1").fetchone()
+    last = duckdb.execute(
+        f"select messages[-1].content from '{glob}' order by id limit 1"
+    ).fetchone()
     assert last[0] == frame.sort("id")["messages"][0][-1]["content"]
 
 

@@ -225,8 +225,11 @@ class _Watcher:
 
 
 def root_message(error: Any) -> str:
-    """The message of the error that began a chain, in one line."""
-    while error.cause is not None:
+    """What a step said in one line: the error under Dagster's wrappers.
+
+    Not that error's own cause: who raised it from another has named the file and the remedy.
+    """
+    while error.cause is not None and (error.cls_name or "").startswith("Dagster"):
         error = error.cause
     message = " ".join(error.message.split())
     for prefix in ("ValueError: ", "OSError: "):
