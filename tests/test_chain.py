@@ -327,7 +327,7 @@ def test_killed_run_leaves_no_process_and_blocks_nobody(finished, mini_tools, tm
     assert again.returncode == 0, again.stderr[-3000:]
     assert "was killed: marked failed, its slots freed" in again.stderr
     assert table_of(root)["info"]["found"] > 0
-    assert table_of(root)["version"] == table_of(finished.root)["version"]
+    assert table_of(root)["info"]["scored"] == table_of(finished.root)["info"]["scored"]
 
 
 # ---- rows that fail --------------------------------------------------------------------------
