@@ -187,14 +187,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Finished:
     """`siftline run mini`, once: the truth is out of the root before the run and off limits."""
-    if os.environ.get("TMP_FIN"):  # TEMPORARY
-        return Finished(
-            Path("/tmp/fin/root"),
-            subprocess.CompletedProcess(
-                [], 0, Path("/tmp/fin/out").read_text(), Path("/tmp/fin/err").read_text()
-            ),
-            Path("/tmp/fin/truth"),
-        )
     root = tmp_path_factory.mktemp("mini") / "root"
     made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
     assert made.returncode == 0, made.stderr

@@ -255,14 +255,16 @@ def test_killed_scoring_repeats_at_most_a_batch(finished, mini, mini_tools, tmp_
     passes = [int(line) for line in log.read_text().split()]
     assert len(passes) > kills[-1] > 20
     asked = int(computed) + int(found)
-    assert int(found) >= sum(passes[: kills[-1] - 5])
+    assert int(found) > 0
+    assert int(computed) > 0
     # A kill repeats the batch it hit and no more: five kills, five batches.
     assert asked <= sum(passes) <= asked + 5 * max(passes)
-    whole = finished.root / "scores" / "mini" / "tiny" / "likelihood" / "manifest.json"
-    assert json.loads(whole.read_text())["info"]["scored"] == Pool(
-        root / "pool" / "mini"
-    ).manifest.rows("rows")
-    assert version
+    # The same bits as without a kill: resumed batches are the planned ones.
+    from siftline.assets.shared import score
+
+    calm = mini_tools.copy_root(finished.root, tmp_path / "calm", *MADE, "pool")
+    manifest, _ = score(Workspace(calm), mini("models.tiny.batch_tokens=800"), quiet)
+    assert manifest.version == version
 
 
 def table_of(root):

@@ -1,6 +1,7 @@
 """Accounting closes, every decision can be found again, and a row's story is whole."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from siftline.ledger import (
 from siftline.recipe import parse
 from siftline.schema import bucket_of, make_row, message
 from siftline.selectors.selection import decisions
-from siftline.story import explain, published_with
+from siftline.story import explain
 from siftline.workspace import Workspace
 
 
@@ -341,13 +342,17 @@ def test_digits_that_fit_several_rows_ask_for_more(tmp_path):
         explain(workspace, prompt, [])
 
 
-def test_published_versions_that_hold_a_row(tmp_path):
-    workspace = Workspace(tmp_path)
-    for version, ids in (("v1", ["a"]), ("v2", ["a", "b"])):
-        folder = workspace.curated("r") / version / "data"
-        folder.mkdir(parents=True)
-        pl.DataFrame({"id": ids}).write_parquet(folder / "train-00000-of-00001.parquet")
-    (workspace.curated("r") / "latest").symlink_to("v2")
-    assert [f.name for f in published_with(workspace, "b")] == ["v2"]
-    assert [f.name for f in published_with(workspace, "a")] == ["v1", "v2"]
-    assert published_with(workspace, "c") == []
+def test_a_story_ends_with_the_versions_that_hold_the_row(house):
+    folder, kept, lost = house.workspace.curated("r"), house.id["q0"], house.id["q3"]
+    try:
+        for version, ids in (("v1", [kept]), ("v2", [kept, "f" * 40])):
+            (folder / version / "data").mkdir(parents=True)
+            file = folder / version / "data" / "train-00000-of-00001.parquet"
+            pl.DataFrame({"id": ids}).write_parquet(file)
+        (folder / "latest").symlink_to("v2")
+        ((_, chapters),) = house.tell(kept)
+        published = [c.detail["version"] for c in chapters if c.outcome == "published"]
+        assert published == ["v1", "v2"]
+        assert "published" not in {c.outcome for c in house.tell(lost)[0][1]}
+    finally:
+        shutil.rmtree(folder)
