@@ -117,6 +117,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     click.echo(funnel_text(result["rows"]))
     for arm, line in result["accuracy"].items():
         click.echo(accuracy_text(arm, line))
+    for defect, line in result.get("planted", {}).items():
+        shown = ", ".join(f"{k} {v}" for k, v in line.items())
+        click.echo(f"planted {defect:<22} {shown}")
     for note in result["notes"]:
         click.echo(f"note: {note}")
     click.echo(f"curated: {result['curated']}")
@@ -160,9 +163,6 @@ def demo(root: Path, overrides: tuple[str, ...], engine: str, workers: int) -> N
     _run(workspace, loaded, changed, workers=workers)
     result = audited(workspace, loaded, summary(workspace, loaded))
     _print_result(result, as_json=False)
-    for defect, line in result["planted"].items():
-        shown = ", ".join(f"{k} {v}" for k, v in line.items())
-        click.echo(f"planted {defect:<22} {shown}")
     click.echo(json.dumps(result))
 
 
@@ -238,11 +238,19 @@ def explain(
 @click.argument("recipe")
 @root_option
 @set_option
+@click.option("--planted", is_flag=True, help="Add what a generator planted and gates caught.")
 @json_option
-def report(recipe: str, root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def report(
+    recipe: str, root: Path, overrides: tuple[str, ...], planted: bool, as_json: bool
+) -> None:
     """Show the funnel, accuracy and report page of RECIPE's newest version."""
     workspace, loaded = _workspace(root), _recipe(recipe, overrides)
-    _print_result(summary(workspace, loaded), as_json)
+    result = summary(workspace, loaded)
+    if planted:
+        from siftline.demo.summary import audited
+
+        result = audited(workspace, loaded, result)
+    _print_result(result, as_json)
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from siftline.demo.audit import ACCEPTED, audit
-from siftline.ledger import KEPT, StageOutput
+from siftline.ledger import FAILED, KEPT, StageOutput
 from siftline.recipe import STAGE_ROLES, Recipe, Stage
 from siftline.stages.arms import evaluate_arms
 from siftline.stages.reporting import write_report
@@ -18,9 +18,14 @@ from siftline.workspace import Workspace
 
 
 def gate_decisions(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame:
-    """Decisions of all stages as `audit` reads them: stage, kind, id, kept, reason."""
+    """Decisions of all stages as `audit` reads them: stage, kind, id, kept, reason.
+
+    Failed rows are left out: a gate that could not decide has removed nothing.
+    """
     return pl.concat(
-        output.all_decisions().select(
+        output.all_decisions()
+        .filter(pl.col("outcome") != FAILED)
+        .select(
             pl.lit(stage.name).alias("stage"),
             pl.lit(STAGE_ROLES[stage.kind]).alias("kind"),
             "id",
