@@ -120,7 +120,7 @@ def run_recipe(
         overrides: What `--set` changed; handed to every step.
         say: Takes lines of progress.
         workers: Steps at a time; model steps wait for a slot of their pool besides.
-        select: Dagster asset selection, such as `+demo/duplicates`; None is everything.
+        select: Dagster asset selection, such as `+key:"demo/duplicates"`; None is everything.
     """
     from dagster._core.definitions.reconstruct import build_reconstructable_job
 
