@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from siftline.recipe import Model, Recipe, expand
 from siftline.scoring.engines import ModelSpec, open_engine
@@ -36,19 +36,32 @@ def corpus_file(workspace: Workspace, recipe: Recipe, model: Model) -> Path:
 
 
 def model_spec(workspace: Workspace, recipe: Recipe, role: str) -> ModelSpec:
-    """How the model of a role is run, its path resolved.
+    """How the model of a role is run, its path resolved; the engine is that of `role_engine`.
 
     Raises:
         ValueError: if the directory is not there.
     """
     name = recipe.roles.get(role, recipe.roles["target"])
     model = recipe.models[name]
+    spec = replace(model.spec, engine=role_engine(recipe, role))
     if model.pretrain is None:
-        return replace(model.spec, path=expand(model.spec.path))
+        return replace(spec, path=expand(spec.path))
     folder = trained_folder(workspace, recipe, name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {name!r} has not been trained: materialize models/{name} first")
-    return replace(model.spec, path=str(folder))
+    return replace(spec, path=str(folder))
+
+
+def role_engine(
+    recipe: Recipe, role: str
+) -> Literal["transformers", "vllm", "sentence-transformers"]:
+    """The engine a role runs on: its model's, but an embedder never on vLLM.
+
+    vLLM pools by mean, first or last token only; the position-weighted mean that `embed` promises
+    comes from transformers on the same weights. Reports and stage facts name the engine that ran.
+    """
+    engine = recipe.model(role).spec.engine
+    return "transformers" if role == "embedder" and engine == "vllm" else engine
 
 
 def identity(spec: ModelSpec) -> str:

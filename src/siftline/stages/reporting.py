@@ -16,6 +16,7 @@ from siftline.report import Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
+from siftline.stages.models import role_engine
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
@@ -82,9 +83,10 @@ def write_report(
 
 
 def _ran(recipe: Recipe) -> tuple[tuple[str, str], ...]:
-    engines = {role: recipe.model(role).spec for role in ("target", "sampler", "embedder")}
     lines = [("siftline", __version__), ("seed", str(recipe.seed))]
-    lines += [(f"{role} engine", f"{s.engine}, {s.dtype}") for role, s in engines.items()]
+    for role in ("target", "sampler", "embedder"):
+        dtype = recipe.model(role).spec.dtype
+        lines.append((f"{role} engine", f"{role_engine(recipe, role)}, {dtype}"))
     return tuple(lines)
 
 

@@ -72,5 +72,10 @@ def diversity(context: Context) -> StageRun:
         kept = prompts_selector.expand(chosen, judged)
         reasons = {i: failed[p] for i, p in lost.iter_rows()}
         results.append(split_failed(kept.decisions, reasons))
-    facts = {**chosen.facts, "budget_rows": budget_rows, "vacuous": chosen.vacuous}
+    facts = {
+        **chosen.facts,
+        "budget_rows": budget_rows,
+        "embedder_engine": context.spec("embedder").engine,
+        "vacuous": chosen.vacuous,
+    }
     return StageRun(results, {"clusters": chosen.tables["clusters"]}, facts)
