@@ -222,7 +222,7 @@ def test_a_bad_configuration_is_refused(bad):
 
 
 def test_a_real_engine_answers(tiny_model):
-    engines = pytest.importorskip("siftline.scoring.transformers_engine")
+    from siftline.scoring import transformers_engine as engines
     from siftline.scoring.engines import ModelSpec
 
     engine = engines.TransformersEngine(ModelSpec(path=str(tiny_model), max_length=64))

@@ -194,7 +194,8 @@ def test_mapped_fields_decide_between_layouts(tmp_path):
 
 
 def test_datasets_by_local_folder(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "toys" / "data"
     folder.mkdir(parents=True)

@@ -221,7 +221,7 @@ class Collected:
 
     Attributes:
         records: Records of all requests, one per key.
-        computed: Requests the model was asked for now.
+        computed: Requests the model was asked for in this run.
         found: Requests that were in the store before.
         failed: Key and reason of requests the model gave no answer for; tried again next run.
     """
