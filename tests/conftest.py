@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,3 +227,21 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in ("score", "choices", "generate", "embed"):
         monkeypatch.setattr(TransformersEngine, name, counting(name))
     return counts
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB that a test can fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    for _ in range(50):  # Arrow's threads let go of a file a moment after it was read
+        if not subprocess.run(["umount", str(folder)], capture_output=True).returncode:
+            return
+        time.sleep(0.1)
+    held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if os.path.lexists(f)]
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    pytest.fail(f"files are still open: {[f for f in held if f.startswith(str(folder))]}")

@@ -1,7 +1,6 @@
 """The pool: same rows, same bytes; nothing lost, nothing rewritten, never half a version."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -405,24 +404,6 @@ def test_two_builds_at_once_both_succeed(tmp_path):
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [process.wait(timeout=60) for process in running] == [0, 0, 0]
     assert Pool(tmp_path / "pool").all_rows().num_rows == 3000
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 1 MiB that a test can fill."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    for _ in range(50):  # Arrow's threads let go of a file a moment after it was read
-        if not subprocess.run(["umount", str(folder)], capture_output=True).returncode:
-            return
-        time.sleep(0.1)
-    held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if os.path.lexists(f)]
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-    pytest.fail(f"files are still open: {[f for f in held if f.startswith(str(folder))]}")
 
 
 @pytest.mark.parametrize("size", [300, 900])

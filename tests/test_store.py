@@ -1,6 +1,5 @@
 """The store: nothing committed is lost, nothing is computed twice."""
 
-import os
 import random
 import signal
 import subprocess
@@ -178,18 +177,6 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(timeout=60) for p in running] == [0, 0]
     assert sum(map(int, log.read_text().split())) == rows
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 1 MiB that a test can fill."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_disk_is_one_line_and_loses_nothing(small_disk):

@@ -144,6 +144,16 @@ class Engine(Protocol):
         ...
 
 
+def score_options(
+    engine: Engine, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """`Engine.choices` for options of any length: every prompt is scored with every option."""
+    rows = [[*prompt, *option] for prompt in prompts for option in options]
+    spans = [(len(p), len(p) + len(option)) for p in prompts for option in options]
+    sums = [part.sum(dtype=np.float64) for part in engine.score(rows, spans)]
+    return np.array(sums, np.float32).reshape(len(prompts), len(options))
+
+
 def check_directory(spec: ModelSpec) -> Path:
     """Returns the model directory of `spec`.
 

@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from siftline.scoring.engines import Generation, ModelSpec, Sampling, check_directory
+from siftline.scoring.engines import (
+    Generation,
+    ModelSpec,
+    Sampling,
+    check_directory,
+    score_options,
+)
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.sampling import draw_texts
 from siftline.scoring.spans import stop_tokens
@@ -102,10 +108,7 @@ class TransformersEngine:
             targets = [option[0] for option in options]
             parts = self._halving(lambda part: self._next(part, targets), list(prompts))
             return np.stack(parts) if parts else np.zeros((0, len(options)), np.float32)
-        rows = [[*prompt, *option] for prompt in prompts for option in options]
-        spans = [(len(p), len(p) + len(option)) for p in prompts for option in options]
-        sums = [part.sum(dtype=np.float64) for part in self.score(rows, spans)]
-        return np.array(sums, np.float32).reshape(len(prompts), len(options))
+        return score_options(self, prompts, options)
 
     def generate(
         self,

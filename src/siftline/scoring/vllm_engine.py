@@ -21,7 +21,13 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from siftline.scoring.engines import Generation, ModelSpec, Sampling, check_directory
+from siftline.scoring.engines import (
+    Generation,
+    ModelSpec,
+    Sampling,
+    check_directory,
+    score_options,
+)
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.pipe import Frame, list_column
 from siftline.scoring.spans import stop_tokens
@@ -123,10 +129,7 @@ class VllmEngine:
             targets = [int(option[0]) for option in options]
             columns = {"tokens": _token_column(prompts)}
             return np.stack(self._values(Frame("next", {"targets": targets}, columns)))
-        rows = [[*prompt, *option] for prompt in prompts for option in options]
-        spans = [(len(p), len(p) + len(option)) for p in prompts for option in options]
-        sums = [part.sum(dtype=np.float64) for part in self.score(rows, spans)]
-        return np.array(sums, np.float32).reshape(len(prompts), len(options))
+        return score_options(self, prompts, options)
 
     def generate(
         self,

@@ -30,6 +30,7 @@ from siftline.selectors.confidence import (
     reflection_from_choices,
 )
 from siftline.selectors.difficulty import DRAWS, accept, difficulty, plan_trials, tally, targets_for
+from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
 
 CALIBRATION_DRAWS = 2
@@ -242,8 +243,7 @@ def rejection_sampling(context: Context) -> StageRun:
     results = []
     for bucket in context.buckets:
         ids = context.in_play(bucket)
-        kept = {"id": ids, "kept": [True] * len(ids), "reason": None, "value": None}
-        frame = pl.DataFrame({**kept, "threshold": None, "matched_id": None}, schema=_decision())
+        frame = decisions(ids, kept=[True] * len(ids))
         here = [r for r in added if schema.bucket_of(r["id"], context.pool.buckets) == bucket]
         known = set(ids)
         new = [r for r in here if r["id"] not in known]
@@ -263,12 +263,6 @@ def rejection_sampling(context: Context) -> StageRun:
         "vacuous": not problems,
     }
     return StageRun(results, {"difficulty": table.sort("prompt_id")}, facts)
-
-
-def _decision() -> dict[str, Any]:
-    from siftline.selectors.selection import DECISION
-
-    return dict(DECISION)
 
 
 def _problems(context: Context) -> tuple[dict[str, _Problem], dict[str, int]]:
