@@ -19,7 +19,7 @@ from siftline.scoring.confidence import (
     sampled_answers,
 )
 from siftline.scoring.embedding import embed_texts
-from siftline.scoring.engines import ModelSpec, Sampling, open_engine
+from siftline.scoring.engines import Inspection, ModelSpec, Sampling, open_engine
 from siftline.scoring.likelihood import COLUMNS, score_likelihood
 from siftline.scoring.recorder import Recorder, Tally
 from siftline.scoring.samples import draw_samples
@@ -38,9 +38,9 @@ class Counting:
     def fingerprint(self):
         return self.engine.fingerprint()
 
-    def score(self, tokens, spans):
+    def inspect(self, tokens, spans, wanted):
         self.asked += len(tokens)
-        return self.engine.score(tokens, spans)
+        return self.engine.inspect(tokens, spans, wanted)
 
     def choices(self, prompts, options):
         self.asked += len(prompts)
@@ -183,8 +183,8 @@ def test_too_long_and_not_finite_are_reasons_not_scores(bench):
     assert frame["id"].to_list() == [ids["short"]]
 
     class Broken(Counting):
-        def score(self, tokens, spans):
-            return [np.full(end - start, np.nan, np.float32) for start, end in spans]
+        def inspect(self, tokens, spans, wanted):
+            return [Inspection(np.full(b - a, np.nan, np.float32)) for a, b in spans]
 
     broken = bench.recorder(engine=Broken(bench.engine.engine), root=bench.root / "broken")
     frame, failed = score_likelihood(broken, 0, table)
@@ -353,10 +353,12 @@ def test_verdicts_are_log_probabilities_of_the_choices(bench):
 
 def test_progress_counts_every_question(bench):
     seen = []
-    recorder = bench.recorder(progress=seen.append)
+    recorder = bench.recorder(progress=lambda rows, tokens: seen.append((rows, tokens)))
     score_likelihood(recorder, 0, rows_of(*PAIRS))
-    assert sum(seen) == 2 * len(PAIRS)
+    assert sum(rows for rows, _ in seen) == 2 * len(PAIRS)
+    assert sum(tokens for _, tokens in seen) == recorder.tally.tokens > 0
     assert len(seen) > 1, "several planned batches"
     seen.clear()
     score_likelihood(recorder, 0, rows_of(*PAIRS))
-    assert sum(seen) == 2 * len(PAIRS)
+    assert sum(rows for rows, _ in seen) == 2 * len(PAIRS)
+    assert sum(tokens for _, tokens in seen) == 0, "nothing was computed"

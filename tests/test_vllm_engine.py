@@ -288,7 +288,8 @@ class FakeVllm:
         lost = self.served in self.lose
         if not self.v2:
             values = [self.value(row[:i], row[i]) for i in range(1, len(row))]
-            flat = SimpleNamespace(token_ids=row[1:], logprobs=values)
+            ranks = [len(row[:i]) % 3 + 1 for i in range(1, len(row))]
+            flat = SimpleNamespace(token_ids=row[1:], logprobs=values, ranks=ranks)
             return SimpleNamespace(prompt_logprobs=None if lost else flat)
         ids, start = how.prompt_logprob_token_ids, how.prompt_logprob_start
         self.starts.append(start)
@@ -326,9 +327,12 @@ def test_both_roads_return_the_span_and_ask_lost_rows_again(jobs, lose, v2):
         "tokens": list_column([np.array(row, np.int32) for row, _ in jobs], pa.int32()),
         "start": pa.array([start for _, start in jobs], pa.int32()),
     }
-    reply = backend.handle(Frame("score", {}, columns))
+    reply = backend.handle(Frame("score", {"ranks": not v2}, columns))
     expected = [[fake.value(r[:i], r[i]) for i in range(s, len(r))] for r, s in jobs]
     assert reply.columns["values"].to_pylist() == expected
+    if not v2:
+        ranks = [[i % 3 + 1 for i in range(s, len(r))] for r, s in jobs]
+        assert reply.columns["ranks"].to_pylist() == ranks
     assert reply.facts["asked_again"] == fake.served - len(jobs) - v2
     assert reply.facts["asked_again"] >= len({n for n in lose if n <= len(jobs) + 1})
     if v2:
@@ -340,6 +344,18 @@ def test_rows_that_never_return_scores_are_an_error_not_an_average():
     with pytest.raises(RuntimeError, match=rf"2 of 2 rows came back without scores {TRIES} times"):
         backend.score([[1, 2, 3], [4, 5]], [1, 1])
     assert backend.asked_again == 2 * (TRIES - 1)
+
+
+def test_a_row_that_never_returns_scores_fails_alone():
+    backend = backend_on(FakeVllm({2, 4, 5, 6}))
+    columns = {
+        "tokens": list_column(
+            [np.array([1, 2, 3], np.int32), np.array([4, 5], np.int32)], pa.int32()
+        ),
+        "start": pa.array([1, 1], pa.int32()),
+    }
+    values = backend.handle(Frame("score", {"ranks": False}, columns)).columns["values"]
+    assert values.to_pylist() == [None, [FakeVllm.value([4], 5)]]
 
 
 def test_what_vllm_refuses_is_a_value_error_and_what_it_breaks_on_is_not(monkeypatch):

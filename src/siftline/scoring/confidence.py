@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -165,7 +166,8 @@ def reflect(
             prompts = [batch[i][0] for i in members]
             scores = recorder.engine.choices(prompts, batch[members[0]][1])
             for i, line in zip(members, scores, strict=True):
-                out[i] = {"logprobs": [float(x) for x in line]}
+                known = {"logprobs": [float(x) for x in line]}
+                out[i] = known if np.isfinite(line).all() else "no_scores"
         return out
 
     records, reasons = recorder.ask("verdict", VERSION, {}, RECORD, bucket, questions, answer)

@@ -9,7 +9,7 @@ kind and facts. The magic word tells something printed into the pipe by mistake 
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,16 @@ class Frame:
         return values
 
 
-def list_column(rows: list[np.ndarray], kind: pa.DataType) -> pa.Array:
-    """Packs n arrays of any lengths into one Arrow list column of n rows with items of `kind`."""
-    ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    flat = np.concatenate(rows) if rows else np.zeros(0, kind.to_pandas_dtype())
-    return pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, type=kind))
+def list_column(rows: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
+    """Packs n arrays of any lengths into one Arrow list column of n rows with items of `kind`.
+
+    None becomes null.
+    """
+    given = [row for row in rows if row is not None]
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int64)
+    flat = np.concatenate(given) if given else np.zeros(0, kind.to_pandas_dtype())
+    mask = pa.array([row is None for row in rows]) if len(given) < len(rows) else None
+    return pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, type=kind), mask=mask)
 
 
 def encode(frame: Frame) -> bytes:

@@ -4,6 +4,7 @@ Every question to a model goes through `Recorder.ask`: it is keyed by its tokens
 batches by length before anything runs, committed batch by batch, and never asked again.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,25 @@ from siftline.scoring.batching import plan_batches
 from siftline.scoring.engines import ModelSpec
 from siftline.store import Namespace, Store, collect
 
+logger = logging.getLogger(__name__)
 Question = TypeVar("Question")
+REFUSED = "refused"
+"""Reason of a row that the engine refuses while it accepts others; the log says why."""
 MAX_ROWS = 256
 """Most questions of one planned batch, and so the most that a killed run computes again."""
 
 
 @dataclass
 class Tally:
-    """What a recorder's questions cost: asked of the model now, or found in the store."""
+    """What a recorder's questions cost: asked of the model now, or found in the store.
+
+    `tokens` are those of the computed questions, without padding.
+    """
 
     computed: int = 0
     found: int = 0
     failed: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,14 @@ class Recorder:
         engine: The model (`engines.Engine`, or an embedder with `fingerprint`).
         spec: How it is run: template, lengths and batch size.
         root: The store's folder.
-        emit: Takes progress lines.
+        progress: Takes questions done, and tokens that the model ran for them.
         tally: Running counts over all questions.
     """
 
     engine: Any
     spec: ModelSpec
     root: Path
-    progress: Callable[[int], None] = lambda rows: None
+    progress: Callable[[int, int], None] = lambda rows, tokens: None
     tally: Tally = field(default_factory=Tally)
 
     def ask(
@@ -81,19 +89,56 @@ class Recorder:
         lengths = [questions[key][0] for key in keys]
         names = [order[key] for key in keys] if order else keys
         batches = plan_batches(lengths, names, self.spec.batch_tokens, MAX_ROWS)
+        before = self.tally.tokens
 
         def compute(positions: list[int]) -> tuple[pa.Table, dict[str, str]]:
             asked = [keys[i] for i in positions]
+            self.tally.tokens += sum(lengths[i] for i in positions)
             lines, reasons = [], {}
-            for key, given in zip(asked, answer([questions[k][1] for k in asked]), strict=True):
+            given_all = accepted(answer, [questions[k][1] for k in asked])
+            for key, given in zip(asked, given_all, strict=True):
                 if isinstance(given, str):
                     reasons[key] = given
                 else:
                     lines.append({"key": key, **given})
             return pa.Table.from_pylist(lines, schema=schema), reasons
 
-        got = collect(store, bucket, keys, batches, compute, self.progress)
+        def done(rows: int) -> None:
+            nonlocal before
+            self.progress(rows, self.tally.tokens - before)
+            before = self.tally.tokens
+
+        got = collect(store, bucket, keys, batches, compute, done)
         self.tally.computed += got.computed
         self.tally.found += got.found
         self.tally.failed += len(got.failed)
         return got.records, got.failed
+
+
+def accepted(
+    answer: Callable[[Sequence[Question]], list[dict[str, Any] | str]], batch: Sequence[Question]
+) -> list[dict[str, Any] | str]:
+    """Answers of a batch in which a row may be one the engine refuses.
+
+    A refused batch is asked in halves, down to the refused row, whose reason is then `refused`.
+
+    Raises:
+        ValueError: if the engine refuses every row of a batch: then the call is wrong, not a row.
+    """
+    try:
+        return answer(batch)
+    except ValueError as error:
+        refusal = error
+    if len(batch) == 1:
+        logger.warning("row refused: %s", refusal)
+        return [REFUSED]
+    middle = (len(batch) + 1) // 2
+    out: list[dict[str, Any] | str] = []
+    for half in (batch[:middle], batch[middle:]):
+        try:
+            out += accepted(answer, half)
+        except ValueError:  # every row of the half
+            out += [REFUSED] * len(half)
+    if all(given == REFUSED for given in out):
+        raise refusal
+    return out

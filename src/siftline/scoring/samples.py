@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.kernels.draws import hash64
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines import Failed, Sampling
 from siftline.scoring.recorder import Recorder
 from siftline.store import score_key
 
@@ -98,4 +98,8 @@ def _generate(
         for prompt, generations in zip(prompts, drawn, strict=True)
         for draw_seed, generation in zip(seeds[prompt], generations, strict=True)
     }
-    return [asdict(texts[prompt, draw_seed]) for prompt, _, draw_seed in batch]
+    out: list[dict[str, Any] | str] = []
+    for prompt, _, draw_seed in batch:
+        given = texts[prompt, draw_seed]
+        out.append(given.reason if isinstance(given, Failed) else asdict(given))
+    return out

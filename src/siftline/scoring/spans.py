@@ -7,13 +7,15 @@ is asked, where to stop.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
+from siftline.scoring.engines import Span, positions
 from siftline.scoring.templates import render
 
-Span = tuple[int, int]
+Turns = Literal["last", "all"]
+"""Which assistant turns are the response."""
 
 
 class UnscorableRow(ValueError):
@@ -69,8 +71,9 @@ def response_span(
     *,
     tools: str | None = None,
     max_length: int | None = None,
+    turns: Turns = "last",
 ) -> tuple[list[int], Span]:
-    """Tokens of a conversation and the half-open span of its last assistant turn.
+    """Tokens of a conversation and the half-open span of its assistant turns.
 
     A row of plain text (one assistant message, nothing before it) is scored as text: the start
     token, the text, end of sequence. A template that writes no end of turn gets EOS appended.
@@ -81,9 +84,11 @@ def response_span(
         template: Jinja chat template; None takes the tokenizer's, else QUESTION_ANSWER.
         tools: JSON list of tools, as the row has it.
         max_length: Most tokens a row may have; None for no limit.
+        turns: The last assistant turn, or all of them.
 
     Returns:
-        Token ids, and (start, end) with 1 <= start < end == len(tokens).
+        Token ids, and the span: (start, end), one pair a turn, with 1 <= start < end and the last
+        end == len(tokens).
 
     Raises:
         UnscorableRow: reason `too_long` or `template_error`.
@@ -96,9 +101,46 @@ def response_span(
         tokens, span = _text_span(tokenizer, message.get("content") or "")
     else:
         tokens, span = _turn_span(tokenizer, messages, template, tools)
+        if turns == "all":
+            span = (*_earlier_turns(tokenizer, messages, tokens, template, tools), *span)
     if max_length is not None and len(tokens) > max_length:
         raise UnscorableRow("too_long", f"{len(tokens)} tokens, the model takes {max_length}")
     return tokens, span
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _earlier_turns(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: list[int],
+    template: str | None,
+    tools: str | None,
+) -> Span:
+    """Spans of the assistant turns before the last one within the whole conversation's tokens.
+
+    Raises:
+        UnscorableRow: if the template shows an earlier turn otherwise once others follow (some drop
+            its reasoning): what the model saw there is then not what the turn said.
+    """
+    span: list[int] = []
+    for i, message in enumerate(messages[:-1]):
+        if message["role"] != "assistant":
+            continue
+        alone, (start, end) = _turn_span(tokenizer, messages[: i + 1], template, tools)
+        shared = _shared(alone, tokens)
+        if shared < end:
+            # A template that writes no end of turn got EOS appended: the text alone is the turn.
+            written = _templated(tokenizer, messages[: i + 1], template=template, tools=tools)
+            if shared < min(len(written), end):
+                raise UnscorableRow("template_error", f"the template rewrites turn {i} later on")
+            end = shared
+        span += [max(start, span[-1] if span else 1), end]
+    return tuple(span)
 
 
 def _turn_span(
@@ -106,15 +148,12 @@ def _turn_span(
     messages: Sequence[Mapping[str, Any]],
     template: str | None,
     tools: str | None,
-) -> tuple[list[int], Span]:
+) -> tuple[list[int], tuple[int, int]]:
     tokens = _templated(tokenizer, messages, template=template, tools=tools)
     prompt = _templated(
         tokenizer, messages[:-1], template=template, tools=tools, generation_prompt=True
     )
-    start = 0
-    while start < min(len(tokens), len(prompt)) and tokens[start] == prompt[start]:
-        start += 1
-    start = max(start, 1)  # nothing predicts the first token
+    start = max(_shared(tokens, prompt), 1)  # nothing predicts the first token
     end = _turn_end(tokenizer, tokens, start)
     if end is None:
         tokens, end = [*tokens, int(tokenizer.eos_token_id)], len(tokens) + 1
@@ -125,12 +164,11 @@ def unconditional(tokenizer: Any, tokens: Sequence[int], span: Span) -> tuple[li
     """The same response tokens without their prompt, behind the start token alone.
 
     Keeps the very tokens of `response_span`, so conditional and unconditional log-probabilities
-    are of the same events and can be subtracted.
+    are of the same events and can be subtracted. Several turns stand one behind the other.
     """
-    start, end = span
-    assert 1 <= start < end <= len(tokens), f"span {span} in {len(tokens)} tokens"
-    alone = [start_token(tokenizer), *tokens[start:end]]
-    return alone, (1, len(alone))
+    response = [tokens[i] for i in positions(span)]
+    assert response, f"span {span} in {len(tokens)} tokens"
+    return [start_token(tokenizer), *response], (1, len(response) + 1)
 
 
 def prompt_tokens(

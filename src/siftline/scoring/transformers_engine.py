@@ -10,17 +10,26 @@ model, and that our projection gives its logits, is checked once at load.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from siftline.scoring.engines import (
+    DETAILS,
+    Detail,
+    Failed,
     Generation,
+    Inspection,
     ModelSpec,
     Sampling,
+    Span,
+    check_details,
     check_directory,
+    check_rows,
+    check_spans,
+    positions,
     score_options,
 )
 from siftline.scoring.fingerprint import model_fingerprint
@@ -42,6 +51,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 
 class TransformersEngine:
     """Scores, samples and embeds with a local transformers model. See `engines.Engine`."""
+
+    details = frozenset(DETAILS)
 
     def __init__(self, spec: ModelSpec) -> None:
         """Loads the model.
@@ -79,20 +90,28 @@ class TransformersEngine:
         return logits
 
     def score(
-        self, tokens: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]
-    ) -> list[np.ndarray]:
-        """Log-probabilities of tokens[start:end], a float32 array of shape (end - start,) a row.
+        self, tokens: Sequence[Sequence[int]], spans: Sequence[Span]
+    ) -> list[np.ndarray | Failed]:
+        """Log-probabilities of the tokens in each row's span, float32 (L,) a row.
 
         Raises:
             ValueError: if a row is longer than `max_length` or a span is not within its row.
         """
-        self._check_rows(tokens)
-        for row, (start, end) in zip(tokens, spans, strict=True):
-            if not 1 <= start <= end <= len(row):
-                raise ValueError(
-                    f"span {(start, end)} of {len(row)} tokens: need 1 <= start <= end"
-                )
-        return self._halving(self._score, list(zip(tokens, spans, strict=True)))
+        return [part.logprobs for part in self._inspect(tokens, spans, frozenset())]
+
+    def inspect(
+        self,
+        tokens: Sequence[Sequence[int]],
+        spans: Sequence[Span],
+        wanted: Collection[Detail],
+    ) -> list[Inspection | Failed]:
+        """`score` with entropy, top-1 hits and the pooled hidden state, from the same pass.
+
+        Raises:
+            ValueError: if a row is longer than `max_length` or a span is not within its row.
+        """
+        check_details("transformers", wanted, self.details)
+        return list(self._inspect(tokens, spans, frozenset(wanted)))
 
     def choices(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
@@ -104,7 +123,7 @@ class TransformersEngine:
         if not options or not all(options):
             raise ValueError("options must be given and none may be empty")
         if all(len(option) == 1 for option in options):
-            self._check_rows(prompts)
+            self._usable(prompts)
             targets = [option[0] for option in options]
             parts = self._halving(lambda part: self._next(part, targets), list(prompts))
             return np.stack(parts) if parts else np.zeros((0, len(options)), np.float32)
@@ -115,13 +134,13 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
-    ) -> list[list[Generation]]:
+    ) -> list[list[Generation | Failed]]:
         """Draws len(seeds[i]) texts for prompt i; all are in the batch at once.
 
         Raises:
             ValueError: if a prompt leaves no room for an answer.
         """
-        self._check_rows(prompts, room=1)
+        self._usable(prompts, room=1)
         flat = [
             (list(prompt), seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own
         ]
@@ -133,7 +152,7 @@ class TransformersEngine:
 
         RDS+ (Ivison et al. 2025, hamishivi/automated-instruction-selection).
         """
-        self._check_rows(tokens)
+        self._usable(tokens)
         rows = self._halving(self._embed, list(tokens))
         return np.stack(rows) if rows else np.zeros((0, self.config.hidden_size), np.float32)
 
@@ -152,15 +171,10 @@ class TransformersEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _check_rows(self, rows: Sequence[Sequence[int]], room: int = 0) -> None:
+    def _usable(self, rows: Sequence[Sequence[int]], room: int = 0) -> None:
         if self._decoder is None:
             raise ValueError(f"the engine of {self.spec.path!r} is closed: open a new one")
-        for row in rows:
-            if not 1 <= len(row) <= self.max_length - room:
-                raise ValueError(
-                    f"a row of {len(row)} tokens where 1 to {self.max_length - room} fit: "
-                    "leave it out as too_long or raise the model's max_length"
-                )
+        check_rows(rows, self.max_length, room)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(map(len, rows))
@@ -177,16 +191,54 @@ class TransformersEngine:
             parts.append((picked - logits.logsumexp(dim=1, keepdim=True)).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros(tuple(targets.shape), np.float32)
 
-    def _score(self, items: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> list[np.ndarray]:
-        lengths = [end - start for _, (start, end) in items]
-        row = np.repeat(np.arange(len(items)), lengths)
-        column = np.concatenate([np.arange(*span) for _, span in items])
+    def _statistics(self, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+        """float32 (n, 3): log p of targets (n,), entropy, and 1 where the target is most likely."""
+        out = np.zeros((len(hidden), 3), np.float32)
+        for start in range(0, len(hidden), TILE):
+            logits = self.logits(hidden[start : start + TILE])
+            picked = logits.gather(1, targets[start : start + TILE, None])
+            top1 = picked[:, 0] >= logits.amax(dim=1)
+            norm = logits.logsumexp(dim=1, keepdim=True)
+            logprobs = logits - norm
+            # 0 log 0 is 0: tokens that a model rules out have -inf here.
+            parts = logprobs.exp().mul_(logprobs.nan_to_num_(neginf=0.0))
+            columns = (picked - norm)[:, 0], -parts.sum(dim=1), top1.float()
+            out[start : start + TILE] = torch.stack(columns, dim=1).cpu().numpy()
+        return out
+
+    def _inspect(
+        self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], wanted: frozenset[Detail]
+    ) -> list[Inspection]:
+        self._usable(tokens)
+        check_spans(tokens, spans)
+        jobs = list(zip(tokens, spans, strict=True))
+        return self._halving(lambda part: self._score(part, wanted), jobs)
+
+    def _score(
+        self, items: Sequence[tuple[Sequence[int], Span]], wanted: frozenset[Detail]
+    ) -> list[Inspection]:
+        columns = [positions(span) for _, span in items]
         ids = self._padded([tokens for tokens, _ in items])
-        rows, columns = torch.from_numpy(row).to(ids), torch.from_numpy(column).to(ids)
+        row = torch.from_numpy(np.repeat(np.arange(len(items)), [len(c) for c in columns])).to(ids)
+        column = torch.from_numpy(np.concatenate(columns)).to(ids)
+        states = self.hidden(ids)
         # The state at one position predicts the token at the next.
-        hidden = self.hidden(ids)[rows, columns - 1]
-        flat = self._log_probabilities(hidden, ids[rows, columns][:, None])[:, 0]
-        return np.split(flat, np.cumsum(lengths)[:-1])
+        hidden, targets = states[row, column - 1], ids[row, column]
+        if wanted & {"entropy", "top1"}:
+            flat = self._statistics(hidden, targets)
+        else:
+            flat = self._log_probabilities(hidden, targets[:, None])
+        pooled = self._pooled(states, [len(tokens) for tokens, _ in items], "pooled" in wanted)
+        cuts = np.cumsum([len(c) for c in columns])[:-1]
+        return [
+            Inspection(
+                part[:, 0],
+                part[:, 1] if "entropy" in wanted else None,
+                part[:, 2] > 0 if "top1" in wanted else None,
+                vector,
+            )
+            for part, vector in zip(np.split(flat, cuts), pooled, strict=True)
+        ]
 
     def _next(self, prompts: Sequence[Sequence[int]], targets: list[int]) -> list[np.ndarray]:
         ids = self._padded(prompts)
@@ -203,14 +255,21 @@ class TransformersEngine:
         )
 
     def _embed(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        hidden = self.hidden(self._padded(rows)).float()
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
-        weights = (
-            torch.arange(1, hidden.shape[1] + 1, device=self.device).float().expand(len(rows), -1)
-        )
-        weights = weights.masked_fill(weights > lengths, 0)
+        lengths = [len(row) for row in rows]
+        vectors = self._pooled(self.hidden(self._padded(rows)), lengths, True)
+        return [vector for vector in vectors if vector is not None]
+
+    def _pooled(
+        self, hidden: torch.Tensor, lengths: Sequence[int], wanted: bool
+    ) -> list[np.ndarray] | list[None]:
+        """Unit-length mean of hidden states (B, T, H) with weights 1..length, padding left out."""
+        if not wanted:
+            return [None] * len(lengths)
+        limits = torch.tensor(lengths, device=self.device)[:, None]
+        weights = torch.arange(1, hidden.shape[1] + 1, device=self.device).float()
+        weights = weights.expand(len(lengths), -1).masked_fill(weights > limits, 0)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        mean = torch.bmm(weights[:, None], hidden)[:, 0]
+        mean = torch.bmm(weights[:, None], hidden.float())[:, 0]
         return list(torch.nn.functional.normalize(mean, dim=1).cpu().numpy())
 
     def _halving(
@@ -241,7 +300,8 @@ class TransformersEngine:
         if len(row) < 3:
             raise ValueError(f"the tokenizer of {self.spec.path!r} gives {row} for a short sum")
         short = row[: len(row) // 2 + 1]
-        ours = self._score([(row, (1, len(row))), (short, (1, len(short)))])[1]
+        pair = [(row, (1, len(row))), (short, (1, len(short)))]
+        ours = self._score(pair, frozenset())[1].logprobs
         logits = model(input_ids=torch.tensor([short], device=self.device)).logits[0, :-1]
         targets = torch.tensor(short[1:], device=self.device)[:, None]
         theirs = logits.float().log_softmax(dim=1).gather(1, targets)[:, 0].cpu().numpy()

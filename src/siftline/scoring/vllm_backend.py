@@ -8,7 +8,7 @@ start. A request that returns without scores (the V2 runner drops preempted ones
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,9 @@ from siftline.scoring.pipe import Frame, list_column
 from siftline.scoring.vllm_options import engine_options, installed, set_environment
 
 TRIES = 4
-"""Times a row is asked before rows without scores are an error."""
+"""Times a row is asked before it is given up."""
+
+Answer = TypeVar("Answer")
 
 
 def open_backend(facts: Mapping[str, Any]) -> "VllmBackend":
@@ -84,8 +86,10 @@ class VllmBackend:
         rows = request.lists("tokens")
         self._check_ids(rows)
         if request.kind == "score":
-            starts = request.columns["start"].to_pylist()
-            columns = {"values": list_column(self.score(rows, starts), pa.float32())}
+            scored = self.score(rows, request.columns["start"].to_pylist())
+            columns = {"values": list_column([s and s[0] for s in scored], pa.float32())}
+            if request.facts["ranks"]:
+                columns["ranks"] = list_column([s and s[1] for s in scored], pa.int32())
         elif request.kind == "next":
             self._check_ids([request.facts["targets"]])
             values = self.next_tokens(rows, request.facts["targets"])
@@ -99,8 +103,13 @@ class VllmBackend:
             }
         return Frame("reply", {"asked_again": self.asked_again - before}, columns)
 
-    def score(self, rows: Sequence[list[int]], starts: Sequence[int]) -> list[np.ndarray]:
-        """Log-probabilities of row[start:], float32, for each row; 1 <= start < its length."""
+    def score(
+        self, rows: Sequence[list[int]], starts: Sequence[int]
+    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Log-probabilities of row[start:], float32, and ranks, int32; 1 <= start < its length.
+
+        Ranks are empty on the road that has none. None is a row without scores.
+        """
         flat = self.road == "prompt_logprobs"
         make = _flat_params if flat else _token_id_params
         read = _read_flat if flat else _read_token_ids
@@ -111,8 +120,8 @@ class VllmBackend:
             lambda i, output: read(output, *jobs[i]),
         )
 
-    def next_tokens(self, rows: Sequence[list[int]], targets: list[int]) -> list[np.ndarray]:
-        """Log-probabilities of `targets` right after each row, float32, shape (targets,)."""
+    def next_tokens(self, rows: Sequence[list[int]], targets: list[int]) -> list[np.ndarray | None]:
+        """Log-probabilities of `targets` right after each row, float32 (targets,), or None."""
         wanted = sorted(set(targets))
 
         def read(_: int, output: Any) -> np.ndarray | None:
@@ -169,10 +178,13 @@ class VllmBackend:
         self,
         rows: list[list[int]],
         make: Callable[[int], Any],
-        read: Callable[[int, Any], np.ndarray | None],
-    ) -> list[np.ndarray]:
-        """Runs rows until each has an answer, which `read` takes out of row i's output or lacks."""
-        answers: dict[int, np.ndarray] = {}
+        read: Callable[[int, Any], Answer | None],
+    ) -> list[Answer | None]:
+        """Runs rows until each has an answer, which `read` takes out of row i's output or lacks.
+
+        After `TRIES` a row is left without one. Several rows and no answer is a broken engine.
+        """
+        answers: dict[int, Answer] = {}
         for attempt in range(TRIES):
             waiting = [i for i in range(len(rows)) if i not in answers]
             if not waiting:
@@ -183,12 +195,12 @@ class VllmBackend:
                 answer = read(i, output)
                 if answer is not None:
                     answers[i] = answer
-        if len(answers) < len(rows):
+        if len(rows) > 1 and not answers:
             raise RuntimeError(
-                f"{len(rows) - len(answers)} of {len(rows)} rows came back without scores {TRIES} "
-                "times: give vLLM more memory or score fewer rows at once (batch_tokens)"
+                f"all {len(rows)} rows came back without scores {TRIES} times: give vLLM more "
+                "memory or score fewer rows at once (batch_tokens)"
             )
-        return [answers[i] for i in range(len(rows))]
+        return [answers.get(i) for i in range(len(rows))]
 
     def _params(self, **options: Any) -> Any:
         """Sampling parameters of vLLM, which checks some of the values when they are made."""
@@ -230,12 +242,13 @@ def _flat_params(row: list[int], start: int) -> dict[str, Any]:
     return {**_ONE_TOKEN, "prompt_logprobs": 0, "flat_logprobs": True}
 
 
-def _read_flat(output: Any, row: list[int], start: int) -> np.ndarray | None:
+def _read_flat(output: Any, row: list[int], start: int) -> tuple[np.ndarray, np.ndarray] | None:
     """The last len(row) - start entries: flat lists hold one entry for each token but the first."""
     flat = output.prompt_logprobs
     if flat is None or list(flat.token_ids) != row[1:]:
         return None
-    return np.array(flat.logprobs[start - 1 :], np.float32)
+    ranks = np.array(flat.ranks[start - 1 :], np.int32)
+    return np.array(flat.logprobs[start - 1 :], np.float32), ranks
 
 
 def _token_id_params(row: list[int], start: int) -> dict[str, Any]:
@@ -244,10 +257,12 @@ def _token_id_params(row: list[int], start: int) -> dict[str, Any]:
     return {**_ONE_TOKEN, "prompt_logprob_token_ids": ids, "prompt_logprob_start": start - 1}
 
 
-def _read_token_ids(output: Any, row: list[int], start: int) -> np.ndarray | None:
+def _read_token_ids(
+    output: Any, row: list[int], start: int
+) -> tuple[np.ndarray, np.ndarray] | None:
     values = output.prompt_token_id_logprobs
     if values is None:
         return None
     scores = np.asarray(values, np.float32)
     assert scores.shape == (len(row) - start, 1), f"{scores.shape} for {len(row) - start} rows"
-    return scores[:, 0]
+    return scores[:, 0], np.zeros(0, np.int32)

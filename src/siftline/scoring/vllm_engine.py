@@ -3,18 +3,19 @@
 The tokenizer stays here and only token ids cross the pipe, so both engines see the same tokens and
 ends of sequence, and cut texts alike. This module never imports vllm. Calls and their columns:
 
-    score     tokens, start                        -> values: log p of tokens[start:]
+    score     tokens, start; facts: ranks          -> values: log p of tokens[start:]; ranks
     next      tokens; facts: targets               -> values: log p of each target after tokens
     generate  tokens, seeds; facts: Sampling, ends -> tokens, finish; one a seed, prompts first
 
-A row is sent only up to the end of its span: what follows cannot change its scores.
+A null in values is a row without scores. A row is sent only up to the end of its span: what
+follows cannot change its scores.
 """
 
 import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -22,10 +23,18 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.scoring.engines import (
+    Detail,
+    Failed,
     Generation,
+    Inspection,
     ModelSpec,
     Sampling,
+    Span,
+    check_details,
     check_directory,
+    check_rows,
+    check_spans,
+    positions,
     score_options,
 )
 from siftline.scoring.fingerprint import model_fingerprint
@@ -38,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
+NO_SCORES = "no_scores"
+"""Reason of a row that vLLM returns without scores however often it is asked."""
 MOST_TARGETS = 128
 """vLLM's limit on logprob_token_ids."""
 
@@ -85,33 +96,61 @@ class VllmEngine:
         """Process id of the worker."""
         return self._worker.process.pid
 
+    @property
+    def details(self) -> frozenset[Detail]:
+        """Top-1 hits where vLLM tells the rank of a prompt token; its compact road does not."""
+        flat = self._facts["road"] == "prompt_logprobs"
+        return frozenset(("top1",)) if flat else frozenset()
+
     def score(
-        self, tokens: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]
-    ) -> list[np.ndarray]:
-        """Log-probabilities of tokens[start:end], a float32 array of shape (end - start,) a row.
+        self, tokens: Sequence[Sequence[int]], spans: Sequence[Span]
+    ) -> list[np.ndarray | Failed]:
+        """Log-probabilities of the tokens in each row's span, float32 (L,) a row.
 
         Raises:
             ValueError: if a row is longer than `max_length`, a span is not within its row, or a
                 token is unknown to the model.
         """
-        self._check_rows(tokens)
-        jobs = list(zip(tokens, spans, strict=True))
-        for row, (start, end) in jobs:
-            if not 1 <= start <= end <= len(row):
-                raise ValueError(
-                    f"span {(start, end)} of {len(row)} tokens: need 1 <= start <= end"
-                )
-        asked = [i for i, (_, (start, end)) in enumerate(jobs) if end > start]
-        scores = [np.zeros(0, np.float32) for _ in jobs]
+        return [
+            found if isinstance(found, Failed) else found.logprobs
+            for found in self.inspect(tokens, spans, ())
+        ]
+
+    def inspect(
+        self,
+        tokens: Sequence[Sequence[int]],
+        spans: Sequence[Span],
+        wanted: Collection[Detail],
+    ) -> list[Inspection | Failed]:
+        """`score`, and whether each token was the most likely one.
+
+        Raises:
+            ValueError: as `score`; or if something else is wanted: vLLM keeps neither entropy nor
+                hidden states.
+        """
+        check_details("vllm", wanted, self.details)
+        check_rows(tokens, self.max_length)
+        check_spans(tokens, spans)
+        none = np.zeros(0, np.float32)
+        out: list[Inspection | Failed] = [Inspection(none, top1=none > 0) for _ in tokens]
+        asked = [i for i, span in enumerate(spans) if len(positions(span))]
         if not asked:
-            return scores
+            return out
         columns = {
-            "tokens": _token_column([jobs[i][0][: jobs[i][1][1]] for i in asked]),
-            "start": pa.array([jobs[i][1][0] for i in asked], pa.int32()),
+            "tokens": _token_column([tokens[i][: spans[i][-1]] for i in asked]),
+            "start": pa.array([spans[i][0] for i in asked], pa.int32()),
         }
-        for i, values in zip(asked, self._values(Frame("score", {}, columns)), strict=True):
-            scores[i] = values
-        return scores
+        reply = self._ask(Frame("score", {"ranks": "top1" in wanted}, columns))
+        values = _arrays(reply.columns["values"])
+        ranks = _arrays(reply.columns["ranks"]) if "top1" in wanted else [None] * len(asked)
+        for i, logprobs, rank in zip(asked, values, ranks, strict=True):
+            if logprobs is None:
+                out[i] = Failed(NO_SCORES)
+                continue
+            inside = positions(spans[i]) - spans[i][0]
+            top1 = None if rank is None else rank[inside] == 1
+            out[i] = Inspection(logprobs[inside], top1=top1)
+        return out
 
     def choices(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
@@ -125,10 +164,14 @@ class VllmEngine:
         if not prompts:
             return np.zeros((0, len(options)), np.float32)
         if all(len(option) == 1 for option in options) and len(options) <= MOST_TARGETS:
-            self._check_rows(prompts)
+            check_rows(prompts, self.max_length)
             targets = [int(option[0]) for option in options]
             columns = {"tokens": _token_column(prompts)}
-            return np.stack(self._values(Frame("next", {"targets": targets}, columns)))
+            found = _arrays(
+                self._ask(Frame("next", {"targets": targets}, columns)).columns["values"]
+            )
+            lacking = np.full(len(options), np.nan, np.float32)
+            return np.stack([lacking if row is None else row for row in found])
         return score_options(self, prompts, options)
 
     def generate(
@@ -136,14 +179,14 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
-    ) -> list[list[Generation]]:
+    ) -> list[list[Generation | Failed]]:
         """Draws len(seeds[i]) texts for prompt i. Seeds are from 0 to 2**63 - 1.
 
         Raises:
             ValueError: if a prompt leaves no room for an answer, or vLLM refuses the sampling (it
                 takes temperatures up to 2).
         """
-        self._check_rows(prompts, room=1)
+        check_rows(prompts, self.max_length, room=1)
         pairs = list(zip(prompts, seeds, strict=True))
         if not any(own for _, own in pairs):
             return [[] for _ in pairs]
@@ -191,16 +234,14 @@ class VllmEngine:
     ) -> None:
         self._worker.close()
 
-    def _values(self, request: Frame) -> list[np.ndarray]:
-        """Asks for scores; float32, one array a row, and counts the rows asked again."""
+    def _ask(self, request: Frame) -> Frame:
+        """Asks for scores, and counts the rows asked again."""
         reply = self._worker.call(request)
         again = reply.facts["asked_again"]
         if again:
             self.asked_again += again
             logger.warning("vllm returned %d rows without scores; they were asked again", again)
-        column = reply.columns["values"]
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        return np.split(flat.copy(), column.offsets.to_numpy()[1:-1])
+        return reply
 
     def _generation(self, tokens: list[int], reason: str, stop: tuple[str, ...]) -> Generation:
         body = tokens[:-1] if tokens and tokens[-1] in self._ends else tokens
@@ -208,13 +249,13 @@ class VllmEngine:
         cut = min((text.find(s) for s in stop if s in text), default=len(text))
         return Generation(text[:cut], len(tokens), reason)
 
-    def _check_rows(self, rows: Sequence[Sequence[int]], room: int = 0) -> None:
-        for row in rows:
-            if not 1 <= len(row) <= self.max_length - room:
-                raise ValueError(
-                    f"a row of {len(row)} tokens where 1 to {self.max_length - room} fit: "
-                    "leave it out as too_long or raise the model's max_length"
-                )
+
+def _arrays(column: pa.Array) -> list[np.ndarray | None]:
+    """The rows of a list column as arrays; None for a null."""
+    flat = column.flatten().to_numpy(zero_copy_only=False).copy()
+    lengths = pa.compute.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    parts = np.split(flat, np.cumsum(lengths)[:-1])
+    return [part if valid else None for part, valid in zip(parts, column.is_valid(), strict=True)]
 
 
 def _token_column(rows: Sequence[Sequence[int]]) -> pa.Array:

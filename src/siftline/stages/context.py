@@ -113,7 +113,7 @@ class Context:
 
     def recorder(self, role: str, progress: Progress | None = None) -> Recorder:
         """A recorder on the model of a role; the model is loaded now."""
-        advance = progress.advance if progress else (lambda rows: None)
+        advance = progress.advance if progress else (lambda rows, tokens: None)
         return self.opened.recorder(self.spec(role), self.workspace.store, advance)
 
     def store_buckets(self) -> Iterator[tuple[int, pa.Table]]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from siftline.recipe import Model, Recipe, expand
-from siftline.scoring.engines import ModelSpec, open_engine
+from siftline.scoring.engines import EngineName, ModelSpec, open_engine
 from siftline.scoring.fingerprint import directory_digest
 from siftline.scoring.recorder import Recorder
 from siftline.shards import content_hash, file_hash
@@ -52,9 +52,7 @@ def model_spec(workspace: Workspace, recipe: Recipe, role: str) -> ModelSpec:
     return replace(spec, path=str(folder))
 
 
-def role_engine(
-    recipe: Recipe, role: str
-) -> Literal["transformers", "vllm", "sentence-transformers"]:
+def role_engine(recipe: Recipe, role: str) -> EngineName:
     """The engine a role runs on: its model's, but an embedder never on vLLM.
 
     vLLM pools by mean, first or last token only; the position-weighted mean that `embed` promises
@@ -103,7 +101,10 @@ class Engines:
                 engine.close()
 
     def recorder(
-        self, spec: ModelSpec, store: Path, progress: Callable[[int], None] = lambda rows: None
+        self,
+        spec: ModelSpec,
+        store: Path,
+        progress: Callable[[int, int], None] = lambda rows, tokens: None,
     ) -> Recorder:
         """A recorder on the engine of a specification."""
         return Recorder(self.get(spec), spec, store, progress)

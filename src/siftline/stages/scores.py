@@ -29,6 +29,11 @@ TABLE = pa.schema(
         ("logprob_mean", pa.float64()),
         ("logprob_mean_unconditional", pa.float64()),
         ("perplexity", pa.float64()),
+        ("ifd_loss_ratio", pa.float64()),
+        ("ifd_perplexity_ratio", pa.float64()),
+        ("entropy_mean", pa.float64()),
+        ("top1_rate", pa.float64()),
+        ("pooled", pa.binary()),
     ]
 )
 FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])

@@ -14,7 +14,7 @@ import polars as pl
 
 from siftline.kernels.draws import hash64
 from siftline.scoring.batching import plan_batches
-from siftline.scoring.engines import Engine, Sampling
+from siftline.scoring.engines import Engine, Failed, Sampling
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.verifiers import Verifier
 from siftline.training.intervals import Interval, crossed_interval, paired_difference, wilson
@@ -113,6 +113,11 @@ def evaluate(
         seeds = [[hash64(config.seed, "evaluate", ids[i])] for i in batch]
         drawn = engine.generate([prompts[i] for i in batch], seeds, sampling)
         for i, (generation,) in zip(batch, drawn, strict=True):
+            if isinstance(generation, Failed):
+                raise RuntimeError(
+                    f"question {ids[i]} got no answer ({generation.reason}): an accuracy over the "
+                    "others would mislead; run again"
+                )
             answer = asked[i].pop("answer")
             verdict = verifier(generation.text, answer)
             judged = {"correct": verdict.correct is True, "reason": verdict.reason}
