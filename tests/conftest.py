@@ -145,7 +145,8 @@ def run_chain(root: Path, recipe: Any, until: str | None = None) -> list[tuple[s
     Returns:
         (stage, output, computed now) for every stage that was run.
     """
-    from siftline.assets.shared import build, generate_inputs, score, train_base
+    from siftline.assets.scores import score
+    from siftline.assets.shared import build, generate_inputs, train_base
     from siftline.stages.publish import publish_curated
     from siftline.stages.run import run_stage
     from siftline.workspace import Workspace
@@ -224,7 +225,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return asked
 
-    for name in ("score", "choices", "generate", "embed"):
+    for name in ("score", "inspect", "choices", "generate", "embed"):
         monkeypatch.setattr(TransformersEngine, name, counting(name))
     return counts
 

@@ -176,7 +176,8 @@ def test_a_moved_threshold_asks_no_model(finished, mini, mini_tools, forwards, t
 
 
 def test_added_rows_are_the_only_ones_scored(finished, mini, mini_tools, forwards, tmp_path):
-    from siftline.assets.shared import build, score
+    from siftline.assets.scores import score
+    from siftline.assets.shared import build
 
     root = mini_tools.copy_root(finished.root, tmp_path / "root")
     with (root / "inputs" / "mini" / "pool.jsonl").open("a", encoding="utf-8") as file:
@@ -189,7 +190,7 @@ def test_added_rows_are_the_only_ones_scored(finished, mini, mini_tools, forward
     manifest, fresh = score(workspace, recipe, quiet)
     assert fresh
     # Each row once with its prompt; the responses alone differ too, all of one shape.
-    assert forwards == {"score": manifest.info["computed"]} == {"score": 10}
+    assert forwards == {"inspect": manifest.info["computed"]} == {"inspect": 10}
     assert manifest.info["scored"] == pool.manifest.rows("rows")
     assert Pool(root / "pool" / "mini_test").version == old
 
@@ -200,21 +201,21 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 import siftline.stages.models as models
-from siftline.assets.shared import score
+from siftline.assets.scores import score
 from siftline.library import find
 from siftline.scoring.transformers_engine import TransformersEngine
 from siftline.workspace import Workspace
 
 root, log, rounds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-real = TransformersEngine.score
+real = TransformersEngine._inspect
 out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-def counted(self, tokens, spans):
+def counted(self, tokens, spans, wanted):
     os.write(out, f"{len(tokens):5}\\n".encode())  # before the pass: a killed one counts
     time.sleep(0.02)
-    return real(self, tokens, spans)
+    return real(self, tokens, spans, wanted)
 
-TransformersEngine.score = counted
+TransformersEngine._inspect = counted
 workspace, recipe = Workspace(root), find("mini", ["models.tiny.batch_tokens=800"])
 
 def passes():
@@ -260,7 +261,7 @@ def test_killed_scoring_repeats_at_most_a_batch(finished, mini, mini_tools, tmp_
     # A kill repeats the batch it hit and no more: five kills, five batches.
     assert asked <= sum(passes) <= asked + 5 * max(passes)
     # The same bits as without a kill: resumed batches are the planned ones.
-    from siftline.assets.shared import score
+    from siftline.assets.scores import score
 
     calm = mini_tools.copy_root(finished.root, tmp_path / "calm", *MADE, "pool")
     manifest, _ = score(Workspace(calm), mini("models.tiny.batch_tokens=800"), quiet)
@@ -355,4 +356,4 @@ def test_rows_too_long_fail_go_no_further_and_are_tried_again(
     _, fresh = run_stage(Workspace(root), recipe, "likelihood", quiet)
     assert fresh, "an output with failed rows must be tried again"
     assert mini_tools.snapshot(root / "stages") == before  # with the same end, the same files
-    assert "score" not in forwards  # and what was scored is not asked again
+    assert "inspect" not in forwards  # and what was scored is not asked again

@@ -10,10 +10,12 @@ import pytest
 from siftline.cli import main
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, REMOVED
+from siftline.namespace import BUCKETS, NamespaceFolder
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 
-VERBS = ("run", "demo", "status", "explain", "report", "ui")
+ROOTED = ("run", "demo", "status", "explain", "report", "ui", "cache ls", "cache gc")
+VERBS = (*ROOTED, "score", "cache")
 
 
 @pytest.fixture
@@ -47,18 +49,20 @@ def done(finished, mini):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(verb, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"Usage: siftline {verb}")
-    assert "--root" in said
+    assert ("--root" in said) == (verb in ROOTED)
 
 
 def test_help_names_every_verb(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    assert set(re.findall(r"^  (\w+) ", said.partition("Commands:")[2], re.M)) == set(VERBS)
+    assert set(re.findall(r"^  (\w+) ", said.partition("Commands:")[2], re.M)) == {
+        v.split()[0] for v in VERBS
+    }
 
 
 def test_run_ends_with_one_json_object(finished):
@@ -92,6 +96,67 @@ def test_status(call, finished):
     assert code == 0
     assert "recipe mini: 12 of 12 stages" in out
     assert "(latest)" in out
+
+
+def statuses(call, root):
+    """Score tables and the store by name."""
+    code, out, err = call("status", "--json", root=root)
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    return {t["name"]: t for t in said["scores"]}, said["store"]
+
+
+def test_status_shows_how_much_of_a_pool_is_scored(call, finished):
+    rows = Pool(finished.root / "pool" / "mini").manifest.rows("rows")
+    tables, store = statuses(call, finished.root)
+    table = tables["mini/tiny/likelihood"]
+    assert (table["rows"], table["scored"] + table["failed"]) == (rows, rows)
+    assert table["share"] == table["scored"] / rows > 0
+    assert table["stale"] is False
+    assert {"likelihood"} <= {entry["scorer"] for entry in store}
+    assert all(entry["records"] > 0 and not entry["in_use"] for entry in store)
+    _, out, _ = call("status")
+    share = f"({100 * table['scored'] / rows:.1f} %), {table['failed']} failed\n"
+    assert f"scores mini/tiny/likelihood: {table['scored']} of {rows} rows {share}" in out
+    assert "being written" not in out
+
+
+def test_status_of_a_pool_that_changed_counts_its_rows_and_says_stale(
+    call, finished, mini, mini_tools, tmp_path
+):
+    from siftline.assets.shared import build
+
+    root = mini_tools.copy_root(finished.root, tmp_path / "root")
+    pool = root / "inputs" / "mini" / "pool.jsonl"
+    lines = pool.read_text(encoding="utf-8").splitlines(keepends=True)
+    new = {"question": "Which number is new?", "response": "#### 1", "answer": "1", "source": "n"}
+    pool.write_text("".join([*lines[5:], json.dumps(new) + "\n"]), encoding="utf-8")
+    before = set(Pool(root / "pool" / "mini").all_rows(["id"]).column("id").to_pylist())
+    built = build(Workspace(root), mini(), "mini", lambda line: None)
+    now = set(built.all_rows(["id"]).column("id").to_pylist())
+    assert len(now - before) == 1
+    table = statuses(call, root)[0]["mini/tiny/likelihood"]
+    assert table["stale"] is True
+    assert table["rows"] == len(now)
+    assert table["scored"] + table["failed"] == len(now & before)
+    assert "stale: the pool has changed" in call("status", root=root)[1]
+
+
+def test_status_of_a_run_under_way_counts_the_records_of_the_store(
+    call, finished, mini_tools, tmp_path
+):
+    root = mini_tools.copy_root(finished.root, tmp_path / "root", "pool", "store", "models")
+    (folder, *_) = sorted((root / "store").glob("likelihood-*"))
+    files = NamespaceFolder(folder)
+    with files.lease(3):
+        tables, store = statuses(call, root)
+        out = call("status", root=root)[1]
+    assert tables == {}
+    (entry,) = (entry for entry in store if entry["name"] == folder.name)
+    expected = sum(len(table) for bucket in range(BUCKETS) for table in files.tables(bucket))
+    assert (entry["records"], entry["in_use"]) == (expected, True)
+    assert f"store {folder.name}: {expected} records, being written\n" in out
+    assert "being written" not in call("status", root=root)[1]
 
 
 def test_status_of_a_root_that_is_not_there(call, tmp_path):

@@ -31,7 +31,9 @@ from siftline.recipe import (
     load,
     parse,
 )
-from siftline.scoring.engines import ModelSpec
+from siftline.scoring.engines import ModelSpec, Server
+from siftline.scoring.likelihood import Likelihood
+from siftline.scoring.scorers import KINDS
 from siftline.training.evaluate import Evaluation
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
@@ -372,8 +374,8 @@ def test_the_library_finds_users_recipes_beside_the_shipped_ones(tmp_path, monke
 # The ratchet: a field that appears, goes or is renamed changes every recipe file and every hash.
 
 PUBLIC = {
-    "Recipe": "name seed pool sets models roles stages budget bounds card inputs training "
-    "evaluation schedule",
+    "Recipe": "name seed pool sets models roles stages budget likelihood scorers bounds card "
+    "inputs training evaluation schedule",
     "Inputs": "generator args",
     "Sets": "target dev test",
     "Model": "spec pretrain corpus",
@@ -384,7 +386,15 @@ PUBLIC = {
     "PoolSpec": "name inputs buckets max_quarantine",
     "Source": "path format layout columns source instruction answer_pattern split",
     "ModelSpec": "path engine dtype device max_length template batch_tokens trust_remote_code "
-    "python adapter",
+    "python adapter server revision",
+    "Server": "url model concurrency timeout_s tries patience_s key_variable",
+    "Likelihood": "turns details",
+    "Reward": "model",
+    "Classifier": "model label expected over",
+    "Rubric": "model rubric scale",
+    "Contrast": "model reference turns",
+    "Column": "column path id",
+    "Function": "path args",
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed",
     "FineTune": "method lora_rank lora_alpha learning_rate epochs loss_tokens steps batch_rows "
     "accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing bf16 "
@@ -404,7 +414,7 @@ PUBLIC = {
 }
 CLASSES = (
     Recipe, Inputs, Sets, Model, Budget, Bounds, Card, Training, PoolSpec, Source, ModelSpec,
-    Evaluation, FineTune, Pretrain, *STAGES.values(),
+    Server, Likelihood, *KINDS.values(), Evaluation, FineTune, Pretrain, *STAGES.values(),
 )  # fmt: skip
 
 

@@ -32,7 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "shards": set(),
     "workspace": set(),
     "spool": {"kernels", "schema", "shards"},
-    "store": {"schema", "shards"},
+    "journal": set(),
+    "namespace": {"journal", "shards"},
+    "store": {"journal", "namespace", "schema", "shards"},
+    "cache": {"namespace"},
+    "terminal": {"progress"},
     "ingest": {"schema", "shards"},
     "kernels": set(),
     "selectors": {"kernels", "schema"},
@@ -53,8 +57,9 @@ ALLOWED: dict[str, set[str]] = {
     "definitions": {*BELOW_STAGES, "stages", "assets", "pipelines"},
     # Outside the line: they read what is there, and only the command line may start anything.
     "story": {*DATA, "recipe"},
-    "status": {*DATA, "recipe", "library", "stages"},
-    "cli": {*BELOW_STAGES, "stages", "demo", "story", "status", "pipelines"},
+    "status": {*DATA, "cache", "recipe", "library", "stages"},
+    "commands": {*BELOW_STAGES, "stages", "cache", "terminal"},
+    "cli": {*BELOW_STAGES, "stages", "commands", "demo", "story", "status", "pipelines"},
 }
 DAGSTER = {"assets", "pipelines", "definitions"}
 LATE = {("pipelines", "definitions")}

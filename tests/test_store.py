@@ -13,13 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from siftline.journal import Journal, read_journal
 from siftline.store import (
     DiskFullError,
-    Journal,
     Namespace,
     Store,
     collect,
-    read_journal,
     score_key,
 )
 
@@ -147,7 +146,7 @@ collect(store, 1, keys, plan, compute)
 """
 
 
-@pytest.mark.parametrize("attempt", range(6))
+@pytest.mark.parametrize("attempt", range(4))
 def test_sigkill_loses_at_most_one_batch(tmp_path, attempt):
     """Killed at a random moment of 40 commits, then run again: rows + one batch passes at most."""
     rows, batch, log = 400, 10, tmp_path / "passes"
@@ -169,14 +168,6 @@ def test_sigkill_loses_at_most_one_batch(tmp_path, attempt):
     assert got["key"].to_list() == [f"{i:05d}" for i in range(rows)]
     assert got["value"].to_list() == [i / 7 for i in range(rows)]
     assert not list((store.folder / "journals").iterdir()), "journals were not sealed"
-
-
-def test_two_runs_at_once_share_the_work(tmp_path):
-    rows, batch, log = 200, 10, tmp_path / "passes"
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "s"), str(log), str(rows), str(batch)]
-    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [p.wait(timeout=60) for p in running] == [0, 0]
-    assert sum(map(int, log.read_text().split())) == rows
 
 
 def test_full_disk_is_one_line_and_loses_nothing(small_disk):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from siftline.scoring.engines import Engine, ModelSpec, Sampling, open_engine
+from siftline.scoring.engines import DETAILS, Engine, ModelSpec, Sampling, open_engine
+from siftline.scoring.projection import TILES
 from siftline.scoring.spans import prompt_tokens, response_span
 from siftline.scoring.transformers_engine import TransformersEngine
 
@@ -124,7 +127,7 @@ def test_tiles_change_nothing(engine, monkeypatch):
     rows = random_rows(6)
     spans = [(1, len(row)) for row in rows]
     whole = engine.score(rows, spans)
-    monkeypatch.setattr("siftline.scoring.transformers_engine.TILE", 7)
+    monkeypatch.setitem(TILES, "cpu", (7, 50))
     for one, other in zip(whole, engine.score(rows, spans), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
@@ -250,6 +253,26 @@ def test_out_of_memory_halves_the_batch_by_rule(tiny_model, monkeypatch):
     limit = 0
     with pytest.raises(RuntimeError, match="single row: lower max_length"):
         engine.score(rows, spans)
+
+
+@pytest.mark.parametrize("wanted", [(), DETAILS])
+def test_no_tensor_of_a_pass_has_the_size_of_tokens_times_vocabulary(engine, wanted, monkeypatch):
+    monkeypatch.setitem(TILES, "cpu", (16, 32))
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    rows = random_rows(20, seed=3, low=30, high=31)
+    with Sizes():
+        engine.inspect(rows, [(1, 30)] * 20, wanted)
+    vocabulary = engine.config.vocab_size
+    # The widest a pass needs is the MLP: 128 of a token, half of this vocabulary.
+    assert max(made) == 20 * 30 * 128
+    assert max(made) < 20 * 29 * vocabulary
 
 
 def test_a_model_that_sees_its_padding_is_refused(tiny_model, monkeypatch):

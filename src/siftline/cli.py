@@ -13,26 +13,16 @@ from typing import Any
 import click
 
 from siftline import __version__
+from siftline.commands import register
+from siftline.commands.options import json_option, root_option, say
 from siftline.ledger import StageOutput
 from siftline.library import find, recipe_files
 from siftline.recipe import Recipe, Stage, load
-from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE, Workspace
+from siftline.workspace import ROOT_VARIABLE, Workspace
 
-root_option = click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    default=lambda: Path(os.environ.get(ROOT_VARIABLE, DEFAULT_ROOT)),
-    help=f"Folder that everything is written to [default: ${ROOT_VARIABLE}, or {DEFAULT_ROOT}]",
-)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-def say(line: str) -> None:
-    """Writes a line of progress to stderr."""
-    click.echo(line, err=True)
 
 
 def _recipe(name: str, overrides: Sequence[str]) -> Recipe:
@@ -57,6 +47,9 @@ def _workspace(root: Path) -> Workspace:
 @click.version_option(__version__, prog_name="siftline")
 def cli() -> None:
     """Curate instruction data, train on it, account for every row."""
+
+
+register(cli)
 
 
 @cli.command()
@@ -171,7 +164,7 @@ def demo(root: Path, overrides: tuple[str, ...], engine: str, workers: int) -> N
 @json_option
 def status(root: Path, as_json: bool) -> None:
     """Show what is under ROOT: pools, stages, score coverage, published versions."""
-    from siftline.status import describe
+    from siftline.status import coverage_text, describe
 
     said = describe(_workspace(root))
     if as_json:
@@ -181,8 +174,8 @@ def status(root: Path, as_json: bool) -> None:
         click.echo(
             f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
         )
-    for scores in said["scores"]:
-        click.echo(f"scores {scores['name']}: {scores['scored']:,} rows, {scores['failed']} failed")
+    for line in coverage_text(said):
+        click.echo(line)
     for recipe in said["recipes"]:
         click.echo(f"recipe {recipe['name']}: {recipe['stages_done']} of {recipe['stages']} stages")
         if recipe["rows"]:

@@ -4,7 +4,8 @@ import dagster as dg
 
 from siftline.assets.outcome import outcome_assets, outcomes
 from siftline.assets.resource import Siftline
-from siftline.assets.shared import inputs_asset, likelihood_asset, model_asset, pool_asset
+from siftline.assets.scores import likelihood_asset, scorer_asset
+from siftline.assets.shared import inputs_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
 from siftline.library import all_recipes
 from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
@@ -18,6 +19,7 @@ def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
     assets += [model_asset(recipe, name) for name, model in recipe.models.items() if model.pretrain]
     assets.append(likelihood_asset(recipe))
+    assets += [scorer_asset(recipe, name) for name in recipe.scorers]
     assets += [stage_asset(recipe, stage) for stage in recipe.stages]
     return assets + outcome_assets(recipe)
 
@@ -65,7 +67,14 @@ def _check_names(recipe: Recipe) -> None:
 
 def shared_part(recipe: Recipe) -> tuple[object, ...]:
     """What two recipes must agree on to share pools, models and scores."""
-    return (recipe.pool, recipe.sets, recipe.models, recipe.inputs)
+    return (
+        recipe.pool,
+        recipe.sets,
+        recipe.models,
+        recipe.inputs,
+        recipe.likelihood,
+        recipe.scorers,
+    )
 
 
 def job_of(recipe: str) -> dg.JobDefinition:

@@ -1,10 +1,34 @@
-"""How far a step is: rows done, rate, time left, said at an interval and at the end."""
+"""How far a step is: rows done, rate, time left, said at an interval and at the end.
+
+Lines suit logs and Dagster; `terminal` has a bar for people. Both are a `Tracker`, so the code that
+counts doesn't know which of them it talks to.
+"""
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 INTERVAL_SECONDS = 5.0
+WINDOW_SECONDS = 60.0
+"""Rates are those of the last minute: rows found in the store come in a rush and then no more."""
+
+
+class Tracker(Protocol):
+    """Is told how far a step is."""
+
+    def advance(self, count: int, tokens: int = 0) -> None:
+        """Adds finished units and the tokens a model ran for them, from any thread."""
+        ...
+
+    def reach(self, done: int, total: int) -> None:
+        """Sets the count, for callers that know how far they are."""
+        ...
+
+    def close(self) -> None:
+        """Says the final count."""
+        ...
 
 
 def clock(seconds: float) -> str:
@@ -18,8 +42,66 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
+class Count:
+    """Units and tokens done, and how fast.
+
+    Args:
+        label: Name of the step.
+        total: Units to do; 0 where it isn't known.
+        unit: What is counted.
+        now: Reads a clock, in seconds.
+    """
+
+    def __init__(
+        self, label: str, total: int, unit: str, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.label, self.total, self.unit, self._now = label, total, unit, now
+        self.done = self.tokens = 0
+        self._start = now()
+        self._past = deque([(self._start, 0, 0)])  # when, units and tokens then; rising
+
+    def add(self, count: int, tokens: int) -> None:
+        """Adds finished units and tokens."""
+        self.done += count
+        self.tokens += tokens
+        now = self._now()
+        self._past.append((now, self.done, self.tokens))
+        while len(self._past) > 2 and self._past[1][0] <= now - WINDOW_SECONDS:
+            self._past.popleft()
+
+    def rates(self) -> tuple[float, float]:
+        """Units and tokens a second."""
+        when, done, tokens = self._past[0]
+        seconds = max(self._now() - when, 1e-9)
+        return (self.done - done) / seconds, (self.tokens - tokens) / seconds
+
+    def line(self) -> str:
+        """Such as `likelihood 400/500 rows (80.0 %) 31 rows/s, 9,120 tokens/s, 0:03 left`."""
+        return f"{self.label} {self.figures()}"
+
+    def figures(self) -> str:
+        """The line without the label."""
+        rate, tokens = self.rates()
+        rates = f"{_rate(rate)} {self.unit}/s"
+        if self.tokens:
+            rates += f", {_rate(tokens)} tokens/s"
+        if not self.total:
+            return f"{self.done:,} {self.unit} {rates}"
+        left = clock(max(0, self.total - self.done) / rate) if rate else "unknown"
+        share = 100 * self.done / self.total
+        return f"{self.done:,}/{self.total:,} {self.unit} ({share:.1f} %) {rates}, {left} left"
+
+    def summary(self) -> str:
+        """The whole step, such as `likelihood 500 rows in 0:16, 9,120 tokens, 570 a second`."""
+        seconds = max(self._now() - self._start, 1e-9)
+        said = f"{self.label} {self.done:,} {self.unit} in {clock(seconds)}"
+        if self.tokens:
+            said += f", {self.tokens:,} tokens, {_rate(self.tokens / seconds)} a second"
+        return said
+
+
 class Progress:
-    """Counts units of one step and says so through `emit`.
+    """Counts units of one step and says so in lines.
 
     Args:
         label: Name of the step.
@@ -31,10 +113,9 @@ class Progress:
     def __init__(
         self, label: str, total: int, emit: Callable[[str], None], unit: str = "rows"
     ) -> None:
-        self.label, self.total, self.unit, self._emit = label, total, unit, emit
-        self.done = self.tokens = 0
+        self.count, self._emit = Count(label, total, unit), emit
         self._lock = threading.Lock()
-        self._start = self._said = time.monotonic()
+        self._said = time.monotonic()
 
     def advance(self, count: int, tokens: int = 0) -> None:
         """Adds finished units, from any thread; says a line at an interval.
@@ -44,39 +125,18 @@ class Progress:
             tokens: Tokens a model ran for them.
         """
         with self._lock:
-            self.done += count
-            self.tokens += tokens
+            self.count.add(count, tokens)
             now = time.monotonic()
             if now - self._said >= INTERVAL_SECONDS:
                 self._said = now
-                self._emit(self.line())
+                self._emit(self.count.line())
 
     def reach(self, done: int, total: int) -> None:
         """Sets the count, for callers that know how far they are."""
-        self.total = total
-        self.advance(done - self.done)
-
-    def line(self) -> str:
-        """Such as `likelihood 400/500 rows (80.0 %) 31 rows/s, 9,120 tokens/s, 0:03 left`."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = self.done / seconds
-        said = f"{self.label} {self.done:,}"
-        rates = f"{_rate(rate)} {self.unit}/s"
-        if self.tokens:
-            rates += f", {_rate(self.tokens / seconds)} tokens/s"
-        if self.total:
-            left = clock((self.total - self.done) / rate) if rate else "unknown"
-            said += f"/{self.total:,} {self.unit} ({100 * self.done / self.total:.1f} %)"
-            return f"{said} {rates}, {left} left"
-        return f"{said} {self.unit} {rates}"
+        self.count.total = total
+        self.advance(done - self.count.done)
 
     def close(self) -> None:
         """Says the final count, where anything was done."""
-        if self.done:
-            seconds = time.monotonic() - self._start
-            said = f"{self.label} {self.done:,} {self.unit} in {clock(seconds)}"
-            if self.tokens:
-                said += (
-                    f", {self.tokens:,} tokens, {_rate(self.tokens / max(seconds, 1e-9))} a second"
-                )
-            self._emit(said)
+        if self.count.done:
+            self._emit(self.count.summary())

@@ -22,7 +22,9 @@ from siftline.config import build, check_names, convert, nearest, override
 from siftline.ingest.pool import PoolSpec
 from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
+from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.rejection import RejectionSampling
+from siftline.scoring.scorers import KINDS, models_of
 from siftline.sections import Bounds, Budget, Card, Inputs, Model, Sets, Training
 from siftline.selectors.allocate import Allocate
 from siftline.selectors.decontamination import Decontamination
@@ -91,6 +93,8 @@ class Recipe:
     roles: dict[str, str]
     stages: tuple[Stage, ...]
     budget: Budget
+    likelihood: Likelihood = field(default_factory=Likelihood)
+    scorers: dict[str, Any] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=Bounds)
     card: Card = field(default_factory=Card)
     inputs: Inputs | None = None
@@ -182,6 +186,9 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     bodies = convert(dict[str, Any], raw["models"], "models")
     models = {key: _model(body, f"models.{key}") for key, body in bodies.items()}
     check_names(list(models), "models")
+    scorers = _scorers(raw.get("scorers"), models)
+    stages = _stages(raw["stages"], budget, seed)
+    _check_weights(stages, scorers)
     optional = {"inputs": Inputs, "training": Training, "evaluation": Evaluation}
     return Recipe(
         name=name,
@@ -190,7 +197,9 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         sets=sets,
         models=models,
         roles=_roles(raw.get("roles"), models),
-        stages=_stages(raw["stages"], budget, seed),
+        stages=stages,
+        likelihood=build(Likelihood, raw.get("likelihood"), "likelihood"),
+        scorers=scorers,
         budget=budget,
         bounds=build(Bounds, raw.get("bounds"), "bounds"),
         card=build(Card, raw.get("card"), "card"),
@@ -249,6 +258,26 @@ def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
     return roles
 
 
+def _scorers(body: Any, models: Mapping[str, Model]) -> dict[str, Any]:
+    """Scorers by name: `name: {kind: …, options}`."""
+    found: dict[str, Any] = {}
+    for name, entry in convert(dict[str, Any], body or {}, "scorers").items():
+        where = f"scorers.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("likelihood", "uniform"):
+            raise ValueError(
+                f"{where}: use lower-case letters, digits and _; likelihood and uniform are taken"
+            )
+        if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
+            kind = entry.get("kind") if isinstance(entry, Mapping) else entry
+            raise ValueError(f"{where}: kind {kind!r}: {nearest(str(kind), list(KINDS))}")
+        options = {key: value for key, value in entry.items() if key != "kind"}
+        found[name] = build(KINDS[entry["kind"]], options, where)
+        for model in models_of(found[name]):
+            if model not in models:
+                raise ValueError(f"{where}: no model {model!r}: {nearest(model, list(models))}")
+    return found
+
+
 def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
     if not isinstance(body, list) or not body:
         raise ValueError("stages: expected a list of stages, each a name or name: options")
@@ -270,6 +299,16 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
     if "allocate" in [stage.kind for stage in stages[:-1]]:
         raise ValueError("stages: allocate spends the budget: put it last, once")
     return tuple(stages)
+
+
+def _check_weights(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:
+    for stage in stages:
+        weight = getattr(stage.options, "weight", "uniform")
+        if weight != "uniform" and weight not in scorers:
+            known = ["uniform", *scorers]
+            raise ValueError(
+                f"stages.{stage.name}.weight: no scorer {weight!r}: {nearest(weight, known)}"
+            )
 
 
 def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

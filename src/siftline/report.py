@@ -36,6 +36,12 @@ PLANTED = {
     "caught": pl.Int64,
     "false_drops": pl.Int64,
 }
+NOVELTY = {
+    "name": pl.String,
+    "rows": pl.Int64,
+    "contrast": pl.Float64,  # mean over its rows, nats a token
+    "example": pl.String,
+}
 EXAMPLES = {
     "id": pl.String,
     "stage": pl.String,
@@ -84,6 +90,8 @@ class Report:
         accuracy: `ACCURACY`; arms and levels are shown in order of first appearance, and the last
             level of an arm is its overall accuracy.
         planted: `PLANTED`.
+        novelty: `NOVELTY`, one line per cluster of the rows that a fine-tuned model finds far
+            likelier than the model it came from.
         examples: `EXAMPLES`; `pick_examples` makes them.
         notes: What a reader must know before believing the numbers.
     """
@@ -99,6 +107,7 @@ class Report:
     curves: pl.DataFrame | None = None
     accuracy: pl.DataFrame | None = None
     planted: pl.DataFrame | None = None
+    novelty: pl.DataFrame | None = None
     examples: pl.DataFrame | None = None
     notes: tuple[str, ...] = ()
 
@@ -109,6 +118,7 @@ class Report:
             ("curves", CURVES),
             ("accuracy", ACCURACY),
             ("planted", PLANTED),
+            ("novelty", NOVELTY),
             ("examples", EXAMPLES),
         ):
             frame = getattr(self, name)
@@ -138,6 +148,7 @@ def render(report: Report) -> str:
         curves=_curves(report.curves, arms),
         accuracy=_accuracy(report.accuracy, arms),
         planted=None if report.planted is None else report.planted.to_dicts(),
+        novelty=None if report.novelty is None else report.novelty.to_dicts(),
         examples=_examples(report.examples),
     )
 

@@ -1,18 +1,22 @@
-"""What is under a root, from manifests alone."""
+"""What is under a root, from its manifests and the store; no model is looked at."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from siftline.cache import as_json, list_store
 from siftline.ingest.pool import Pool
 from siftline.library import all_recipes
-from siftline.shards import Manifest
+from siftline.shards import Manifest, read_parquet
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
 from siftline.workspace import Workspace
 
 
 def describe(workspace: Workspace) -> dict[str, Any]:
-    """Pools, score tables, and how far each recipe is.
+    """Pools, score tables and their coverage, the store, and how far each recipe is.
 
     Raises:
         ValueError: if there is no such root.
@@ -25,11 +29,7 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         pools.append(
             {"name": path.parent.name, "rows": info["rows"], "quarantined": info["quarantine"]}
         )
-    scores = []
-    for path in sorted(workspace.root.glob("scores/*/*/*/manifest.json")):
-        info = Manifest.load(path).info
-        name = path.parent.relative_to(workspace.root / "scores").as_posix()
-        scores.append({"name": name, "scored": info["scored"], "failed": info["failed"]})
+    paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
     recipes = []
     for recipe in all_recipes():
         if not (workspace.pool(recipe.pool.name) / "manifest.json").exists():
@@ -46,10 +46,69 @@ def describe(workspace: Workspace) -> dict[str, Any]:
                 "versions": _versions(folder),
             }
         )
-    return {"root": str(workspace.root), "pools": pools, "scores": scores, "recipes": recipes}
+    return {
+        "root": str(workspace.root),
+        "pools": pools,
+        "scores": [coverage(workspace, path.parent) for path in paths],
+        "store": [as_json(entry) for entry in list_store(workspace.store)],
+        "recipes": recipes,
+    }
 
 
-def _versions(folder: Any) -> list[str]:
+def coverage(workspace: Workspace, folder: Path) -> dict[str, Any]:
+    """How much of a pool a score table covers.
+
+    Returns:
+        `rows` of the pool as it is now, how many of them are `scored` and `failed`, the scored
+        `share`, and whether the table is `stale`: made of another version of the pool. Where the
+        pool is gone, rows and share are null and the counts are the table's own.
+    """
+    manifest = Manifest.load(folder / "manifest.json")
+    info = manifest.info
+    said: dict[str, Any] = {
+        "name": folder.relative_to(workspace.root / "scores").as_posix(),
+        "rows": None,
+        "scored": info["scored"],
+        "failed": info["failed"],
+        "share": None,
+        "stale": False,
+    }
+    home = workspace.pool(folder.relative_to(workspace.root / "scores").parts[0])
+    if not (home / "manifest.json").exists():
+        return said
+    pool = Pool(home)
+    rows = pool.manifest.rows("rows")
+    said["stale"] = info["inputs"]["pool"] != pool.version
+    if said["stale"]:
+        ids = pl.Series(pool.all_rows(["id"]).column("id").to_pylist(), dtype=pl.String)
+        for table in ("scored", "failed"):
+            parts = [p for p in manifest.parts if p.table == table.replace("scored", "scores")]
+            found = [read_parquet(folder / p.file, ["id"]).column("id").to_pylist() for p in parts]
+            said[table] = ids.is_in([i for part in found for i in part]).sum()
+    return {**said, "rows": rows, "share": said["scored"] / max(1, rows)}
+
+
+def coverage_text(said: dict[str, Any]) -> list[str]:
+    """Score tables and the store as lines.
+
+    Args:
+        said: What `describe` says.
+    """
+    lines = []
+    for scores in said["scores"]:
+        counts = f"{scores['scored']:,} rows"
+        if scores["rows"] is not None:
+            share = f"{100 * scores['share']:.1f} %"
+            counts = f"{scores['scored']:,} of {scores['rows']:,} rows ({share})"
+        stale = ", stale: the pool has changed since, run again" if scores["stale"] else ""
+        lines.append(f"scores {scores['name']}: {counts}, {scores['failed']:,} failed{stale}")
+    for entry in said["store"]:
+        writing = ", being written" if entry["in_use"] else ""
+        lines.append(f"store {entry['name']}: {entry['records']:,} records{writing}")
+    return lines
+
+
+def _versions(folder: Path) -> list[str]:
     latest = os.readlink(folder / "latest") if (folder / "latest").is_symlink() else None
     names = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     names = [name for name in names if name != "latest"]

@@ -48,3 +48,9 @@ def generate(out: Path, truth: Path, *, seed: int, **sizes: int) -> None:
                 f"Question: If {words}, which digit comes up?\nAnswer: It is {digit}.\n#### {digit}"
             )
             file.write(json.dumps({"text": text}) + "\n")
+
+
+def brevity(rows, least=0):
+    """A scorer by import path: short responses score high, those under `least` have no score."""
+    lengths = [len(row["messages"][-1]["content"]) for row in rows]
+    return [None if n < least else 1 / (1 + n) for n in lengths]

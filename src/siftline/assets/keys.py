@@ -4,6 +4,7 @@ import dagster as dg
 
 from siftline.ingest.pool import PoolSpec
 from siftline.recipe import Recipe, Stage
+from siftline.stages.scorers import scorer_model
 
 SHARED = "shared"
 KINDS = {"parquet", "python"}
@@ -27,6 +28,11 @@ def model(name: str) -> dg.AssetKey:
 def likelihood(recipe: Recipe) -> dg.AssetKey:
     """The score table of a recipe's pool under its target model."""
     return dg.AssetKey(["scores", recipe.pool.name, recipe.roles["target"], "likelihood"])
+
+
+def scorer(recipe: Recipe, name: str) -> dg.AssetKey:
+    """The table of a quality scorer on a recipe's pool."""
+    return dg.AssetKey(["scores", recipe.pool.name, scorer_model(recipe, name), name])
 
 
 def stage(recipe: Recipe, instance: Stage) -> dg.AssetKey:

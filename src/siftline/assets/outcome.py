@@ -43,7 +43,10 @@ def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=keys.outcome(recipe, "curated"),
-        deps=[keys.stage(recipe, recipe.stages[-1])],
+        deps=[
+            keys.stage(recipe, recipe.stages[-1]),
+            *(keys.scorer(recipe, name) for name in recipe.scorers),
+        ],
         group_name=recipe.name,
         kinds=keys.KINDS,
     )

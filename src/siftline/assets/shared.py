@@ -1,4 +1,4 @@
-"""Assets that recipes share: inputs, pools, evaluation sets, models trained here, scores."""
+"""Assets that recipes share: inputs, pools, evaluation sets, models trained here."""
 
 import importlib
 from collections.abc import Callable
@@ -14,8 +14,7 @@ from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe, expand, expand_pool
-from siftline.stages.models import corpus_file, engines, model_spec, trained_folder
-from siftline.stages.scores import TABLE, score_pool
+from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace
 
 
@@ -162,47 +161,3 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         )
 
     return base
-
-
-def score(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]) -> tuple[Any, bool]:
-    """Scores a recipe's pool under its target model."""
-    pool = Pool(workspace.pool(recipe.pool.name))
-    folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
-    spec = model_spec(workspace, recipe, "target")
-    with engines() as opened:
-        return score_pool(folder, pool, spec, workspace.store, opened, emit)
-
-
-def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """The score table of a pool under a model."""
-    deps = [keys.pool(recipe.pool)]
-    if recipe.model("target").pretrain is not None:
-        deps.append(keys.model(recipe.roles["target"]))
-    engine = recipe.model("target").spec.engine
-
-    @dg.asset(
-        key=keys.likelihood(recipe),
-        deps=deps,
-        group_name=recipe.name,
-        kinds={"parquet", engine},
-        pool="gpu",
-    )
-    def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
-        """Mean log-probability of every response, with and without its prompt."""
-        loaded = siftline.recipe(recipe.name)
-        manifest, fresh = score(siftline.workspace, loaded, context.log.info)
-        info = manifest.info
-        return dg.MaterializeResult(
-            metadata={
-                "dagster/row_count": info["scored"],
-                "dagster/column_schema": column_schema(TABLE),
-                "failed": info["failed"],
-                "forward_rows_computed": info["computed"] if fresh else 0,
-                "forward_rows_found": info["found"],
-                "engine": engine,
-                "computed": fresh,
-            },
-            data_version=dg.DataVersion(manifest.version),
-        )
-
-    return likelihood

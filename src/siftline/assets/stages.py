@@ -18,6 +18,9 @@ def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
     deps += [keys.model(n) for n in sorted(names) if recipe.models[n].pretrain is not None]
     if "target" in USES_MODELS.get(stage.kind, ()):
         deps.append(keys.likelihood(recipe))
+    weight = getattr(stage.options, "weight", "uniform")
+    if weight != "uniform":
+        deps.append(keys.scorer(recipe, weight))
     return deps
 
 

@@ -2,9 +2,24 @@
 
 Rows of like length stand together, which keeps padding small. The plan is a pure function of the
 set of (length, id): whatever the input order, the same rows share a batch and get the same bytes.
+
+How much memory there is has no say in the plan. A batch that does not fit runs in halves, each time
+anew: a size learned from earlier batches would make bytes depend on what ran before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+EXHAUSTED = (
+    "out of memory",  # CUDA error: out of memory; CUDA out of memory. Tried to allocate ...
+    "can't allocate memory",  # torch's default CPU allocator on Linux
+    "not enough memory",  # the same on Windows
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and the like of cuDNN and cuSPARSE
+)
+"""What errors say, in lower case, that are a plain RuntimeError by type."""
 
 
 def plan_batches(
@@ -39,3 +54,56 @@ def plan_batches(
             batches.append([])
         batches[-1].append(position)
     return batches
+
+
+def in_halves(
+    run: Callable[[Sequence[Item]], list[Result]],
+    items: Sequence[Item],
+    shrink: Callable[[int], None],
+    remedy: str,
+) -> list[Result]:
+    """Runs a batch; where memory runs out, its first half, the larger, and its second, and so on.
+
+    Args:
+        run: Gives one result an item, whatever the other items.
+        items: The batch; an empty one is not run.
+        shrink: Is told how many items were too many, before their halves run.
+        remedy: What helps when one item alone is too much.
+
+    Returns:
+        One result an item.
+
+    Raises:
+        RuntimeError: if memory runs out with a single item.
+    """
+    if not items:
+        return []
+    try:
+        return run(items)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        if len(items) == 1:
+            raise RuntimeError(f"out of memory with a single row: {remedy}") from error
+    # Out of the except block, whose traceback would keep the failed batch's tensors alive.
+    shrink(len(items))
+    middle = (len(items) + 1) // 2
+    return [
+        *in_halves(run, items[:middle], shrink, remedy),
+        *in_halves(run, items[middle:], shrink, remedy),
+    ]
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised for, says that an allocation failed.
+
+    Of a plain RuntimeError, which the CPU allocator and CUDA libraries raise, the text decides.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(said in text for said in EXHAUSTED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

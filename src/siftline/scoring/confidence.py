@@ -12,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from siftline.scoring.answers import answer_key, extract_answer
+from siftline.scoring.choices import ask_choices
 from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import UnscorableRow, prompt_tokens, response_span
+from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.selectors.confidence import ConfidenceGate
-from siftline.store import score_key
 
 VERSION = 1
 REFLECTION = (
@@ -30,7 +29,6 @@ REFLECTION = (
 """The question put to the judge; its reply is A or B."""
 VERDICTS = ("A", "B")
 VALUES = (1.0, 0.0)
-RECORD = pa.schema([("key", pa.string()), ("logprobs", pa.list_(pa.float32()))])
 
 
 @dataclass(frozen=True)
@@ -109,28 +107,6 @@ def prompts_of(recorder: Recorder, rows: pa.Table) -> tuple[dict[str, list[int]]
     return tokens, failed
 
 
-def _verdict_question(
-    recorder: Recorder, messages: Sequence[Mapping[str, Any]], response: str
-) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the reflection prompt, and of the verdicts without their end of turn."""
-    asked = list(messages[:-1])
-    last = asked.pop() if asked else {"role": "user", "content": ""}
-    text = REFLECTION.format(prompt=last["content"], response=response)
-    asked.append({"role": "user", "content": text})
-    prompt: list[int] = []
-    options = []
-    for verdict in VERDICTS:
-        tokens, (start, end) = response_span(
-            recorder.engine.tokenizer,
-            [*asked, {"role": "assistant", "content": verdict}],
-            recorder.spec.template,
-            max_length=recorder.spec.max_length,
-        )
-        prompt = tokens[:start]
-        options.append(tokens[start : end - 1])
-    return prompt, options
-
-
 def reflect(
     recorder: Recorder, bucket: int, asked: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -144,36 +120,16 @@ def reflect(
     Returns:
         Log-probabilities of the verdicts by id, in the order of `VERDICTS`; reasons by id.
     """
-    questions: dict[str, tuple[int, tuple[list[int], list[list[int]]]]] = {}
-    keys: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for identity, (messages, response) in asked.items():
-        try:
-            prompt, options = _verdict_question(recorder, messages, response)
-        except UnscorableRow as error:
-            failed[identity] = error.reason
-            continue
-        keys[identity] = score_key(prompt, options)
-        questions[keys[identity]] = (len(prompt) + 1, (prompt, options))
+    questions = {i: (_reflection(*question), VERDICTS) for i, question in asked.items()}
+    return ask_choices(recorder, "verdict", VERSION, bucket, questions)
 
-    def answer(batch: Sequence[Any]) -> list[dict[str, Any] | str]:
-        # Options are the same tokens for every prompt but where they merge with it: group by them.
-        out: list[dict[str, Any] | str] = [""] * len(batch)
-        groups: dict[str, list[int]] = {}
-        for i, (_, options) in enumerate(batch):
-            groups.setdefault(repr(options), []).append(i)
-        for members in groups.values():
-            prompts = [batch[i][0] for i in members]
-            scores = recorder.engine.choices(prompts, batch[members[0]][1])
-            for i, line in zip(members, scores, strict=True):
-                known = {"logprobs": [float(x) for x in line]}
-                out[i] = known if np.isfinite(line).all() else "no_scores"
-        return out
 
-    records, reasons = recorder.ask("verdict", VERSION, {}, RECORD, bucket, questions, answer)
-    found = dict(zip(records["key"].to_list(), records["logprobs"].to_list(), strict=True))
-    failed |= {i: reasons[k] for i, k in keys.items() if k in reasons}
-    return {i: found[k] for i, k in keys.items() if k in found}, failed
+def _reflection(messages: Sequence[Mapping[str, Any]], response: str) -> list[Mapping[str, Any]]:
+    """The conversation with its last question turned into one about the proposed answer."""
+    before = list(messages[:-1])
+    last = before.pop() if before else {"role": "user", "content": ""}
+    text = REFLECTION.format(prompt=last["content"], response=response)
+    return [*before, {"role": "user", "content": text}]
 
 
 def sampled_answers(draws: pl.DataFrame, answers: Literal["math", "exact"]) -> dict[str, list]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from siftline.schema import digest
 from siftline.scoring.batching import plan_batches
 from siftline.scoring.engines import Engine, ModelSpec, check_directory, open_engine
 from siftline.scoring.fingerprint import model_fingerprint
@@ -136,8 +137,8 @@ class EngineEmbedder:
         return [len(self._tokens(text)) for text in texts]
 
     def fingerprint(self) -> str:
-        """The engine's; the text's tokens stand in the store's key."""
-        return self.engine.fingerprint()
+        """Hash of the engine's, text length and VERSION: the store's key has the text alone."""
+        return digest(self.engine.fingerprint(), self.max_length, VERSION)
 
     def close(self) -> None:
         """Closes the engine."""

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import encode
+from siftline.scoring.spans import encode, start_token
 from siftline.store import score_key
 
 VERSION = 1
@@ -39,7 +39,8 @@ def embed_texts(
         if by_text:
             key, question, length = score_key([], text), text, max(1, len(text) // 4)
         else:
-            tokens = encode(engine.tokenizer, text)[: recorder.spec.max_length] or [0]
+            tokens = encode(engine.tokenizer, text)[: engine.max_length]
+            tokens = tokens or [start_token(engine.tokenizer)]  # an empty text has no state
             key, question, length = score_key(tokens), tokens, len(tokens)  # type: ignore[assignment]
         questions[key] = (length, question)
         keys[identity] = key

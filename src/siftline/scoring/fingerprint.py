@@ -75,28 +75,60 @@ def _digest_files(folder: str, files: tuple[tuple[str, int, int], ...]) -> str:
     return running.hexdigest()
 
 
-def directory_digest(folder: Path) -> str:
-    """sha256 of the model files in `folder`, read in chunks, cached until a file changes.
-
-    Raises:
-        ValueError: if the folder holds no weights.
-    """
+def _model_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of the files in `folder` that decide numbers."""
     found = []
     for path in sorted(folder.glob("*")) + sorted(folder.glob("[0-9]_*/*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and any(fnmatch(name, pattern) for pattern in PATTERNS):
             status = path.stat()
             found.append((name, status.st_mtime_ns, status.st_size))
-    if not any(name.endswith((".safetensors", ".bin")) for name, _, _ in found):
+    return tuple(sorted(found))
+
+
+def _has_weights(files: tuple[tuple[str, int, int], ...]) -> bool:
+    return any(name.endswith((".safetensors", ".bin")) for name, _, _ in files)
+
+
+def directory_digest(folder: Path) -> str:
+    """sha256 of the model files in `folder`, read in chunks, cached until a file changes.
+
+    Raises:
+        ValueError: if the folder holds no weights.
+    """
+    files = _model_files(folder)
+    if not _has_weights(files):
         raise ValueError(f"{str(folder)!r} has no weights: expected a .safetensors or .bin file")
-    return _digest_files(str(folder.resolve()), tuple(sorted(found)))
+    return _digest_files(str(folder.resolve()), files)
+
+
+def model_digest(spec: ModelSpec) -> str:
+    """`directory_digest` of the model of `spec`; the weights may be at its server alone.
+
+    Then the digest is that of the tokenizer and configuration, and `spec.revision`, which
+    `model_fingerprint` adds, stands for the weights.
+
+    Raises:
+        ValueError: if the directory is missing, or holds no weights and they are not at a server
+            or have no revision.
+    """
+    folder = check_directory(spec)
+    files = _model_files(folder)
+    if spec.engine != "server" or _has_weights(files):
+        return directory_digest(folder)
+    if not spec.revision:
+        raise ValueError(
+            f"{spec.path!r} has no weights, so nothing tells which model the server runs: set the "
+            "model's revision (say, a commit) or give a path with the weights"
+        )
+    return _digest_files(str(folder.resolve()), files)
 
 
 def model_fingerprint(spec: ModelSpec, backend: str, version: str) -> str:
     """Hash of everything that decides the numbers of `spec` run by one backend.
 
     Args:
-        spec: The model; its path, device and batch size do not count.
+        spec: The model; its path, server, device and batch size do not count.
         backend: Engine name, say "transformers".
         version: What the backend's numerics depend on, say "torch 2.13, engine 1".
 
@@ -104,14 +136,16 @@ def model_fingerprint(spec: ModelSpec, backend: str, version: str) -> str:
         64 hex digits.
 
     Raises:
-        ValueError: if a directory is missing or holds no weights.
+        ValueError: if a directory is missing, or holds no weights (see `model_digest`).
     """
     parts = {
-        "model": directory_digest(check_directory(spec)),
+        "model": model_digest(spec),
         "adapter": directory_digest(Path(spec.adapter).expanduser()) if spec.adapter else None,
         "dtype": spec.dtype,
         "template": spec.template,
         "backend": backend,
         "version": version,
     }
+    if spec.revision is not None:  # absent, it leaves the fingerprints of earlier versions alone
+        parts["revision"] = spec.revision
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.engines import DETAILS, Detail, Engine, Failed, Inspection, Span
+from siftline.scoring.engines import (
+    DETAILS,
+    Detail,
+    Engine,
+    Failed,
+    Inspection,
+    Span,
+    check_details,
+)
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import Turns, UnscorableRow, response_span, unconditional
 from siftline.store import score_key
@@ -44,7 +52,8 @@ COLUMNS: dict[str, Any] = {
     "top1_rate": pl.Float64,
     "pooled": pl.Binary,
 }
-"""The last three are null unless asked for. Means are nats a token."""
+"""The last three are null unless asked for. Means are nats a token; a perplexity above 1e308 is
+infinite."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,13 @@ def score_likelihood(
     Returns:
         One line of `COLUMNS` per scored row, sorted by id; and by id the reasons of the others
         (`too_long`, `template_error`, `not_finite`, or what the engine says).
+
+    Raises:
+        ValueError: if the engine gives no such details, or refuses all rows of a batch.
     """
+    # Before any row is asked: the engine's refusal would else be taken for that of single rows.
+    if asked.details:
+        check_details(recorder.spec.engine, asked.details, recorder.engine.details)
     given: dict[str, tuple[int, Question]] = {}
     alone: dict[str, tuple[int, Question]] = {}
     keys: dict[str, tuple[str, str]] = {}
@@ -129,7 +144,7 @@ def _question(recorder: Recorder, row: dict[str, Any], asked: Likelihood) -> Que
         row["messages"],
         recorder.spec.template,
         tools=row["tools"],
-        max_length=recorder.spec.max_length,
+        max_length=recorder.engine.max_length,
         turns=asked.turns,
     )
 
@@ -175,14 +190,20 @@ def _line(identity: str, given: dict[str, Any], alone: dict[str, Any]) -> dict[s
         "logprob_sum": given["logprob_sum"],
         "logprob_mean": mean,
         "logprob_mean_unconditional": free,
-        "perplexity": float(np.exp(-mean)),
+        "perplexity": _exp(-mean),
         # A response the model is certain of without any prompt has no ratio.
         "ifd_loss_ratio": mean / free if free else None,
-        "ifd_perplexity_ratio": float(np.exp(free - mean)),
+        "ifd_perplexity_ratio": _exp(free - mean),
         "entropy_mean": None if entropy is None else entropy / tokens,
         "top1_rate": None if top1 is None else top1 / tokens,
         "pooled": given.get("pooled"),
     }
+
+
+def _exp(value: float) -> float:
+    """exp; infinity where a float64 ends, for a response that a model all but rules out."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 def _scorer(engine: Engine, details: Sequence[Detail]) -> Any:

@@ -7,6 +7,7 @@ is asked, where to stop.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Literal
 
 import jinja2
@@ -37,11 +38,21 @@ def start_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if bos is None else bos)
 
 
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     try:
-        return encode(tokenizer, render(tokenizer, messages, **options))
+        return render(tokenizer, messages, **options)
     except jinja2.TemplateError as error:
         raise UnscorableRow("template_error", str(error)) from error
+
+
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    return encode(tokenizer, _rendered(tokenizer, messages, **options))
+
+
+def _specials(tokenizer: Any) -> set[int]:
+    special = set(tokenizer.all_special_ids)
+    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return special
 
 
 def _turn_end(tokenizer: Any, tokens: list[int], start: int) -> int | None:
@@ -50,8 +61,7 @@ def _turn_end(tokenizer: Any, tokens: list[int], start: int) -> int | None:
     It is the last special token, with nothing but white space after it: ChatML's <|im_end|> is
     followed by a newline that belongs to no turn.
     """
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = _specials(tokenizer)
     for position in range(len(tokens) - 1, start - 1, -1):
         if tokens[position] in special:
             rest = tokens[position + 1 :]
@@ -108,7 +118,7 @@ def response_span(
     return tokens, span
 
 
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
     """Length of the common prefix."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
@@ -123,6 +133,8 @@ def _earlier_turns(
 ) -> Span:
     """Spans of the assistant turns before the last one within the whole conversation's tokens.
 
+    A token that merges with what follows a turn belongs to that, as it does at a turn's start.
+
     Raises:
         UnscorableRow: if the template shows an earlier turn otherwise once others follow (some drop
             its reasoning): what the model saw there is then not what the turn said.
@@ -131,15 +143,21 @@ def _earlier_turns(
     for i, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
             continue
-        alone, (start, end) = _turn_span(tokenizer, messages[: i + 1], template, tools)
+        turn = messages[: i + 1]
+        alone, (start, end) = _turn_span(tokenizer, turn, template, tools)
         shared = _shared(alone, tokens)
         if shared < end:
-            # A template that writes no end of turn got EOS appended: the text alone is the turn.
-            written = _templated(tokenizer, messages[: i + 1], template=template, tools=tools)
-            if shared < min(len(written), end):
+            # All that may be missing is an end: EOS we appended, a template's close of the whole
+            # conversation behind the end of turn, or a token that merged with what follows.
+            missing = tokenizer.decode(alone[shared:end], skip_special_tokens=True)
+            options = {"template": template, "tools": tools}
+            if missing.strip() and not _rendered(tokenizer, messages, **options).startswith(
+                _rendered(tokenizer, turn, **options)
+            ):
                 raise UnscorableRow("template_error", f"the template rewrites turn {i} later on")
-            end = shared
-        span += [max(start, span[-1] if span else 1), end]
+            end = _turn_end(tokenizer, alone[:shared], start) or shared
+        if end > start:
+            span += [start, end]
     return tuple(span)
 
 
@@ -149,11 +167,27 @@ def _turn_span(
     template: str | None,
     tools: str | None,
 ) -> tuple[list[int], tuple[int, int]]:
-    tokens = _templated(tokenizer, messages, template=template, tools=tools)
-    prompt = _templated(
-        tokenizer, messages[:-1], template=template, tools=tools, generation_prompt=True
-    )
-    start = max(_shared(tokens, prompt), 1)  # nothing predicts the first token
+    """Tokens of a conversation up to the end of its last turn, and that turn's span.
+
+    Raises:
+        UnscorableRow: if what stands before the turn is written otherwise once the turn follows:
+            the tokens then part within the prompt, and a span from there would hold some of it.
+    """
+    options = {"template": template, "tools": tools}
+    text = _rendered(tokenizer, messages, **options)
+    before = messages[:-1]
+    if before:
+        prompt = _rendered(tokenizer, before, **options, generation_prompt=True)
+    else:  # templates take no empty conversation: the turn without its content opens it as well
+        prompt = _rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
+    if before and not text.startswith(prompt):
+        # They may part within the generation prompt (some open a thought), not before it.
+        history = _rendered(tokenizer, before, **options)
+        if _shared(text, prompt) < _shared(history, prompt):
+            raise UnscorableRow("template_error", "the template rewrites the prompt of a response")
+    tokens = encode(tokenizer, text)
+    start = _shared(tokens, encode(tokenizer, prompt))
+    start = max(start, 1)  # nothing predicts the first token
     end = _turn_end(tokenizer, tokens, start)
     if end is None:
         tokens, end = [*tokens, int(tokenizer.eos_token_id)], len(tokens) + 1
@@ -194,7 +228,12 @@ def prompt_tokens(
 
 
 def stop_tokens(tokenizer: Any, template: str | None = None) -> frozenset[int]:
-    """Tokens that end an assistant turn: EOS, and the template's end of turn where it differs."""
+    """Tokens that end an assistant turn: EOS, and what the template writes behind a response.
+
+    Those are two where a template ends the turn with one token and the conversation with another.
+    """
     probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
     tokens, _ = response_span(tokenizer, probe, template)
-    return frozenset({int(tokenizer.eos_token_id), tokens[-1]})
+    special = _specials(tokenizer)
+    behind = takewhile(lambda t: t in special or not tokenizer.decode([t]).strip(), tokens[::-1])
+    return frozenset({int(tokenizer.eos_token_id), *(t for t in behind if t in special)})

@@ -23,7 +23,7 @@ QUESTION_ANSWER = (
     "{%- if message.content %}{{ ' ' + message.content }}{% endif %}"
     "{%- if message.tool_calls %}{{ ' ' + (message.tool_calls | tojson) }}{% endif %}"
     "{{- eos_token }}{% endgeneration %}"
-    "{%- if not loop.last %}{{ '\\n' }}{% endif %}"
+    "{%- if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}"
     "{%- else %}{{ message.content + '\\n' }}"
     "{%- endif %}"
     "{%- endfor %}"

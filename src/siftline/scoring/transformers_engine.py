@@ -1,8 +1,11 @@
 """The embedded engine: a transformers model in this process, on CPU or GPU.
 
-One call is one forward over one planned batch. The vocabulary is projected only for scored
-positions and tile by tile, so nothing of size tokens x vocabulary exists: at 16,384 tokens and
-150,000 entries that would be 10 GB in float32. Log-softmax is in float32 whatever the dtype.
+One call is one planned batch, in one forward or, on a CPU, several. The vocabulary is projected
+only for scored positions and tile by tile, so nothing of size tokens x vocabulary exists (see
+`projection`). Log-softmax is in float32 whatever the dtype.
+
+The budget of a batch is a fixed number of the spec, so that a resumed run plans the same batches on
+any machine; where memory does not hold one, it runs in halves (see `batching`).
 
 Rows are padded on the right and the model gets no mask: under causal attention no real token sees
 the padding behind it, and unmasked attention takes the fast kernels. That this holds for the loaded
@@ -16,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from siftline.scoring.batching import in_halves, plan_batches
 from siftline.scoring.engines import (
     DETAILS,
     Detail,
@@ -33,6 +37,7 @@ from siftline.scoring.engines import (
     score_options,
 )
 from siftline.scoring.fingerprint import model_fingerprint
+from siftline.scoring.projection import Head, head_of, scored
 from siftline.scoring.sampling import draw_texts
 from siftline.scoring.spans import stop_tokens
 from siftline.scoring.templates import load_tokenizer
@@ -41,10 +46,14 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-VERSION = 1
+VERSION = 2
 """Raise it when a change of this file changes numbers beyond rounding: stored scores go stale."""
-TILE = 1024
-"""Positions projected to the vocabulary at once; vLLM's V2 runner uses the same."""
+PASS_TOKENS = {"cpu": 2048}
+"""Most padded tokens of one forward, by kind of device; elsewhere a planned batch is one forward.
+
+A CPU gains nothing from more: from about 3,000 tokens the activations leave its cache and every
+operation waits for memory, and for fresh pages of it.
+"""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 """Largest difference of log-probabilities the check at load allows."""
 
@@ -69,8 +78,7 @@ class TransformersEngine:
         limit = getattr(self.config, "max_position_embeddings", None) or spec.max_length
         self.max_length = min(spec.max_length, limit)
         self._decoder = model.base_model
-        self._head = model.get_output_embeddings()
-        self._scale, self._softcap = _logit_changes(self.config)
+        self._head: Head | None = head_of(model.get_output_embeddings(), self.config)
         self._ends = stop_tokens(self.tokenizer) | _model_ends(model)
         self._fingerprint: str | None = None
         self._check(model)
@@ -84,10 +92,8 @@ class TransformersEngine:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits, shape (n, V), of hidden states, shape (n, H)."""
-        logits: torch.Tensor = self._head(hidden).float() * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        assert self._head is not None
+        return self._head.logits(hidden)
 
     def score(
         self, tokens: Sequence[Sequence[int]], spans: Sequence[Span]
@@ -125,7 +131,7 @@ class TransformersEngine:
         if all(len(option) == 1 for option in options):
             self._usable(prompts)
             targets = [option[0] for option in options]
-            parts = self._halving(lambda part: self._next(part, targets), list(prompts))
+            parts = self._passes(lambda part: self._next(part, targets), prompts, prompts)
             return np.stack(parts) if parts else np.zeros((0, len(options)), np.float32)
         return score_options(self, prompts, options)
 
@@ -153,7 +159,7 @@ class TransformersEngine:
         RDS+ (Ivison et al. 2025, hamishivi/automated-instruction-selection).
         """
         self._usable(tokens)
-        rows = self._halving(self._embed, list(tokens))
+        rows = self._passes(self._embed, tokens, tokens)
         return np.stack(rows) if rows else np.zeros((0, self.config.hidden_size), np.float32)
 
     def fingerprint(self) -> str:
@@ -182,29 +188,12 @@ class TransformersEngine:
             [[*row, *[0] * (longest - len(row))] for row in rows], device=self.device
         )
 
-    def _log_probabilities(self, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-        """float32 log p of targets (n, k) given hidden states (n, H), tile by tile."""
-        parts = []
-        for start in range(0, len(hidden), TILE):
-            logits = self.logits(hidden[start : start + TILE])
-            picked = logits.gather(1, targets[start : start + TILE])
-            parts.append((picked - logits.logsumexp(dim=1, keepdim=True)).cpu().numpy())
-        return np.concatenate(parts) if parts else np.zeros(tuple(targets.shape), np.float32)
-
-    def _statistics(self, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-        """float32 (n, 3): log p of targets (n,), entropy, and 1 where the target is most likely."""
-        out = np.zeros((len(hidden), 3), np.float32)
-        for start in range(0, len(hidden), TILE):
-            logits = self.logits(hidden[start : start + TILE])
-            picked = logits.gather(1, targets[start : start + TILE, None])
-            top1 = picked[:, 0] >= logits.amax(dim=1)
-            norm = logits.logsumexp(dim=1, keepdim=True)
-            logprobs = logits - norm
-            # 0 log 0 is 0: tokens that a model rules out have -inf here.
-            parts = logprobs.exp().mul_(logprobs.nan_to_num_(neginf=0.0))
-            columns = (picked - norm)[:, 0], -parts.sum(dim=1), top1.float()
-            out[start : start + TILE] = torch.stack(columns, dim=1).cpu().numpy()
-        return out
+    def _scored(
+        self, hidden: torch.Tensor, targets: torch.Tensor, details: bool = False
+    ) -> np.ndarray:
+        """`projection.scored` with this model's head, on the host."""
+        assert self._head is not None
+        return scored(self._head, hidden, targets, details=details).cpu().numpy()
 
     def _inspect(
         self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], wanted: frozenset[Detail]
@@ -212,7 +201,7 @@ class TransformersEngine:
         self._usable(tokens)
         check_spans(tokens, spans)
         jobs = list(zip(tokens, spans, strict=True))
-        return self._halving(lambda part: self._score(part, wanted), jobs)
+        return self._passes(lambda part: self._score(part, wanted), jobs, tokens)
 
     def _score(
         self, items: Sequence[tuple[Sequence[int], Span]], wanted: frozenset[Detail]
@@ -224,10 +213,7 @@ class TransformersEngine:
         states = self.hidden(ids)
         # The state at one position predicts the token at the next.
         hidden, targets = states[row, column - 1], ids[row, column]
-        if wanted & {"entropy", "top1"}:
-            flat = self._statistics(hidden, targets)
-        else:
-            flat = self._log_probabilities(hidden, targets[:, None])
+        flat = self._scored(hidden, targets[:, None], bool(wanted & {"entropy", "top1"}))
         pooled = self._pooled(states, [len(tokens) for tokens, _ in items], "pooled" in wanted)
         cuts = np.cumsum([len(c) for c in columns])[:-1]
         return [
@@ -245,7 +231,7 @@ class TransformersEngine:
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         hidden = self.hidden(ids)[torch.arange(len(prompts), device=self.device), last]
         wanted = torch.tensor(targets, device=self.device).expand(len(prompts), -1)
-        return list(self._log_probabilities(hidden, wanted))
+        return list(self._scored(hidden, wanted))
 
     def _draw(
         self, draws: Sequence[tuple[Sequence[int], int]], sampling: Sampling
@@ -272,26 +258,42 @@ class TransformersEngine:
         mean = torch.bmm(weights[:, None], hidden.float())[:, 0]
         return list(torch.nn.functional.normalize(mean, dim=1).cpu().numpy())
 
+    def _passes(
+        self,
+        run: Callable[[Sequence[Item]], list[Result]],
+        items: Sequence[Item],
+        rows: Sequence[Sequence[int]],
+    ) -> list[Result]:
+        """Runs a batch in forwards that suit the device; rows[i] are the tokens of items[i]."""
+        limit = PASS_TOKENS.get(self.device.type)
+        if limit is None or not items:
+            return self._halving(run, items)
+        names = [f"{i:09}" for i in range(len(items))]
+        out: dict[int, Result] = {}
+        for places in plan_batches([len(row) for row in rows], names, limit, len(items)):
+            part = self._halving(run, [items[place] for place in places])
+            out |= zip(places, part, strict=True)
+        return [out[place] for place in range(len(items))]
+
     def _halving(
         self, run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]
     ) -> list[Result]:
-        """Runs a batch; when memory runs out, its first and second half, and so on by this rule."""
-        if not items:
-            return []
-        try:
+        """Runs a batch, in halves where memory runs out."""
+
+        def unrecorded(part: Sequence[Item]) -> list[Result]:
             with torch.inference_mode():
-                return run(items)
-        except torch.OutOfMemoryError as error:
-            if len(items) == 1:
-                raise RuntimeError(
-                    f"out of memory on {self.device} with a single row: lower max_length "
-                    f"(now {self.max_length}) or max_new_tokens, or choose a smaller dtype"
-                ) from error
-        # Out of the except block, whose traceback would keep the failed batch's tensors alive.
-        middle = (len(items) + 1) // 2
-        logger.warning("out of memory with %d rows: running %d at a time", len(items), middle)
-        torch.cuda.empty_cache()
-        return self._halving(run, items[:middle]) + self._halving(run, items[middle:])
+                return run(part)
+
+        def shrink(rows: int) -> None:
+            logger.warning("out of memory on %s with %d rows: two halves", self.device, rows)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+        remedy = (
+            f"lower max_length (now {self.max_length}) or max_new_tokens, choose a smaller dtype, "
+            f"or free memory of {self.device}"
+        )
+        return in_halves(unrecorded, items, shrink, remedy)
 
     @torch.inference_mode()
     def _check(self, model: Any) -> None:
@@ -339,14 +341,6 @@ def _load(spec: ModelSpec) -> Any:
 
         model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
     return model.to(getattr(torch, spec.dtype)).eval()
-
-
-def _logit_changes(config: Any) -> tuple[float, float | None]:
-    """(factor, soft cap) that some architectures apply behind the projection."""
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if scale is None and getattr(config, "logits_scaling", None):  # Granite
-        scale = 1 / config.logits_scaling
-    return (1.0 if scale is None else scale), getattr(config, "final_logit_softcapping", None)
 
 
 def _model_ends(model: Any) -> frozenset[int]:

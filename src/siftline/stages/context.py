@@ -116,6 +116,10 @@ class Context:
         advance = progress.advance if progress else (lambda rows, tokens: None)
         return self.opened.recorder(self.spec(role), self.workspace.store, advance)
 
+    def recorders(self, role: str, progress: Progress) -> list[Recorder]:
+        """One recorder on the model of a role for each of its devices."""
+        return self.opened.recorders(self.spec(role), self.workspace.store, progress.advance)
+
     def store_buckets(self) -> Iterator[tuple[int, pa.Table]]:
         """Rows in play by store bucket, whose cut does not depend on the pool's."""
         yield from by_store_bucket(self.rows, self.pool.buckets)

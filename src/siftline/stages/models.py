@@ -8,7 +8,7 @@ from typing import Any
 
 from siftline.recipe import Model, Recipe, expand
 from siftline.scoring.engines import EngineName, ModelSpec, open_engine
-from siftline.scoring.fingerprint import directory_digest
+from siftline.scoring.fingerprint import directory_digest, model_digest
 from siftline.scoring.recorder import Recorder
 from siftline.shards import content_hash, file_hash
 from siftline.workspace import Workspace
@@ -41,9 +41,19 @@ def model_spec(workspace: Workspace, recipe: Recipe, role: str) -> ModelSpec:
     Raises:
         ValueError: if the directory is not there.
     """
-    name = recipe.roles.get(role, recipe.roles["target"])
+    spec = named_spec(workspace, recipe, recipe.roles.get(role, recipe.roles["target"]))
+    engine = role_engine(recipe, role)
+    return replace(spec, engine=engine, server=spec.server if engine == "server" else None)
+
+
+def named_spec(workspace: Workspace, recipe: Recipe, name: str) -> ModelSpec:
+    """How a model of the recipe is run, its path resolved.
+
+    Raises:
+        ValueError: if the directory is not there.
+    """
     model = recipe.models[name]
-    spec = replace(model.spec, engine=role_engine(recipe, role))
+    spec = model.spec
     if model.pretrain is None:
         return replace(spec, path=expand(spec.path))
     folder = trained_folder(workspace, recipe, name)
@@ -53,25 +63,27 @@ def model_spec(workspace: Workspace, recipe: Recipe, role: str) -> ModelSpec:
 
 
 def role_engine(recipe: Recipe, role: str) -> EngineName:
-    """The engine a role runs on: its model's, but an embedder never on vLLM.
+    """The engine a role runs on: its model's, but an embedder never on vLLM or a server.
 
     vLLM pools by mean, first or last token only; the position-weighted mean that `embed` promises
     comes from transformers on the same weights. Reports and stage facts name the engine that ran.
     """
     engine = recipe.model(role).spec.engine
-    return "transformers" if role == "embedder" and engine == "vllm" else engine
+    pools = engine in ("transformers", "sentence-transformers")
+    return engine if role != "embedder" or pools else "transformers"
 
 
 def identity(spec: ModelSpec) -> str:
-    """Names a model for stage keys without loading it: files, dtype, engine, template, lengths."""
+    """Names a model for stage keys without loading it: files, dtype, engine, template, length."""
     return content_hash(
         [
-            directory_digest(Path(spec.path)),
+            model_digest(spec),
             directory_digest(Path(spec.adapter)) if spec.adapter else None,
             spec.engine,
             spec.dtype,
             spec.template,
             spec.max_length,
+            spec.revision,
         ]
     )
 
@@ -80,18 +92,21 @@ class Engines:
     """Engines by specification, opened when first asked for."""
 
     def __init__(self) -> None:
-        self._open: dict[ModelSpec, Any] = {}
+        self._open: dict[tuple[ModelSpec, int, str], Any] = {}
 
-    def get(self, spec: ModelSpec) -> Any:
-        """The engine of a specification, or the embedder where it names one."""
-        if spec not in self._open:
-            if spec.engine == "sentence-transformers":
-                from siftline.scoring.embedders import SentenceEmbedder
+    def get(self, spec: ModelSpec, copy: int = 0, head: str = "causal") -> Any:
+        """The model of a specification.
 
-                self._open[spec] = SentenceEmbedder(spec)
-            else:
-                self._open[spec] = open_engine(spec)
-        return self._open[spec]
+        Args:
+            spec: Of several devices it names, `copy` says which.
+            copy: Number of the device.
+            head: "causal", or "classifier" for sequence classification; a sentence-transformers
+                model has its own.
+        """
+        spec = on_devices(spec)[copy]
+        if (spec, copy, head) not in self._open:
+            self._open[spec, copy, head] = _opened(spec, head)
+        return self._open[spec, copy, head]
 
     def close(self) -> None:
         """Frees every model."""
@@ -106,8 +121,38 @@ class Engines:
         store: Path,
         progress: Callable[[int, int], None] = lambda rows, tokens: None,
     ) -> Recorder:
-        """A recorder on the engine of a specification."""
+        """A recorder on the first device of a specification."""
         return Recorder(self.get(spec), spec, store, progress)
+
+    def recorders(
+        self,
+        spec: ModelSpec,
+        store: Path,
+        progress: Callable[[int, int], None] = lambda rows, tokens: None,
+        head: str = "causal",
+    ) -> list[Recorder]:
+        """One recorder for each device of a specification, to spread buckets over."""
+        return [
+            Recorder(self.get(spec, copy, head), one, store, progress)
+            for copy, one in enumerate(on_devices(spec))
+        ]
+
+
+def _opened(spec: ModelSpec, head: str) -> Any:
+    if spec.engine == "sentence-transformers":
+        from siftline.scoring.embedders import SentenceEmbedder
+
+        return SentenceEmbedder(spec)
+    if head == "classifier":
+        from siftline.scoring.classifiers import open_classifier
+
+        return open_classifier(spec)
+    return open_engine(spec)
+
+
+def on_devices(spec: ModelSpec) -> list[ModelSpec]:
+    """The specification once for each device it names; a device named twice runs two copies."""
+    return [replace(spec, device=name.strip()) for name in spec.device.split(",")]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from siftline.recipe import STAGE_ROLES, Recipe, Stage
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.run import outputs
+from siftline.stages.scorers import quality, score_versions
 from siftline.workspace import Workspace
 
 EXCERPT = 240
@@ -52,6 +53,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         "recipe_hash": recipe.hash,
         "pool": context.pool.version,
         "stages": {stage.name: output.manifest.version for stage, output in done},
+        "scores": score_versions(workspace, recipe),
         "siftline": __version__,
     }
     card = CardInfo(
@@ -61,7 +63,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         language=recipe.card.language,
         tags=recipe.card.tags,
         how=tuple(f"{stage.name}: {stage.kind}, seed {recipe.seed}" for stage, _ in done),
-        columns=tuple(COLUMNS.items()),
+        columns=tuple({**COLUMNS, **_scorer_columns(recipe)}.items()),
         funnel=tuple(stage_count(stage, output) for stage, output in done),
     )
     return publish(
@@ -73,6 +75,14 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         identity=identity,
         card=card,
     )
+
+
+def _scorer_columns(recipe: Recipe) -> dict[str, str]:
+    """What the columns of the recipe's quality scorers mean."""
+    return {
+        f"sift_score_{name}": f"{type(config).__name__.lower()} score; null for added rows"
+        for name, config in recipe.scorers.items()
+    }
 
 
 def stage_count(stage: Stage, output: StageOutput) -> StageCount:
@@ -117,6 +127,9 @@ def scores(context: Context) -> pl.DataFrame:
     for table, name in ((clusters, "cluster"), (context.side_table("difficulty"), "difficulty")):
         if table is not None:
             frame = frame.join(table.select("prompt_id", name), on="prompt_id", how="left")
+    for name in context.recipe.scorers:
+        values = quality(context, name).select("id", pl.col("value").alias(f"score_{name}"))
+        frame = frame.join(values, on="id", how="left")
     return frame.rename({name: f"sift_{name}" for name in frame.columns if name != "id"})
 
 

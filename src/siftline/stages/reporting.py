@@ -17,8 +17,10 @@ from siftline.selectors.difficulty import level_of
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
 from siftline.stages.models import role_engine
+from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
+from siftline.stages.scorers import quality
 from siftline.workspace import Workspace
 
 LEVELS = 5
@@ -58,12 +60,13 @@ def write_report(
             model=recipe.roles["target"],
             ran=_ran(recipe),
             funnel=tuple(stage_count(stage, output) for stage, output in done),
-            scores=_histograms(done),
+            scores=(*_histograms(done), *_quality(context)),
             clusters=_cluster_map(context),
             difficulty=_difficulty(context),
             curves=_curves(arms),
             accuracy=accuracy,
             planted=planted,
+            novelty=novelty(context),
             examples=_examples(context),
             notes=notes,
         )
@@ -137,6 +140,14 @@ def _histograms(done: list[tuple[Stage, StageOutput]]) -> tuple[Histogram, ...]:
                 values = table["confidence"].drop_nulls().to_numpy()
                 found.append(Histogram("confidence", stage.name, values, line))
     return tuple(found)
+
+
+def _quality(context: Context) -> list[Histogram]:
+    """Quality scores of the rows that stayed."""
+    return [
+        Histogram(name, "curated", quality(context, name)["value"].to_numpy())
+        for name in context.recipe.scorers
+    ]
 
 
 def _cluster_map(context: Context) -> pl.DataFrame | None:

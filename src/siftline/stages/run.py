@@ -17,6 +17,7 @@ from siftline.shards import content_hash
 from siftline.stages import gates, sampling, scores, shortlist, spend
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
+from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
 VERSION = 1
@@ -62,6 +63,7 @@ def _inputs(
         "upstream": [upstream.version, content_hash(upstream.info["identity"])]
         if upstream
         else None,
+        "scores": _weights(workspace, recipe, stage),
         "models": {role: identity(model_spec(workspace, recipe, role)) for role in roles},
         "sets": {
             f"{role}/{spec.name}": Pool(workspace.pool(spec.name)).version
@@ -69,6 +71,12 @@ def _inputs(
             if role in wanted
         },
     }
+
+
+def _weights(workspace: Workspace, recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
+    """What the quality scores that a stage weighs by are made of."""
+    name = getattr(stage.options, "weight", "uniform")
+    return None if name == "uniform" else dict(scorer_table(workspace, recipe, name).inputs)
 
 
 def _path(workspace: Workspace, recipe: Recipe, stage: Stage, inputs: dict[str, Any]) -> Path:

@@ -32,6 +32,7 @@ from siftline.selectors.confidence import (
 from siftline.selectors.difficulty import DRAWS, accept, difficulty, plan_trials, tally, targets_for
 from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
+from siftline.stages.spread import over_buckets
 
 CALIBRATION_DRAWS = 2
 """Draws per dev prompt that reflection is measured on."""
@@ -112,20 +113,28 @@ def _score_rows(context: Context, options: Confidence, *, with_reflection: bool)
     progress = Progress(
         f"{context.stage.name} samples", prompts * options.samples, context.emit, "draws"
     )
-    sampler = context.recorder("sampler", progress)
     scores = _Scores()
-    for bucket, rows in buckets:
-        _score_consistency(sampler, bucket, rows, options, scores)
+
+    def sample(recorder: Recorder, bucket: int, rows: pa.Table) -> _Scores:
+        return _score_consistency(recorder, bucket, rows, options)
+
+    for _, found in over_buckets(context.recorders("sampler", progress), buckets, sample):
+        scores.consistency.update(found.consistency)
+        scores.failed.update(found.failed)
     progress.close()
     if not with_reflection:
         return scores
     total = sum(rows.num_rows for _, rows in buckets)
     progress = Progress(f"{context.stage.name} verdicts", total, context.emit)
-    judge = context.recorder("judge", progress)
-    for bucket, rows in buckets:
+
+    def judge(
+        recorder: Recorder, bucket: int, rows: pa.Table
+    ) -> tuple[dict[str, list[float]], dict[str, str]]:
         asked = {r["id"]: (r["messages"], r["messages"][-1]["content"]) for r in rows.to_pylist()}
-        found, failed = reflect(judge, bucket, asked)
-        scores.reflection.update(_expected(found))
+        return reflect(recorder, bucket, asked)
+
+    for _, (verdicts, failed) in over_buckets(context.recorders("judge", progress), buckets, judge):
+        scores.reflection.update(_expected(verdicts))
         scores.failed.update(failed)
     progress.close()
     return scores
@@ -139,8 +148,9 @@ def _expected(logprobs: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def _score_consistency(
-    sampler: Recorder, bucket: int, rows: pa.Table, options: Confidence, scores: _Scores
-) -> None:
+    sampler: Recorder, bucket: int, rows: pa.Table, options: Confidence
+) -> _Scores:
+    scores = _Scores()
     tokens, unfit = prompts_of(sampler, rows)
     draws = {prompt: range(options.samples) for prompt in tokens}
     drawn, lost = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
@@ -152,6 +162,7 @@ def _score_consistency(
             continue
         own = final_answer(row["messages"][-1]["content"], options.answers)
         scores.consistency[row["id"]] = consistency(answers[row["prompt_id"]], own)
+    return scores
 
 
 def _calibrate(context: Context, options: Confidence) -> tuple[float, dict[str, Any]]:

@@ -5,7 +5,9 @@ scored through the same store when a gate asks for them.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -14,115 +16,90 @@ from siftline.ingest.pool import Pool
 from siftline.ledger import StageResult
 from siftline.progress import Progress
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import COLUMNS, score_likelihood
+from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
+from siftline.scoring.recorder import Recorder
 from siftline.selectors.outliers import LikelihoodOutliers
-from siftline.shards import Manifest, PartWriter, RowHash, read_bucket
+from siftline.shards import Manifest
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
 from siftline.stages.models import Engines, identity
+from siftline.stages.spread import over_buckets, total
+from siftline.stages.tables import ScoreTable
 
+VERSION = 2
+"""Raise it when the table's columns change."""
 TABLE = pa.schema(
     [
         ("id", pa.string()),
         ("key", pa.string()),
         ("n_tokens", pa.int32()),
-        ("logprob_sum", pa.float64()),
-        ("logprob_mean", pa.float64()),
-        ("logprob_mean_unconditional", pa.float64()),
-        ("perplexity", pa.float64()),
-        ("ifd_loss_ratio", pa.float64()),
-        ("ifd_perplexity_ratio", pa.float64()),
-        ("entropy_mean", pa.float64()),
-        ("top1_rate", pa.float64()),
+        *((name, pa.float64()) for name, kind in COLUMNS.items() if kind == pl.Float64),
         ("pooled", pa.binary()),
     ]
 )
-FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])
+Observe = Callable[[int, dict[str, Any]], None]
+"""Takes a finished store bucket and its numbers."""
+
+
+def likelihood_table(folder: Path, pool: Pool, spec: ModelSpec, asked: Likelihood) -> ScoreTable:
+    """The score table of a pool under a model."""
+    inputs = {
+        "table": VERSION,
+        "pool": pool.version,
+        "model": identity(spec),
+        "buckets": pool.buckets,
+        "asked": {"turns": asked.turns, "details": list(asked.details)},
+    }
+    return ScoreTable(folder, TABLE, inputs)
 
 
 def score_pool(
-    folder: Path,
+    table: ScoreTable,
     pool: Pool,
     spec: ModelSpec,
+    asked: Likelihood,
     store: Path,
     opened: Engines,
     emit: Callable[[str], None],
+    observe: Observe = lambda bucket, numbers: None,
 ) -> tuple[Manifest, bool]:
     """Scores every row of a pool that the store doesn't know, and writes the score table.
 
     Args:
-        folder: Folder of the table.
+        table: The table to write.
         pool: The pool.
-        spec: The target model.
+        spec: The target model; several devices share the buckets.
+        asked: Which turns, and what beside the log-probability.
         store: Folder of the store.
         opened: Engines of this process.
         emit: Takes lines of progress.
+        observe: Takes the numbers of each bucket.
 
     Returns:
         The table's manifest, and whether it was written now. A table with failed rows is made
         again, which asks the model for those rows alone.
     """
-    inputs = {"pool": pool.version, "model": identity(spec), "buckets": pool.buckets}
-    path = folder / "manifest.json"
-    if path.exists():
-        found = Manifest.load(path)
-        whole = not found.info["failed"] and not found.missing(folder)
-        if found.info["inputs"] == inputs and whole:
-            return found, False
+    found = table.found()
+    if found is not None and not found.info["failed"]:
+        return found, False
     progress = Progress("likelihood", 2 * pool.manifest.rows("rows"), emit, "forward rows")
-    recorder = opened.recorder(spec, store, progress.advance)
-    lines, reasons = [], {}
-    for bucket, rows in by_store_bucket(pool.rows, pool.buckets):
-        frame, failed = score_likelihood(recorder, bucket, rows)
-        lines.append(frame)
-        reasons.update(failed)
+    recorders = opened.recorders(spec, store, progress.advance)
+
+    def work(
+        recorder: Recorder, bucket: int, rows: pa.Table
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        return score_likelihood(recorder, bucket, rows, asked)
+
+    scored = over_buckets(recorders, by_store_bucket(pool.rows, pool.buckets), work)
+    manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
     progress.close()
-    return _write(folder, pool, pl.concat(lines), reasons, inputs, vars(recorder.tally)), True
+    return manifest, True
 
 
-def _write(
-    folder: Path,
-    pool: Pool,
-    scores: pl.DataFrame,
-    failed: dict[str, str],
-    inputs: dict[str, object],
-    tally: dict[str, int],
-) -> Manifest:
-    folder.mkdir(parents=True, exist_ok=True)
-    writer, version = PartWriter(folder), RowHash()
-    for bucket in range(pool.buckets):
-        ids = pool.rows(bucket, ["id"]).column("id").to_pylist()
-        part = scores.filter(pl.col("id").is_in(ids)).sort("id").to_arrow().cast(TABLE)
-        version.update(part)
-        writer.add("scores", bucket, part)
-    lost = pl.DataFrame(
-        {"id": list(failed), "reason": list(failed.values())},
-        schema_overrides={"id": pl.String, "reason": pl.String},
-    ).sort("id")
-    writer.add("failed", 0, lost.to_arrow().cast(FAILED))
-    info = {"inputs": inputs, "scored": scores.height, "failed": lost.height, **tally}
-    manifest = Manifest(version.hexdigest(), pool.buckets, tuple(writer.parts), info)
-    manifest.save(folder / "manifest.json")
-    return manifest
-
-
-def score_table(
-    folder: Path, pool: Pool, spec: ModelSpec
-) -> "Callable[[int], pl.DataFrame] | None":
-    """Reads the score table by bucket; None where there is none for this pool and model."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    manifest = Manifest.load(path)
-    wanted = {"pool": pool.version, "model": identity(spec), "buckets": pool.buckets}
-    if manifest.info["inputs"] != wanted:
-        return None
-
-    def read(bucket: int) -> pl.DataFrame:
-        frame = pl.from_arrow(read_bucket(folder, manifest, "scores", bucket, schema=TABLE))
-        assert isinstance(frame, pl.DataFrame)
-        return frame
-
-    return read
+def observed(scored: Any, observe: Observe) -> Any:
+    """Passes buckets on and says how many rows of each were scored."""
+    for bucket, (lines, reasons) in scored:
+        observe(bucket, {"scored": lines.height, "failed": len(reasons)})
+        yield bucket, (lines, reasons)
 
 
 def target_name(context: Context) -> str:
@@ -136,9 +113,9 @@ def likelihoods(context: Context) -> tuple[list[pl.DataFrame], dict[str, str]]:
     Rows of the pool come from the shared table; the others, or all where there is no table, go
     through the store.
     """
-    spec = context.spec("target")
+    spec, asked = context.spec("target"), context.recipe.likelihood
     folder = context.workspace.scores(context.recipe.pool.name, target_name(context), "likelihood")
-    table = score_table(folder, context.pool, spec)
+    table = likelihood_table(folder, context.pool, spec, asked).reader()
     wanted = [context.in_play(bucket) for bucket in context.buckets]
     known = [
         table(bucket).filter(pl.col("id").is_in(wanted[bucket]))
@@ -161,14 +138,18 @@ def _score_missing(
     context: Context, spec: ModelSpec, missing: set[str]
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     progress = Progress(context.stage.name, 2 * len(missing), context.emit, "forward rows")
-    recorder = context.opened.recorder(spec, context.workspace.store, progress.advance)
+    recorders = context.opened.recorders(spec, context.workspace.store, progress.advance)
     frames, failed = [pl.DataFrame(schema=COLUMNS)], {}
-    for bucket, rows in context.store_buckets():
-        asked = rows.filter(pa.compute.is_in(rows["id"], pa.array(sorted(missing), pa.string())))
-        if asked.num_rows:
-            frame, reasons = score_likelihood(recorder, bucket, asked)
-            frames.append(frame)
-            failed.update(reasons)
+
+    def work(
+        recorder: Recorder, bucket: int, rows: pa.Table
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        wanted = rows.filter(pa.compute.is_in(rows["id"], pa.array(sorted(missing), pa.string())))
+        return score_likelihood(recorder, bucket, wanted, context.recipe.likelihood)
+
+    for _, (frame, reasons) in over_buckets(recorders, context.store_buckets(), work):
+        frames.append(frame)
+        failed.update(reasons)
     progress.close()
     return pl.concat(frames), failed
 

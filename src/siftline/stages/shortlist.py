@@ -8,10 +8,13 @@ import polars as pl
 from siftline import schema
 from siftline.progress import Progress
 from siftline.scoring.embedding import embed_texts
+from siftline.scoring.recorder import Recorder
 from siftline.selectors import diversity as prompts_selector
 from siftline.selectors.shortlist import Shortlist
 from siftline.stages.context import Context, StageRun, split_failed
+from siftline.stages.scorers import prompt_weights
 from siftline.stages.scores import likelihoods
+from siftline.stages.spread import over_buckets
 
 
 def _budget_rows(context: Context) -> int:
@@ -33,14 +36,18 @@ def _embeddings(context: Context) -> tuple[pl.DataFrame, dict[str, str]]:
     ]
     total = sum(view.height for _, view in views)
     progress = Progress(context.stage.name, total, context.emit, "prompts")
-    recorder = context.opened.recorder(spec, context.workspace.store, progress.advance)
+    recorders = context.opened.recorders(spec, context.workspace.store, progress.advance)
     vectors: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
-    for bucket, view in views:
+
+    def work(
+        recorder: Recorder, bucket: int, view: pl.DataFrame
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         # Plain text has no prompt: the text itself says what it is about.
         about = pl.when(pl.col("prompt") == "").then("response").otherwise("prompt")
-        texts = view.select("prompt_id", about=about)
-        found, reasons = embed_texts(recorder, bucket, dict(texts.iter_rows()))
+        return embed_texts(recorder, bucket, dict(view.select("prompt_id", about).iter_rows()))
+
+    for _, (found, reasons) in over_buckets(recorders, views, work):
         vectors.update(found)
         failed.update(reasons)
     progress.close()
@@ -59,6 +66,11 @@ def diversity(context: Context) -> StageRun:
     options = context.stage.options
     assert isinstance(options, Shortlist)
     frame, failed = _embeddings(context)
+    if options.weight != "uniform":
+        weights = prompt_weights(context, options.weight).rename({"weight": options.weight})
+        frame = frame.join(weights, on="prompt_id", how="left").with_columns(
+            pl.col(options.weight).fill_null(0.0)
+        )
     budget_rows = _budget_rows(context)
     selector = options.diversity(budget_rows, frame.height)
     plan = selector.decide([selector.summarise(frame)])

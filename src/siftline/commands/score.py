@@ -1,0 +1,230 @@
+"""`siftline score`: likelihoods of the rows in plain files, without a recipe."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import numpy as np
+import polars as pl
+
+from siftline.commands.options import json_option, say
+from siftline.ingest.source import FIELDS, Format, Layout
+from siftline.progress import Tracker
+
+_WHICH = ("transformers", "vllm", "server")
+_SHOWN = (
+    "n_response_tokens",
+    "logprob_mean",
+    "logprob_mean_unconditional",
+    "perplexity",
+    "ifd_loss_ratio",
+    "ifd_perplexity_ratio",
+    "entropy_mean",
+    "top1_rate",
+)
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option(
+    "--model", required=True, metavar="DIR", help="Model directory; for a server, its tokenizer's."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(_WHICH),
+    default="transformers",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the tables and their store; new, or of an earlier run.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of weights and activations.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda:0, or several: cuda:0,cuda:1."
+)
+@click.option(
+    "--max-length",
+    default=2048,
+    show_default=True,
+    help="Most tokens of a row; longer ones fail as too_long.",
+)
+@click.option(
+    "--batch-tokens", default=16384, show_default=True, help="Tokens of a batch, padding included."
+)
+@click.option(
+    "--template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Jinja chat template; by default the tokenizer's own.",
+)
+@click.option(
+    "--turns",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Assistant turns that are scored.",
+)
+@click.option(
+    "--detail",
+    "details",
+    multiple=True,
+    type=click.Choice(["entropy", "top1", "pooled"]),
+    help="Also report this; may be given again.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(Layout)),
+    default="auto",
+    show_default=True,
+    help="How records hold a conversation.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(get_args(Format)),
+    default="auto",
+    show_default=True,
+    help="How the files are written.",
+)
+@click.option(
+    "--field",
+    "fields",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help=f"Column of a field, where it has another name. Fields: {', '.join(FIELDS)}.",
+)
+@click.option(
+    "--url", help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
+)
+@click.option("--served-model", help="Name the server knows the model by.")
+@click.option(
+    "--revision", help="Names the weights behind a server; scores of another are never met."
+)
+@click.option("--key-variable", help="Environment variable that holds the server's API key.")
+@click.option("--python", help="Interpreter of the vllm worker; by default this one.")
+@click.option(
+    "--max-failed",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of failed rows above which the exit status is 1; 1 is never.",
+)
+@json_option
+def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Score the responses in FILE... under a model, without a recipe.
+
+    Writes scores.parquet, one line per input row with its file and row number, and failed.parquet
+    with the reason of every row that has no score, to the folder given by --out. The answers are
+    kept in a store there: a second run computes nothing, a killed one is taken up where it was.
+    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads.
+    """
+    from siftline.commands.score_tables import FAILED, SCORES, score_files
+    from siftline.scoring.likelihood import Likelihood
+
+    out: Path = given["out"].absolute()
+    asked = Likelihood(given["turns"], given["details"])
+    scored = score_files(_sources(files, given), _spec(given), asked, out, _tracker)
+    rows = scored.scores.height + scored.failed.height
+    result = {
+        "scores": str(out / SCORES),
+        "failed": str(out / FAILED),
+        "rows": rows,
+        "scored": scored.scores.height,
+        "failed_rows": scored.failed.height,
+        "computed": scored.computed,
+        "found": scored.found,
+        "tokens": scored.tokens,
+        "seconds": round(scored.seconds, 3),
+        "tokens_per_second": round(scored.tokens / max(scored.seconds, 1e-9), 1),
+    }
+    reasons = (
+        scored.failed["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
+    )
+    click.echo(json.dumps(result) if as_json else _text(result, scored.scores, reasons))
+    if scored.failed.height > given["max_failed"] * rows:
+        most = ", ".join(f"{reason} {count}" for reason, count in reasons.head(3).iter_rows())
+        raise ValueError(
+            f"{scored.failed.height} of {rows} rows have no score ({most}), more than --max-failed "
+            f"{given['max_failed']:g}: see {out / FAILED}"
+        )
+
+
+def _tracker(label: str, total: int, unit: str) -> Tracker:
+    from siftline.terminal import tracker
+
+    return tracker(label, total, unit, sys.stderr, say)
+
+
+def _sources(files: tuple[str, ...], given: dict[str, Any]) -> list[Any]:
+    from siftline.ingest.source import Source
+
+    columns = {}
+    for pair in given["fields"]:
+        field, mark, column = pair.partition("=")
+        if not (field and mark and column):
+            raise ValueError(f"--field {pair!r}: give it as FIELD=COLUMN")
+        columns[field] = column
+    return [
+        Source(path, format=given["form"], layout=given["layout"], columns=columns)
+        for path in files
+    ]
+
+
+def _spec(given: dict[str, Any]) -> Any:
+    from siftline.scoring.engines import ModelSpec, Server
+
+    server = None
+    if given["engine"] == "server":
+        if given["url"] is None:
+            raise ValueError("--engine server needs --url http://HOST:PORT/v1")
+        server = Server(
+            given["url"], model=given["served_model"], key_variable=given["key_variable"]
+        )
+    else:
+        for name in ("url", "served_model", "key_variable"):
+            if given[name] is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is for --engine server, not {given['engine']}")
+    template: Path | None = given["template"]
+    return ModelSpec(
+        path=given["model"],
+        engine=given["engine"],
+        dtype=given["dtype"],
+        device=given["device"],
+        max_length=given["max_length"],
+        template=template.read_text(encoding="utf-8") if template else None,
+        batch_tokens=given["batch_tokens"],
+        python=given["python"],
+        server=server,
+        revision=given["revision"],
+    )
+
+
+def _text(result: dict[str, Any], scores: pl.DataFrame, reasons: pl.DataFrame) -> str:
+    """The result as a short table."""
+    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.iter_rows())
+    lines = [
+        f"rows    {result['rows']:>10,}",
+        f"scored  {result['scored']:>10,}",
+        f"failed  {result['failed_rows']:>10,}" + (f"  {why}" if why else ""),
+        f"tokens  {result['tokens']:>10,}  {result['tokens_per_second']:,.0f} a second",
+    ]
+    if scores.height:
+        names = ("mean", "5 %", "median", "95 %")
+        lines.append(" " * 28 + "".join(f"{name:>10}" for name in names))
+        for column in (name for name in _SHOWN if name in scores.columns):
+            values = scores[column].drop_nulls().cast(pl.Float64).to_numpy()
+            found = [values.mean(), *np.quantile(values, (0.05, 0.5, 0.95))] if len(values) else []
+            lines.append(f"{column:<28}" + "".join(f"{value:>10.4g}" for value in found))
+    return "\n".join([*lines, f"scores: {result['scores']}", f"failed: {result['failed']}"])

@@ -1,0 +1,235 @@
+"""Likelihoods of rows in plain files, as two Parquet tables beside a store.
+
+The files go through the same ingestion, spans and store as a recipe's pool, so the numbers are the
+same ones. In between the rows lie in a pool of their own under a dot-name, which is what keeps them
+off the memory; it goes once the tables are there. The store stays: the next run on the same rows
+asks the model nothing, and a killed one is taken up where it was.
+"""
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_pool
+from siftline.ingest.readers import Source, source_files
+from siftline.progress import Tracker
+from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.scoring.recorder import Recorder
+from siftline.shards import write_parquet
+from siftline.stages.context import by_store_bucket
+from siftline.stages.models import engines
+from siftline.stages.spread import over_buckets, total
+from siftline.store import BUCKETS
+
+MARK = ".siftline-score"
+"""Says that a folder is ours, and is locked by the process that writes it."""
+SCORES, FAILED, STORE, ROWS = "scores.parquet", "failed.parquet", "store", ".rows"
+_COLUMNS = {
+    "id": pa.string(),
+    "file": pa.string(),
+    "row": pa.int64(),
+    "n_response_tokens": pa.int32(),
+    "logprob_sum": pa.float64(),
+    "logprob_mean": pa.float64(),
+    "logprob_mean_unconditional": pa.float64(),
+    "perplexity": pa.float64(),
+    "ifd_loss_ratio": pa.float64(),
+    "ifd_perplexity_ratio": pa.float64(),
+}
+_DETAILS = {"entropy": "entropy_mean", "top1": "top1_rate"}
+_FAILED = pa.schema(
+    [("id", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
+)
+MakeTracker = Callable[[str, int, str], Tracker]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored.
+
+    Attributes:
+        scores: Table of scored rows, one line for every place a row was read from.
+        failed: Table of the others, with reasons.
+        computed: Forward rows (a row with its prompt, and without it) asked of the model now.
+        found: Forward rows that were in the store.
+        tokens: Tokens of the computed ones.
+        seconds: Time it took, without reading the files and loading the model.
+    """
+
+    scores: pl.DataFrame
+    failed: pl.DataFrame
+    computed: int
+    found: int
+    tokens: int
+    seconds: float
+
+
+def score_files(
+    sources: Sequence[Source],
+    spec: ModelSpec,
+    asked: Likelihood,
+    out: Path,
+    make_tracker: MakeTracker,
+) -> Scored:
+    """Scores every row of some files and writes `scores.parquet` and `failed.parquet`.
+
+    Args:
+        sources: The files and how they are read.
+        spec: The model.
+        asked: Which turns, and what beside the log-probability.
+        out: Folder of the tables and of their store.
+        make_tracker: Takes label, total and unit of a step.
+
+    Raises:
+        ValueError: if a file or the model is not there, no row can be read, or `out` holds
+            something else.
+    """
+    check_directory(spec)
+    for source in sources:
+        source_files(source)
+    with _claimed(out):
+        pool = _ingested(out, sources, make_tracker)
+        scored = _score(pool, spec, asked, out / STORE, make_tracker)
+        write_parquet(scored.failed.to_arrow().cast(_FAILED), out / FAILED)
+        write_parquet(_with_vectors(scored.scores, asked), out / SCORES)
+        shutil.rmtree(out / ROWS)
+    return scored
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Holds the output folder.
+
+    Raises:
+        ValueError: if it holds what this command did not write, or another process holds it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder")
+    mine = (MARK, SCORES, FAILED, STORE, ROWS)
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    written = tuple(f".{name}." for name in (SCORES, FAILED))  # by a killed run
+    other = [name for name in there if name not in mine and not name.startswith(written)]
+    if other or (there and MARK not in there):
+        raise ValueError(f"{out} holds {(other or there)[0]}, not from here: name an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / MARK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is being written by another run: wait for it") from None
+        for name in there:
+            if name.startswith(written):
+                (out / name).unlink()
+        yield
+
+
+def _ingested(out: Path, sources: Sequence[Source], make_tracker: MakeTracker) -> Pool:
+    """The rows of all files, in as many buckets as the store has."""
+    spec = PoolSpec("input", tuple(sources), buckets=BUCKETS, max_quarantine=1.0)
+    tracker = make_tracker("read", 0, "rows")
+    try:
+        build_pool(out / ROWS, spec, tracker.advance)
+    finally:
+        tracker.close()
+    return Pool(out / ROWS)
+
+
+def _score(
+    pool: Pool, spec: ModelSpec, asked: Likelihood, store: Path, make_tracker: MakeTracker
+) -> Scored:
+    scores, failed = [], [_unreadable(pool)]
+    total_rows = 2 * pool.manifest.rows("rows")
+
+    def work(
+        recorder: Recorder, bucket: int, rows: pa.Table
+    ) -> tuple[pl.DataFrame, dict[str, str]]:
+        before = _questions(recorder)
+        result = score_likelihood(recorder, bucket, rows, asked)
+        # Rows that no question was asked for are done as well.
+        tracker.advance(2 * rows.num_rows - (_questions(recorder) - before))
+        return result
+
+    with engines() as opened:
+        recorders = opened.recorders(
+            spec, store, lambda rows, tokens: tracker.advance(rows, tokens)
+        )
+        tracker = make_tracker("likelihood", total_rows, "forward rows")  # the model is loaded
+        begun = time.monotonic()
+        buckets = by_store_bucket(pool.rows, pool.buckets)
+        try:
+            for bucket, (lines, reasons) in over_buckets(recorders, buckets, work):
+                found, lost = _by_place(pool, bucket, lines, reasons, asked)
+                scores.append(found)
+                failed.append(lost)
+        finally:
+            tracker.close()
+        seconds = time.monotonic() - begun
+        tally = total(recorders)
+    result = Scored(
+        pl.concat(scores).sort("file", "row", "id"),
+        pl.concat(failed).sort("file", "row", "id"),
+        computed=tally.computed,
+        found=tally.found,
+        tokens=tally.tokens,
+        seconds=seconds,
+    )
+    read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
+    assert result.scores.height + result.failed.height == read, "a row is unaccounted for"
+    return result
+
+
+def _questions(recorder: Recorder) -> int:
+    return recorder.tally.computed + recorder.tally.found + recorder.tally.failed
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _unreadable(pool: Pool) -> pl.DataFrame:
+    """Input rows that became none."""
+    lines = _frame(pool.read(QUARANTINE, 0, ["file", "line", "reason"]))
+    return lines.select(
+        pl.lit(None, pl.String).alias("id"), "file", pl.col("line").alias("row"), "reason"
+    )
+
+
+def _by_place(
+    pool: Pool, bucket: int, lines: pl.DataFrame, reasons: dict[str, str], asked: Likelihood
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Scores and failures of a bucket, once for every place a row was read from."""
+    places = _frame(pool.read(PROVENANCE, bucket, ["id", "file", "line"])).rename({"line": "row"})
+    lost = pl.DataFrame(
+        {"id": list(reasons), "reason": list(reasons.values())},
+        schema={"id": pl.String, "reason": pl.String},
+    )
+    more = [_DETAILS[detail] for detail in asked.details if detail in _DETAILS]
+    more += ["pooled"] if "pooled" in asked.details else []
+    found = places.join(lines.rename({"n_tokens": "n_response_tokens"}), on="id")
+    return found.select(*_COLUMNS, *more), places.join(lost, on="id").select(_FAILED.names)
+
+
+def _with_vectors(scores: pl.DataFrame, asked: Likelihood) -> pa.Table:
+    """The table as written; pooled states as lists of float32, which every reader knows."""
+    plain = [pa.field(name, kind) for name, kind in _COLUMNS.items()]
+    more = [pa.field(n, pa.float64()) for d, n in _DETAILS.items() if d in asked.details]
+    schema = pa.schema([*plain, *more])
+    table = scores.select(schema.names).to_arrow().cast(schema)
+    if "pooled" not in asked.details:
+        return table
+    raw = scores["pooled"].to_list()
+    width = len(raw[0]) // 2 if raw else 0
+    flat = np.frombuffer(b"".join(raw), "<f2").astype(np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat), width)
+    return table.append_column("pooled", vectors)

@@ -1,0 +1,316 @@
+"""Asks an HTTP server many things at a time, and outlasts its faults.
+
+Two kinds of trouble are kept apart. A request that was taken and not answered well (reset,
+time-out, 429, 5xx, an answer that can't be read) costs its row one of its tries, since the row
+itself may be the cause. A server that takes no connection at all says nothing about the row: every
+row then waits, up to the server's patience, and loses no try.
+
+The event loop runs in a thread of its own, so that the calls are plain functions wherever they are
+made: in a step's process, in a thread, or below somebody else's running loop.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from siftline.scoring.engines import Failed, Server
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+BACKOFF_S = 0.5
+"""Longest wait before the second try; it doubles with every further one."""
+LONGEST_WAIT_S = 30.0
+START_S = 10.0
+"""Patience when a server is met for the first time: a wrong address must not cost minutes."""
+CONNECT_S = 10.0
+REFUSED = "refused"
+BAD_REPLY = "bad_reply"
+UNUSABLE = (401, 403, 404)
+"""Statuses that speak of the key or the model, not of a row: no other row would fare better."""
+NO_PAGE = 404
+AGAIN = (408, 425, 429)
+"""Statuses below 500 that ask to come again."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class NoAnswer(Exception):
+    """A try that gave nothing usable.
+
+    Attributes:
+        reason: What the ledger records if no further try does better.
+        said: What the server said about it.
+        final: Whether another try would be the same.
+        wait_s: Least seconds to wait before another try, as the server asked.
+    """
+
+    def __init__(
+        self, reason: str, said: str = "", *, final: bool = False, wait_s: float = 0.0
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.said, self.final, self.wait_s = reason, said, final, wait_s
+
+
+class Unreachable(RuntimeError):
+    """The server took no connection for as long as patience lasts."""
+
+
+@dataclass(frozen=True)
+class Job(Generic[Answer]):
+    """One request and how its answer is read.
+
+    Attributes:
+        body: JSON to post.
+        read: Takes the parsed answer; raises NoAnswer where that is not what was asked for.
+    """
+
+    body: Mapping[str, Any]
+    read: Callable[[Any], Answer]
+
+
+@dataclass
+class Counts:
+    """What one call cost: requests sent, tries after the first, reasons of the failed."""
+
+    requests: int = 0
+    retries: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    said: str = ""
+
+
+@dataclass
+class _Call:
+    """State of one call: how patient it is, and since when nothing answers."""
+
+    tries: int
+    patience_s: float
+    counts: Counts = field(default_factory=Counts)
+    down_since: float | None = None
+
+
+def delay(attempt: int, salt: int) -> float:
+    """Seconds to wait before try number `attempt` (1 is the second).
+
+    Between half and all of an exponentially growing limit. The part is a hash of salt and attempt:
+    it spreads the rows of one call without any random state.
+    """
+    part = zlib.crc32(f"{salt} {attempt}".encode()) / 2**32
+    return float(min(BACKOFF_S * 2.0 ** min(attempt - 1, 30), LONGEST_WAIT_S)) * (0.5 + part / 2)
+
+
+class Client:
+    """An HTTP client for one server. Safe to call from several threads; close it at the end."""
+
+    def __init__(self, server: Server, key: str | None = None) -> None:
+        """Starts the loop's thread; nothing is sent yet. `key` is the server's API key.
+
+        Raises:
+            ValueError: if the server's url is none.
+        """
+        try:
+            httpx.URL(server.url)
+        except httpx.InvalidURL as error:
+            raise ValueError(
+                f"url is {server.url!r} ({error}): give it as http://HOST:PORT/v1"
+            ) from error
+        self.server = server
+        self.url = server.url.rstrip("/")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request as info
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # A request's whole time is bounded in _send; httpx would bound every read alone.
+            timeout=httpx.Timeout(None, connect=min(CONNECT_S, server.timeout_s / 2)),
+            limits=httpx.Limits(
+                max_connections=server.concurrency, max_keepalive_connections=server.concurrency
+            ),
+            trust_env=urlsplit(server.url).hostname not in LOOPBACK,  # a proxy would not find it
+        )
+        self._slots = asyncio.Semaphore(server.concurrency)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="server-client", daemon=True
+        )
+        self._thread.start()
+
+    def get(self, url: str) -> Any:
+        """JSON that the server gives for `url`, or None where it has no such page.
+
+        Raises:
+            Unreachable: if it takes no connection.
+            NoAnswer: if it fails every time.
+        """
+
+        async def work() -> Any:
+            call = _Call(self.server.tries, min(START_S, self.server.patience_s))
+            for attempt in range(1, call.tries + 1):
+                try:
+                    return await self._send("GET", url, None, call)
+                except NoAnswer as error:
+                    if error.reason in (REFUSED, BAD_REPLY):
+                        return None
+                    if attempt == call.tries:
+                        raise
+                    await asyncio.sleep(max(delay(attempt, 0), error.wait_s))
+
+        return self._run(work())
+
+    def ask(
+        self,
+        jobs: Sequence[Job[Answer]],
+        *,
+        tries: int | None = None,
+        patience_s: float | None = None,
+    ) -> tuple[list[Answer | Failed], Counts]:
+        """Posts every job to /completions.
+
+        Args:
+            jobs: What is asked; answers come in their order.
+            tries: Times a job is tried; by default the server's.
+            patience_s: Seconds without connection; by default the server's.
+
+        Raises:
+            Unreachable: if no connection was taken for that long.
+            RuntimeError: if the server refuses the key or no longer has the model.
+        """
+        call = _Call(tries or self.server.tries, patience_s or self.server.patience_s)
+
+        async def work() -> list[Answer | Failed]:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    rows = [self._ask(i, job, call) for i, job in enumerate(jobs)]
+                    tasks = [group.create_task(row) for row in rows]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            return [task.result() for task in tasks]
+
+        answers = self._run(work())
+        return answers, call.counts
+
+    def close(self) -> None:
+        """Closes all connections and ends the thread; twice is fine."""
+        if self._loop.is_closed():
+            return
+
+        async def end() -> None:
+            running = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._http.aclose()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        if self._loop.is_closed():
+            work.close()
+            raise ValueError(f"the engine of {self.url} is closed: open a new one")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C in this thread must not leave the requests running
+            raise
+
+    async def _ask(self, place: int, job: Job[Any], call: _Call) -> Any:
+        """One job to its end. A row that waits keeps its slot: a struggling server gets less."""
+        async with self._slots:
+            attempt = 0
+            while True:
+                attempt += 1
+                try:
+                    reply = await self._send("POST", f"{self.url}/completions", job.body, call)
+                    return job.read(reply)
+                except NoAnswer as error:
+                    if error.final or attempt == call.tries:
+                        call.counts.failed[error.reason] += 1
+                        call.counts.said = error.said or call.counts.said
+                        return Failed(error.reason)
+                    call.counts.retries += 1
+                    await asyncio.sleep(max(delay(attempt, place), error.wait_s))
+
+    async def _send(self, method: str, url: str, body: Any, call: _Call) -> Any:
+        """Sends one request as soon as there is a connection and returns the parsed answer."""
+        waited = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.server.timeout_s):
+                    response = await self._http.request(method, url, json=body)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                waited += 1
+                await self._wait_for_server(call, waited, error)
+                continue
+            except TimeoutError:
+                call.counts.requests += 1
+                raise NoAnswer("timeout") from None
+            except (httpx.TransportError, httpx.DecodingError) as error:
+                call.counts.requests += 1
+                raise NoAnswer("connection_lost", str(error)) from error
+            call.counts.requests += 1
+            call.down_since = None
+            return _parsed(response)
+
+    async def _wait_for_server(self, call: _Call, waited: int, error: Exception) -> None:
+        now = time.monotonic()
+        if call.down_since is None:
+            call.down_since = now
+            logger.warning("no connection to %s: waiting %g s for it", self.url, call.patience_s)
+        left = call.patience_s - (now - call.down_since)
+        if left <= 0:
+            raise Unreachable(
+                f"no connection to {self.url} for {call.patience_s:g} s ({_line(str(error))}): "
+                "start the server and run again; what was committed is kept"
+            )
+        await asyncio.sleep(min(delay(waited, 0), left))
+
+
+def _parsed(response: httpx.Response) -> Any:
+    """The JSON of a good answer.
+
+    Raises:
+        NoAnswer: for an answer of the row.
+        RuntimeError: for one that all rows would get.
+    """
+    status = response.status_code
+    if status in AGAIN or status >= 500:
+        raise NoAnswer(f"server_error_{status}", _said(response), wait_s=_retry_after(response))
+    if status in UNUSABLE and (status != NO_PAGE or response.request.method == "POST"):
+        raise RuntimeError(
+            f"{response.request.url} answers {status} ({_said(response)}): check the server's "
+            "model and key_variable, and run again"
+        )
+    if status != 200:
+        raise NoAnswer(REFUSED, _said(response), final=True)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise NoAnswer(BAD_REPLY, _line(response.text)) from error
+
+
+def _said(response: httpx.Response) -> str:
+    """The server's own words about an error: OpenAI's error.message, else the start of its text."""
+    try:
+        return _line(str(response.json()["error"]["message"]))
+    except (ValueError, KeyError, TypeError):
+        return _line(response.text)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    asked = response.headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT_S) if asked.isdecimal() else 0.0
+
+
+def _line(text: str, longest: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 4] + " ..."

@@ -1,0 +1,193 @@
+"""What an OpenAI-compatible server is asked, and how its answers are read.
+
+Log-probabilities of prompt tokens come by one of two roads: vLLM's `prompt_logprobs`, keyed by
+token id, or the older `echo` with `logprobs`, which spells the tokens out. Both are read with
+suspicion, because a list that is off by one place is full of plausible numbers: there must be an
+entry for every token, none for the first (nothing predicts it), and entry i must be about token i.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from siftline.scoring.engines import Sampling
+from siftline.scoring.server_client import BAD_REPLY, NoAnswer
+
+NO_SCORES = "no_scores"
+"""Reason of a row that the server answers without scores however often it is asked."""
+FLOOR = -9999.0
+"""What vLLM writes for minus infinity, which JSON lacks."""
+Spell = Callable[[int], str]
+"""Text of one token."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was said of a row of n tokens.
+
+    Attributes:
+        logprobs: Of each token given those before it, float32 (n,), nats; NaN for the first.
+        ranks: Place of each token among all by probability, 1 is the most likely, int64 (n,), 0
+            for the first; None if the server does not tell.
+    """
+
+    logprobs: np.ndarray
+    ranks: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One generated text. `tokens` is None where the server gives only text and their number."""
+
+    text: str
+    tokens: list[int] | None
+    n_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Road:
+    """A way to ask for scores.
+
+    Attributes:
+        name: Part of the engine's fingerprint.
+        body: Fields of the request beside model and prompt.
+        read: Takes the answer, the row that was sent, and how its tokens are spelled.
+    """
+
+    name: str
+    body: Mapping[str, Any]
+    read: Callable[[Any, Sequence[int], Spell], Scores]
+
+
+def read_prompt_logprobs(reply: Any, row: Sequence[int], spell: Spell) -> Scores:
+    """Reads vLLM's `prompt_logprobs`: null, then a mapping of token id to score for each token.
+
+    Raises:
+        NoAnswer: `no_scores` where they are missing, `bad_reply` where they are of other tokens.
+    """
+    entries = _choice(reply).get("prompt_logprobs")
+    if not entries:
+        raise NoAnswer(NO_SCORES)
+    if not isinstance(entries, list) or len(entries) != len(row) or entries[0] is not None:
+        raise NoAnswer(BAD_REPLY, f"prompt_logprobs do not fit a row of {len(row)} tokens")
+    logprobs, ranks = np.full(len(row), np.nan, np.float32), np.zeros(len(row), np.int64)
+    for i in range(1, len(row)):
+        entry = entries[i]
+        if entry is None:
+            raise NoAnswer(NO_SCORES)
+        found = entry.get(str(row[i])) if isinstance(entry, dict) else None
+        if not isinstance(found, dict):
+            raise NoAnswer(BAD_REPLY, f"entry {i} is not about token {row[i]}")
+        logprobs[i] = _number(found.get("logprob"))
+        rank = found.get("rank")
+        ranks[i] = rank if isinstance(rank, int) else -1
+    return Scores(logprobs, ranks if (ranks >= 0).all() else None)
+
+
+def read_echo(reply: Any, row: Sequence[int], spell: Spell) -> Scores:
+    """Reads the `logprobs` of an echoed prompt; the one generated token may follow.
+
+    Raises:
+        NoAnswer: `no_scores` where they are missing, `bad_reply` where they are of other tokens.
+    """
+    given = _choice(reply).get("logprobs")
+    if not isinstance(given, dict) or not given.get("token_logprobs"):
+        raise NoAnswer(NO_SCORES)
+    values, names = given["token_logprobs"], given.get("tokens")
+    if not isinstance(values, list) or not isinstance(names, list) or len(values) != len(names):
+        raise NoAnswer(BAD_REPLY, "tokens and token_logprobs differ in length")
+    if not len(row) <= len(values) <= len(row) + 1 or values[0] is not None:
+        raise NoAnswer(BAD_REPLY, f"{len(values)} token_logprobs do not fit {len(row)} tokens")
+    logprobs = np.full(len(row), np.nan, np.float32)
+    for i, token in enumerate(row):
+        if not _names(names[i], token, spell):
+            raise NoAnswer(BAD_REPLY, f"entry {i} is {names[i]!r}, not token {token}")
+        if i and values[i] is None:
+            raise NoAnswer(NO_SCORES)
+        if i:
+            logprobs[i] = _number(values[i])
+    return Scores(logprobs, None)
+
+
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0}
+_ECHO = {**_ONE_TOKEN, "echo": True, "logprobs": 0}
+ROADS = (
+    Road("prompt_logprobs", {**_ONE_TOKEN, "prompt_logprobs": 0}, read_prompt_logprobs),
+    Road("echo", {**_ECHO, "return_tokens_as_token_ids": True}, read_echo),
+    Road("echo", _ECHO, read_echo),  # for servers that refuse fields they don't know
+)
+"""In the order they are tried. All generate one token, which most servers insist on."""
+
+
+def draw_body(sampling: Sampling, seed: int, ends: Sequence[int], room: int) -> dict[str, Any]:
+    """Fields of the request for one draw of at most `room` tokens.
+
+    Filters and penalties are switched off by name: vLLM would take the model's own defaults, which
+    no recipe knows of.
+    """
+    return {
+        "max_tokens": min(sampling.max_new_tokens, room),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(ends),
+        "skip_special_tokens": True,
+        "return_token_ids": True,
+    }
+
+
+def read_draw(reply: Any) -> Draw:
+    """Reads one generated text, with its tokens where the server gives them.
+
+    Raises:
+        NoAnswer: `bad_reply` if the text, its length or a known reason to end is missing.
+    """
+    choice = _choice(reply)
+    text, tokens, finish = choice.get("text"), choice.get("token_ids"), choice.get("finish_reason")
+    if not isinstance(text, str) or finish not in ("stop", "length"):
+        raise NoAnswer(BAD_REPLY, f"no text that ended by stop or length, but {finish!r}")
+    if isinstance(tokens, list) and all(type(token) is int for token in tokens):
+        return Draw(text, tokens, len(tokens), finish)
+    usage = reply.get("usage")
+    drawn = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    if type(drawn) is not int:
+        raise NoAnswer(BAD_REPLY, "neither token_ids nor usage.completion_tokens")
+    return Draw(text, None, drawn, finish)
+
+
+def _choice(reply: Any) -> dict[str, Any]:
+    """The only choice of an answer."""
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise NoAnswer(BAD_REPLY, "not one choice")
+    return choices[0]
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise NoAnswer(NO_SCORES if value is None else BAD_REPLY, f"{value!r} is no score")
+    return float("-inf") if value <= FLOOR else float(value)
+
+
+def _names(name: Any, token: int, spell: Spell) -> bool:
+    """Whether an echoed name is that of `token`: its id, or its text.
+
+    Texts are compared without outer space, which decoders of one token may drop. A token that is
+    a part of a character (U+FFFD) has no text of its own, and servers write various things there:
+    the number of entries and its neighbours vouch for it.
+    """
+    if not isinstance(name, str):
+        return False
+    if name.startswith("token_id:"):
+        return name == f"token_id:{token}"
+    own = spell(token)
+    return "\ufffd" in own or name.strip() == own.strip()
