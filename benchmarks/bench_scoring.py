@@ -5,7 +5,7 @@
 
 Random Llama models are made on the spot, in float32 (`MODELS`). Rows are token ids of question and
 answer: of a JSONL file with these two columns if one is given, cut into digits, signs and pieces of
-at most eight letters that are hashed to ids; else of lengths like GSM8K's. All contenders get the same rows:
+at most eight letters that are hashed to ids; else of lengths like GSM8K's. All get the same rows:
 
     loop       model(row).logits -> log_softmax -> gather, row by row
     padded     the same for 8 rows at a time, in the order given, with all logits

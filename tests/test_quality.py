@@ -15,7 +15,7 @@ from siftline.stages.scorers import prompt_weights, quality, score_quality, scor
 from siftline.workspace import Workspace
 
 BRIEF = "scorers.brief={kind: function, path: 'mini_inputs:brevity'}"
-RUBRIC = "scorers.rated={kind: rubric, model: tiny, rubric: Is the sum right?, scale: [1, 3]}"
+RUBRIC = "scorers.rated={kind: rubric, model: tiny, }"
 
 
 def quiet(line): ...
@@ -60,7 +60,7 @@ def test_a_function_scores_every_row_and_a_second_run_none(root, mini):
 
 
 def test_rows_without_a_score_fail_with_their_reason_and_are_tried_again(root, mini):
-    recipe = mini("scorers.brief={kind: function, path: 'mini_inputs:brevity', args: {least: 12}}")
+    recipe = mini("scorers.brief={kind: function, path: 'mini_inputs:brevity', args: {least: 25}}")
     first = scored(root, recipe, "brief")
     assert first.manifest.info["failed"] > 0
     assert scored(root, recipe, "brief").fresh
@@ -131,7 +131,7 @@ def test_weights_steer_the_shortlist_and_columns_are_published(root, mini, mini_
     for line in published.select("id", "sift_origin", "sift_score_brief").to_dicts():
         assert line["sift_score_brief"] == known.get(line["id"])
         assert (line["sift_score_brief"] is None) == (line["sift_origin"] is not None)
-    assert "sift_score_brief" in (folder / "README.md").read_text()
+    assert r"sift\_score\_brief" in (folder / "README.md").read_text()
 
 
 def test_what_a_tuned_model_finds_new_is_clustered_and_named_in_the_report(
@@ -223,3 +223,36 @@ def test_details_asked_for_in_a_recipe_stand_in_the_table(root, mini):
     assert frame["pooled"].is_null().all()
     assert manifest.info["scored"] == plain.info["scored"]
     assert json.dumps(manifest.info["inputs"]).count("entropy") == 1
+
+
+@pytest.mark.parametrize(("bound", "green"), [(0.0, False), (0.9, True)])
+def test_rows_that_always_fail_turn_the_run_red_above_the_rate(root, mini, bound, green, tmp_path):
+    from siftline.assets.resource import Siftline
+    from siftline.assets.scores import scorer_asset
+
+    config = "scorers.brief={kind: function, path: 'mini_inputs:brevity', args: {least: 25}}"
+    changes = [config, f"bounds.max_failed={bound}"]
+    result = dg.materialize(
+        [scorer_asset(mini(*changes), "brief")],
+        resources={"siftline": Siftline(root=str(root), overrides=changes)},
+        raise_on_error=False,
+    )
+    assert result.success is green
+    (check,) = result.get_asset_check_evaluations()
+    assert check.passed is green
+    assert check.metadata["share"].value > 0
+    (made,) = result.get_asset_materialization_events()
+    metadata = made.materialization.metadata
+    assert metadata["failed_reasons"].value == {"no_score": metadata["failed"].value}
+
+
+def test_every_finished_bucket_is_an_observation_of_the_score_table(finished):
+    """Written by the real run's step process into the real instance."""
+    with dg.DagsterInstance.from_config(str(finished.root / ".dagster")) as instance:
+        key = dg.AssetKey(["scores", "mini", "tiny", "likelihood"])
+        records = instance.fetch_observations(key, limit=100).records
+    shown = [record.asset_observation.metadata for record in records]
+    assert len({m["bucket"].value for m in shown}) == len(shown) > 4
+    rows = Pool(Workspace(finished.root).pool("mini")).manifest.rows("rows")
+    assert sum(m["scored"].value + m["failed"].value for m in shown) == rows
+    assert max(m["rows_so_far"].value for m in shown) == rows

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from siftline.scoring.engines import DETAILS, Engine, ModelSpec, Sampling, open_engine
 from siftline.scoring.projection import TILES
 from siftline.scoring.spans import prompt_tokens, response_span
-from siftline.scoring.transformers_engine import TransformersEngine
+from siftline.scoring.transformers_engine import PASS_TOKENS, TransformersEngine
 
 PROMPT = [{"role": "user", "content": "What is 6 times 7?"}]
 
@@ -273,6 +273,30 @@ def test_no_tensor_of_a_pass_has_the_size_of_tokens_times_vocabulary(engine, wan
     # The widest a pass needs is the MLP: 128 of a token, half of this vocabulary.
     assert max(made) == 20 * 30 * 128
     assert max(made) < 20 * 29 * vocabulary
+
+
+def test_a_batch_runs_in_passes_of_like_rows_and_answers_in_order(tiny_model, monkeypatch):
+    engine = TransformersEngine(ModelSpec(str(tiny_model), device="cpu"))
+    rows = random_rows(30, seed=10, low=3, high=60)
+    rows.insert(7, random_rows(1, low=150, high=151)[0])  # longer than a pass: alone in one
+    spans = [(1, len(row)) for row in rows]
+    alone = [engine.score([row], [span])[0] for row, span in zip(rows, spans, strict=True)]
+    choices, pooled = engine.choices(rows, [[5], [6]]), engine.embed(rows)
+    shapes, forward = [], engine.hidden
+
+    def seen(ids, **options):
+        shapes.append(tuple(ids.shape))
+        return forward(ids, **options)
+
+    monkeypatch.setattr(engine, "hidden", seen)
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 128)
+    for one, other in zip(alone, engine.score(rows, spans), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert sum(n for n, _ in shapes) == 31
+    assert [n * width for n, width in shapes if n * width > 128] == [150]
+    assert len(shapes) < 16
+    np.testing.assert_allclose(engine.choices(rows, [[5], [6]]), choices, atol=1e-5)
+    np.testing.assert_allclose(engine.embed(rows), pooled, atol=1e-5)
 
 
 def test_a_model_that_sees_its_padding_is_refused(tiny_model, monkeypatch):

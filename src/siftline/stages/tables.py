@@ -106,7 +106,8 @@ class ScoreTable:
             schema={"id": pl.String, "reason": pl.String},
         ).sort("id")
         writer.add("failed", 0, lost.to_arrow().cast(FAILED))
-        info = {"inputs": self.inputs, "scored": counted, "failed": lost.height, **tally()}
+        # The rows' counts, not the questions': a row may need several, or none.
+        info = {**tally(), "inputs": self.inputs, "scored": counted, "failed": lost.height}
         manifest = Manifest(version.hexdigest(), pool.buckets, tuple(writer.parts), info)
         manifest.save(self.folder / "manifest.json")
         return manifest
