@@ -15,7 +15,8 @@ from siftline.stages.scorers import prompt_weights, quality, score_quality, scor
 from siftline.workspace import Workspace
 
 BRIEF = "scorers.brief={kind: function, path: 'mini_inputs:brevity'}"
-RUBRIC = "scorers.rated={kind: rubric, model: tiny, }"
+TEXT = "'{prompt} {response} Is it right, from 1 to 3?'"
+RUBRIC = f"scorers.rated={{kind: rubric, model: tiny, rubric: {TEXT}, scale: [1, 3]}}"
 
 
 def quiet(line): ...

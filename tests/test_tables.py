@@ -42,7 +42,9 @@ def test_every_line_lies_in_its_bucket_and_sorted(tmp_path_factory, ids, buckets
     kept, failed = ids[lost:], ids[:lost]
     table = ScoreTable(tmp_path_factory.mktemp("table"), SCHEMA, {"made": "of"})
     assert table.reader() is None
-    manifest = table.write(FakePool(buckets), by_store(kept, failed), lambda: {"computed": 7, "failed": 99})
+    manifest = table.write(
+        FakePool(buckets), by_store(kept, failed), lambda: {"computed": 7, "failed": 99}
+    )
     read = table.reader()
     assert read is not None
     frames = [read(bucket) for bucket in range(buckets)]
