@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import ModelSpec, check_directory, check_rows
 from siftline.scoring.fingerprint import model_fingerprint
 
@@ -55,7 +56,7 @@ class SequenceClassifier:
             )
         self.spec = spec
         self.tokenizer = _load_tokenizer(spec)
-        self.device = _device(spec.device)
+        self.device = torch_device(spec.device)
         self._model: Any = _load(spec).to(self.device)
         config = self._model.config
         self.labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
@@ -170,14 +171,6 @@ def _load_tokenizer(spec: ModelSpec) -> Any:
         own = own.get("default")
     tokenizer.chat_template = spec.template or own
     return tokenizer
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r} but torch sees no CUDA device: use cpu or auto")
-    return torch.device(name)
 
 
 def _load(spec: ModelSpec) -> Any:

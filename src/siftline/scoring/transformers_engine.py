@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from siftline.scoring.batching import in_halves, plan_batches
+from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import (
     DETAILS,
     Detail,
@@ -72,7 +73,7 @@ class TransformersEngine:
         """
         self.spec = spec
         self.tokenizer = load_tokenizer(spec)
-        self.device = _device(spec.device)
+        self.device = torch_device(spec.device)
         model = _load(spec).to(self.device)
         self.config = model.config.get_text_config(decoder=True)
         limit = getattr(self.config, "max_position_embeddings", None) or spec.max_length
@@ -314,14 +315,6 @@ class TransformersEngine:
                 f"padded than alone (off by {worst:.3g}): it is not a plain causal model; "
                 "use the vllm engine"
             )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r} but torch sees no CUDA device: use cpu or auto")
-    return torch.device(name)
 
 
 def _load(spec: ModelSpec) -> Any:
