@@ -2,8 +2,8 @@
 
 The result is an ordinary model directory (safetensors, config, tokenizer with chat template) that
 every engine loads. The loop is plain torch: at 1.8 million parameters a Trainer's bookkeeping would
-cost more than the model. The same texts, configuration, number of threads and kind of processor
-give the same bytes of weights.
+cost more than the model. The same texts, configuration and kind of processor give the same bytes of
+weights.
 
 Documents are packed into windows that start at a document's start: one that overflows is cut and
 opens the next window again, whole. So nothing is padding, and most documents are seen from their
@@ -14,7 +14,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,8 @@ from siftline.kernels.draws import hash64, uniforms
 from siftline.training.tokenizers import bpe_tokenizer, char_tokenizer
 
 ENCODE_BATCH = 4096
+SHARDS = 2
+"""Parts of a batch on a CPU. Part of what the weights depend on, so not the number of cores."""
 
 
 @dataclass(frozen=True)
@@ -201,32 +206,68 @@ def _optimizer(model: Any, config: Pretrain) -> Any:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def _train(
-    model: Any, stream: Iterator[np.ndarray], config: Pretrain, progress: Callable[[int, int], None]
-) -> list[dict[str, float]]:
-    """Runs the steps; gives one line of the curve a step."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch computes on the calling thread alone: sums have one order, small matrices no waits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _shard(model: Any, windows: np.ndarray) -> tuple[float, list[Any]]:
+    """Summed loss of some windows, int (n, context + 1), and its gradient by parameter."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    device = next(model.parameters()).device
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    batch = torch.from_numpy(windows).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    targets = batch[:, 1:].flatten()
+    loss = cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+    return loss.item(), list(torch.autograd.grad(loss, parameters))
+
+
+def _train(
+    model: Any, stream: Iterator[np.ndarray], config: Pretrain, progress: Callable[[int, int], None]
+) -> list[dict[str, float]]:
+    """Runs the steps; gives one line of the curve a step.
+
+    On a CPU a batch is computed in `SHARDS` parts side by side, one thread each, and their
+    gradients are added in order: the weights do not depend on how many cores there are.
+    """
+    import torch
+
     optimizer = _optimizer(model, config)
     rows = config.batch_tokens // config.context
+    cuda = next(model.parameters()).device.type == "cuda"
+    parts = 1 if cuda else min(SHARDS, rows)
     lines: list[dict[str, float]] = []
     model.train()
-    for step in range(config.steps):
-        rate = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = torch.from_numpy(np.stack([next(stream) for _ in range(rows)])).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        lines.append({"step": step + 1, "loss": loss.item(), "learning_rate": rate})
-        progress(step + 1, config.steps)
+    pool = ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,))
+    with _one_thread(), pool:
+        for step in range(config.steps):
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = np.stack([next(stream) for _ in range(rows)])
+            found = list(pool.map(partial(_shard, model), np.array_split(batch, parts)))
+            tokens = rows * config.context
+            for parameter, *gradients in zip(
+                model.parameters(), *(gradients for _, gradients in found), strict=True
+            ):
+                parameter.grad = sum(gradients[1:], gradients[0]) / tokens
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            loss = sum(part for part, _ in found) / tokens
+            lines.append({"step": step + 1, "loss": loss, "learning_rate": rate})
+            progress(step + 1, config.steps)
     return lines
 
 
