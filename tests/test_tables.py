@@ -75,6 +75,9 @@ def test_other_inputs_and_missing_parts_are_not_read(tmp_path):
     ScoreTable(tmp_path, SCHEMA, {"model": "a"}).write(FakePool(2), by_store(ids, []), dict)
     assert ScoreTable(tmp_path, SCHEMA, {"model": "a"}).reader() is not None
     assert ScoreTable(tmp_path, SCHEMA, {"model": "b"}).reader() is None
+    paired = ScoreTable(tmp_path / "pair", SCHEMA, {"scale": (1, 3)})
+    paired.write(FakePool(2), by_store(ids, []), dict)
+    assert paired.reader() is not None, "a tuple comes back from JSON as a list"
     next(tmp_path.glob("scores-*.parquet")).unlink()
     assert ScoreTable(tmp_path, SCHEMA, {"model": "a"}).found() is None
 

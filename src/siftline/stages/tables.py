@@ -6,6 +6,7 @@ read. Lines are written bucket by bucket and the manifest comes last: a reader s
 or none.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class ScoreTable:
         if not path.exists():
             return None
         manifest = Manifest.load(path)
-        fits = manifest.info["inputs"] == self.inputs and not manifest.missing(self.folder)
+        made_of = json.loads(json.dumps(self.inputs))  # as the manifest holds them: no tuples
+        fits = manifest.info["inputs"] == made_of and not manifest.missing(self.folder)
         return manifest if fits else None
 
     def reader(self) -> Callable[[int], pl.DataFrame] | None:
