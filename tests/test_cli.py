@@ -14,7 +14,7 @@ from siftline.namespace import BUCKETS, NamespaceFolder
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 
-ROOTED = ("run", "demo", "status", "explain", "report", "ui", "cache ls", "cache gc")
+ROOTED = ("run", "demo", "status", "explain", "report", "audit", "ui", "cache ls", "cache gc")
 VERBS = (*ROOTED, "score", "cache")
 
 

@@ -9,7 +9,7 @@ from scipy.stats import chi2_contingency
 
 from siftline.demo.arithmetic import DRILLS, NEAR, generate, word_runs
 from siftline.demo.audit import ACCEPTED, CHARGED, audit, wrong_removals
-from siftline.demo.defects import similarity, truncate, wrong_steps
+from siftline.demo.defects import truncate, wrong_steps
 from siftline.demo.problems import LEVELS, LONGEST_QUESTION, Dice, apply_op, make_problem
 from siftline.demo.rows import write_jsonl
 from siftline.demo.styles import LONGEST_RESPONSE, SOURCES, render
@@ -18,6 +18,7 @@ from siftline.kernels.shingles import char_shingles_reference
 from siftline.kernels.text import numbers, plain
 from siftline.schema import make_row, message
 from siftline.scoring.answers import answer_key, extract_answer
+from siftline.stages.planting import similarity
 
 SIZES = {"prompts": 600, "test": 160, "dev": 40, "target": 40, "corpus": 800}
 

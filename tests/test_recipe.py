@@ -375,12 +375,13 @@ def test_the_library_finds_users_recipes_beside_the_shipped_ones(tmp_path, monke
 
 PUBLIC = {
     "Recipe": "name seed pool sets models roles stages budget likelihood scorers bounds card "
-    "inputs training evaluation schedule",
+    "inputs training evaluation canaries schedule",
     "Inputs": "generator args",
     "Sets": "target dev test",
     "Model": "spec pretrain corpus",
     "Budget": "size unit on_shortfall",
     "Bounds": "max_failed max_removed",
+    "Canaries": "per_kind",
     "Card": "license description language tags",
     "Training": "options arms epochs seeds",
     "PoolSpec": "name inputs buckets max_quarantine",

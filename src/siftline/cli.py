@@ -14,29 +14,11 @@ import click
 
 from siftline import __version__
 from siftline.commands import register
-from siftline.commands.options import json_option, root_option, say
+from siftline.commands.options import json_option, named_recipe, root_option, say, set_option
 from siftline.ledger import StageOutput
 from siftline.library import find, recipe_files
-from siftline.recipe import Recipe, Stage, load
+from siftline.recipe import Recipe, Stage
 from siftline.workspace import ROOT_VARIABLE, Workspace
-
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."
-)
-
-
-def _recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        loaded = load(path, overrides)
-        if path.suffix != ".yaml" or path.stem != loaded.name:
-            raise ValueError(f"{path.name}: call the file {loaded.name}.yaml, as the recipe's name")
-        known = os.environ.get("SIFTLINE_RECIPES", "")
-        folders = [str(path.resolve().parent), *([known] if known else [])]
-        os.environ["SIFTLINE_RECIPES"] = os.pathsep.join(folders)
-        return loaded
-    return find(name, overrides)
 
 
 def _workspace(root: Path) -> Workspace:
@@ -68,7 +50,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Run RECIPE, a name or a YAML file, from raw rows to the report."""
-    workspace, loaded = _workspace(root), _recipe(recipe, overrides)
+    workspace, loaded = _workspace(root), named_recipe(recipe, overrides)
     _run(workspace, loaded, overrides, workers=workers, select=select)
     if select is None:
         _print_result(summary(workspace, loaded), as_json)
@@ -192,7 +174,7 @@ def recipe_outputs(
 
     found = []
     for name in [only] if only else sorted(recipe_files()):
-        recipe = _recipe(name, overrides if only else ())
+        recipe = named_recipe(name, overrides if only else ())
         if (workspace.pool(recipe.pool.name) / "manifest.json").exists():
             found.append((recipe, outputs_so_far(workspace, recipe)))
     return found
@@ -237,7 +219,7 @@ def report(
     recipe: str, root: Path, overrides: tuple[str, ...], planted: bool, as_json: bool
 ) -> None:
     """Show the funnel, accuracy and report page of RECIPE's newest version."""
-    workspace, loaded = _workspace(root), _recipe(recipe, overrides)
+    workspace, loaded = _workspace(root), named_recipe(recipe, overrides)
     result = summary(workspace, loaded)
     if planted:
         from siftline.demo.summary import audited

@@ -25,7 +25,7 @@ from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.scorers import KINDS, models_of
-from siftline.sections import Bounds, Budget, Card, Inputs, Model, Sets, Training
+from siftline.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
 from siftline.selectors.allocate import Allocate
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates
@@ -100,6 +100,7 @@ class Recipe:
     inputs: Inputs | None = None
     training: Training | None = None
     evaluation: Evaluation | None = None
+    canaries: Canaries | None = None
     schedule: str = "0 3 * * *"
 
     @cached_property
@@ -125,8 +126,8 @@ class Recipe:
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    """What decides the bytes: neither the schedule nor how the pools are cut does."""
-    plain = {k: v for k, v in asdict(recipe).items() if k != "schedule"}
+    """What decides the bytes: the schedule, canaries and how the pools are cut do not."""
+    plain = {k: v for k, v in asdict(recipe).items() if k not in ("schedule", "canaries")}
     for spec in (plain["pool"], *(s for sets in plain["sets"].values() for s in sets)):
         del spec["buckets"]
     return plain
@@ -189,7 +190,12 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
     _check_weights(stages, scorers)
-    optional = {"inputs": Inputs, "training": Training, "evaluation": Evaluation}
+    optional = {
+        "inputs": Inputs,
+        "training": Training,
+        "evaluation": Evaluation,
+        "canaries": Canaries,
+    }
     return Recipe(
         name=name,
         seed=seed,

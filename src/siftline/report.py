@@ -36,6 +36,16 @@ PLANTED = {
     "caught": pl.Int64,
     "false_drops": pl.Int64,
 }
+CANARIES = {
+    "stage": pl.String,
+    "kind": pl.String,
+    "sound": pl.Boolean,  # then a removal is a false drop
+    "planted": pl.Int64,
+    "removed": pl.Int64,
+    "share": pl.Float64,  # with its 95 % bounds; null where nothing was judged
+    "low": pl.Float64,
+    "high": pl.Float64,
+}
 NOVELTY = {
     "name": pl.String,
     "rows": pl.Int64,
@@ -90,6 +100,7 @@ class Report:
         accuracy: `ACCURACY`; arms and levels are shown in order of first appearance, and the last
             level of an arm is its overall accuracy.
         planted: `PLANTED`.
+        canaries: `CANARIES`, one line per gate and kind.
         novelty: `NOVELTY`, one line per cluster of the rows that a fine-tuned model finds far
             likelier than the model it came from.
         examples: `EXAMPLES`; `pick_examples` makes them.
@@ -107,6 +118,7 @@ class Report:
     curves: pl.DataFrame | None = None
     accuracy: pl.DataFrame | None = None
     planted: pl.DataFrame | None = None
+    canaries: pl.DataFrame | None = None
     novelty: pl.DataFrame | None = None
     examples: pl.DataFrame | None = None
     notes: tuple[str, ...] = ()
@@ -118,6 +130,7 @@ class Report:
             ("curves", CURVES),
             ("accuracy", ACCURACY),
             ("planted", PLANTED),
+            ("canaries", CANARIES),
             ("novelty", NOVELTY),
             ("examples", EXAMPLES),
         ):
@@ -148,6 +161,7 @@ def render(report: Report) -> str:
         curves=_curves(report.curves, arms),
         accuracy=_accuracy(report.accuracy, arms),
         planted=None if report.planted is None else report.planted.to_dicts(),
+        canaries=None if report.canaries is None else report.canaries.to_dicts(),
         novelty=None if report.novelty is None else report.novelty.to_dicts(),
         examples=_examples(report.examples),
     )

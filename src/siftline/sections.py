@@ -9,6 +9,8 @@ from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
 
 SET_ROLES = ("target", "dev", "test")
+ARMS = ("full", "random", "random_clean", "random_sampled", "curated")
+"""What may be trained; `stages.arm_rows` says which rows each takes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class Bounds:
 
 
 @dataclass(frozen=True)
+class Canaries:
+    """Defects planted beside the user's rows to measure every gate; see `stages.canaries`.
+
+    Attributes:
+        per_kind: Planted rows of each kind at each gate. 200 put a 95 % interval of at most 7
+            points on either side of a rate.
+    """
+
+    per_kind: int = 200
+
+    def __post_init__(self) -> None:
+        if self.per_kind < 1:
+            raise ValueError(f"per_kind is {self.per_kind}: plant 1 or more, or leave canaries out")
+
+
+@dataclass(frozen=True)
 class Card:
     """What the dataset card says besides the numbers.
 
@@ -105,7 +123,9 @@ class Training:
 
     Attributes:
         options: Method and hyper-parameters, equal for all arms.
-        arms: "curated", and the random draws it is held against.
+        arms: "curated", and what it is held against: the "full" pool, and "random" rows of the
+            readable pool, of the deduplicated and decontaminated one ("random_clean"), or of that
+            with as many draws of vanilla rejection sampling as the chain made ("random_sampled").
         epochs: Passes over the curated version; random arms get the same loss tokens.
         seeds: One training per arm and seed.
     """
@@ -117,7 +137,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for arm in self.arms:
-            if arm not in ("random", "curated"):
-                raise ValueError(f"arm {arm!r} is unknown: choose random, curated")
+            if arm not in ARMS:
+                raise ValueError(f"arm {arm!r} is unknown: choose {', '.join(ARMS)}")
         if not self.seeds:
             raise ValueError("seeds is empty: name at least one")

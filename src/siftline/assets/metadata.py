@@ -24,9 +24,10 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
 
 def numbers(facts: dict[str, Any]) -> dict[str, Any]:
     """The plain numbers among a stage's facts; Dagster plots them over materializations."""
+    canaries = {f"canary_{line['kind']}": line["share"] for line in facts.get("canaries", [])}
     return {
         key: value
-        for key, value in facts.items()
+        for key, value in {**facts, **canaries}.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
     }
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from siftline.demo.problems import Dice, Step, apply_op
-from siftline.kernels.text import plain
+from siftline.stages.planting import similarity
 
-SHINGLE = 5
 _QUESTION_EDITS = (
     "Quiz: {}", "Task: {}", "Hi. {}", "So: {}", "{} Thanks.", "{} Show it.", "{} Explain.",
 )  # fmt: skip
@@ -80,16 +79,6 @@ def _first_close(text: str, edits: Sequence[str], at_least: float) -> str:
         if similarity(text, edit.format(text)) >= at_least:
             return edit.format(text)
     raise AssertionError(f"no edit keeps {text!r} {at_least} similar")
-
-
-def similarity(left: str, right: str) -> float:
-    """Jaccard similarity of the sets of 5-character shingles, the duplicates gate's measure."""
-    a, b = (_shingles(plain(text)) for text in (left, right))
-    return len(a & b) / len(a | b)
-
-
-def _shingles(text: str) -> set[str]:
-    return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
 
 
 _CITIES = (

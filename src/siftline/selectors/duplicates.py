@@ -16,7 +16,7 @@ Near means Jaccard similarity of character 5-grams: 5 is the length Leskovec, Ra
 pages) one changed word in a question of 45 words already costs a fifth of the similarity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
@@ -236,6 +236,36 @@ class Duplicates:
             "recall_at": banding.similarity,
             "expected_recall": banding.recall,
         }
+
+
+def against(
+    state: DuplicateState, states: Sequence[DuplicateState], gone: Collection[str]
+) -> list[DuplicateState]:
+    """What a decision about new rows needs of rows that were decided before.
+
+    Holding `state` to the result decides its rows as deciding about all rows at once would, if they
+    come last in keep order: an earlier row matters to them if it was kept and shares a band, or
+    answers one of their prompts.
+
+    Args:
+        state: The new rows; `priority` higher than that of any earlier row.
+        states: All earlier rows.
+        gone: Ids of those that were removed.
+
+    Returns:
+        The earlier rows that matter, and `state`.
+    """
+    bands = np.unique(state.rows["bands"].to_numpy())
+    prompts = state.rows["prompt_id"].unique().to_list()
+    found = []
+    for earlier in states:
+        shares = np.isin(earlier.rows["bands"].to_numpy(), bands).reshape(earlier.rows.height, -1)
+        near = pl.Series(shares.any(axis=1)) | earlier.rows["prompt_id"].is_in(prompts)
+        rows = earlier.rows.filter(near & ~earlier.rows["id"].is_in(list(gone)))
+        texts = np.unique(np.concatenate([rows["prompt_key"], rows["response_key"]]))
+        places = np.searchsorted(earlier.keys, texts)
+        found.append(DuplicateState(rows, texts, earlier.shingles.take(places)))
+    return [*(part for part in found if part.rows.height), state]
 
 
 def _mixed(left: np.ndarray, right: np.ndarray) -> np.ndarray:

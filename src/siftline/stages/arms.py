@@ -1,8 +1,6 @@
 """Training arms and their evaluation: the curated rows against random rows at equal cost.
 
-Equal means equal loss tokens, optimizer steps and hyper-parameters. The random arm draws rows of
-the readable pool, by hash, until they hold as many loss tokens as the curated version, then trains
-the same number of passes over them.
+Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
 """
 
 import json
@@ -18,18 +16,18 @@ import pyarrow as pa
 from siftline import shards
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import PROVENANCE, Pool
-from siftline.kernels.draws import hash64
 from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.scoring.verifiers import get_verifier
+from siftline.stages.arm_rows import ArmRows, Draw, rows_of_arm
 from siftline.stages.models import engines, model_spec
-from siftline.training.budget import rows_for_budget, tokenize_rows
+from siftline.training.budget import tokenize_rows
 from siftline.training.evaluate import evaluate, summarise_accuracy, summarise_seeds
 from siftline.training.finetune import FineTune, TrainResult, finetune
 from siftline.workspace import Workspace
 
-BASE, CURATED, RANDOM = "base", "curated", "random"
+BASE, CURATED = "base", "curated"
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,6 @@ def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
     return load_tokenizer(model_spec(workspace, recipe, "target"))
 
 
-def random_rows(pool: Pool, tokenizer: Any, options: FineTune, budget: int, seed: int) -> pa.Table:
-    """Rows of the readable pool, drawn by hash until they hold `budget` loss tokens."""
-    rows = pool.all_rows(["id", "messages", "tools"])
-    sized = tokenize_rows(rows, tokenizer, options.max_length)
-    drawn = hash64(seed, "random arm")
-    chosen = rows_for_budget(sized.ids, sized.loss_tokens, budget, drawn)
-    wanted = pa.array(sorted(set(chosen)), pa.string())
-    return rows.filter(pa.compute.is_in(rows["id"], wanted))
-
-
 def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]) -> list[Arm]:
     """Trains every arm with every seed; what was trained before is found."""
     training = recipe.training
@@ -88,26 +76,24 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
     tokenizer = _tokenizer(workspace, recipe)
     sized = tokenize_rows(curated, tokenizer, training.options.max_length)
     budget = int(np.sum(sized.loss_tokens))
-    pool = Pool(workspace.pool(recipe.pool.name))
+    draw = Draw(tokenizer, training.options.max_length, budget)
     passes = max(1, round(training.epochs * len(sized.ids) / training.options.batch_rows))
     options = replace(training.options, loss_tokens=round(budget * training.epochs), steps=passes)
     trained = []
     for seed in training.seeds:
         for arm in training.arms:
-            rows = curated
-            name = f"{recipe.name}/{version}"
-            if arm == RANDOM:
-                rows = random_rows(pool, tokenizer, training.options, budget, seed)
-                name = f"random rows of pool {recipe.pool.name} {pool.version[:12]}"
-            folder = _folder(workspace, recipe, arm, seed, rows, options, spec.path)
+            given = ArmRows(curated, f"{recipe.name}/{version}")
+            if arm != CURATED:
+                given = rows_of_arm(workspace, recipe, arm, draw, seed, emit)
+            folder = _folder(workspace, recipe, arm, seed, given.rows, options, spec.path)
             progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
             result = finetune(
                 Path(spec.path),
-                rows,
+                given.rows,
                 folder,
                 options,
                 seed=seed,
-                dataset_version=name,
+                dataset_version=given.name,
                 template=spec.template,
                 progress=progress.reach,
             )

@@ -77,6 +77,14 @@ class Context:
         wanted = pa.array(self.in_play(bucket), pa.string())
         return everything.filter(pa.compute.is_in(everything["id"], wanted)).sort_by("id")
 
+    def rows_of(self, ids: set[str]) -> pa.Table:
+        """The rows in play with one of these ids, bucket by bucket, sorted by id."""
+        wanted = pa.array(sorted(ids), pa.string())
+        buckets = sorted({schema.bucket_of(i, self.pool.buckets) for i in ids})
+        found = [self.rows(b) for b in buckets]
+        picked = [rows.filter(pa.compute.is_in(rows["id"], wanted)) for rows in found]
+        return pa.concat_tables([_ADDED.empty_table(), *picked])
+
     def judged(self, bucket: int) -> set[str] | None:
         """Ids this instance has to judge; None means all.
 

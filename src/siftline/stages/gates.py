@@ -4,15 +4,17 @@ from collections import Counter
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.scoring.verifiers import get_verifier
 from siftline.selectors.decontamination import Decontamination
-from siftline.selectors.duplicates import Duplicates
+from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import Selection
 from siftline.selectors.verify import Verify
+from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 
 UNDECIDED = ["verifier_error"]
@@ -28,10 +30,16 @@ def gather(context: Context, selections: list[Selection], facts: dict[str, Any])
     results = []
     for bucket, selection in enumerate(selections):
         decided = pass_earlier(selection, context.judged(bucket))
-        undecided = decided.filter(pl.col("reason").is_in(UNDECIDED))["id"].to_list()
-        results.append(split_failed(decided, dict.fromkeys(undecided, UNDECIDED[0])))
+        results.append(split_failed(*without_undecided(decided)))
     vacuous = all(selection.vacuous for selection in selections)
     return StageRun(results, stacked, {**facts, "vacuous": vacuous})
+
+
+def without_undecided(decided: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Decisions, and reasons by id of the rows that could not be decided."""
+    open_ = pl.col("reason").is_in(UNDECIDED).fill_null(False)
+    lost = decided.filter(open_)["id"].to_list()
+    return decided.filter(~open_), dict.fromkeys(lost, UNDECIDED[0])
 
 
 def duplicates(context: Context) -> StageRun:
@@ -51,7 +59,14 @@ def duplicates(context: Context) -> StageRun:
     plan = options.decide(states)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
-    return gather(context, selections, plan.facts)
+
+    def judge(planted: pa.Table) -> Judged:
+        view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(2))
+        gone = set(plan.removed["id"].to_list())
+        decided = options.decide(against(options.summarise(view), states, gone))
+        return options.apply(view, decided).decisions, {}
+
+    return measured(context, judge, gather(context, selections, plan.facts))
 
 
 def decontamination(context: Context) -> StageRun:
@@ -74,7 +89,11 @@ def decontamination(context: Context) -> StageRun:
         "references": sum(r.height for r in references),
         "removed": dict(sorted(caught.items())),
     }
-    return gather(context, selections, facts)
+
+    def judge(planted: pa.Table) -> Judged:
+        return options.apply(schema.text_view(planted), index).decisions, {}
+
+    return measured(context, judge, gather(context, selections, facts))
 
 
 def verify(context: Context) -> StageRun:
@@ -84,23 +103,33 @@ def verify(context: Context) -> StageRun:
     check = get_verifier(options.verifier)
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
-    selections = []
-    for bucket in context.buckets:
-        view = schema.text_view(context.rows(bucket))
+
+    def checked(rows: pa.Table) -> Selection:
+        view = schema.text_view(rows)
         verdicts = []
         for row in view.to_dicts():
             asked = row["answer"] is not None and row["answer_from"] == "independent"
             verdicts.append(check(row["response"], row["answer"]) if asked else None)
-            progress.advance(1)
-        judged = view.select("id", "answer", "answer_from").with_columns(
-            pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
-            pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
+        return options.apply(
+            view.select("id", "answer", "answer_from").with_columns(
+                pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
+                pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
+            )
         )
-        selections.append(options.apply(judged))
+
+    selections = []
+    for bucket in context.buckets:
+        selections.append(checked(context.rows(bucket)))
+        progress.advance(selections[-1].decisions.height)
     progress.close()
     totals = Counter()  # type: Counter[str]
     for selection in selections:
         totals["checked"] += selection.facts["checked"]
         totals["without_independent_answer"] += selection.facts["without_independent_answer"]
         totals.update(selection.facts["removed"])
-    return gather(context, selections, {"verifier": options.verifier, **totals})
+
+    def judge(planted: pa.Table) -> Judged:
+        return without_undecided(checked(planted).decisions)
+
+    run = gather(context, selections, {"verifier": options.verifier, **totals})
+    return measured(context, judge, run)

@@ -12,7 +12,7 @@ from siftline.curated import resolve_latest
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
-from siftline.report import Histogram, Report, pick_examples, render
+from siftline.report import CANARIES, Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
@@ -66,6 +66,7 @@ def write_report(
             curves=_curves(arms),
             accuracy=accuracy,
             planted=planted,
+            canaries=_canaries(done),
             novelty=novelty(context),
             examples=_examples(context),
             notes=notes,
@@ -83,6 +84,15 @@ def write_report(
     }
     shards.write_json(folder / f"{version}{suffix}.json", numbers)
     return folder / f"{version}{suffix}.html", numbers
+
+
+def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
+    lines = [
+        {"stage": stage.name, **{name: line[name] for name in CANARIES if name != "stage"}}
+        for stage, output in done
+        for line in output.facts.get("canaries", [])
+    ]
+    return pl.DataFrame(lines, schema=CANARIES) if lines else None
 
 
 def _ran(recipe: Recipe) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,8 @@ from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
 from siftline.recipe import Recipe, Stage
 from siftline.shards import content_hash
-from siftline.stages import gates, sampling, scores, shortlist, spend
+from siftline.stages import confidence, gates, sampling, scores, shortlist, spend
+from siftline.stages.canaries import PLANTED
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.scorers import scorer_table
@@ -29,7 +30,7 @@ RUN: dict[str, Callable[[Context], StageRun]] = {
     "verify": gates.verify,
     "likelihood": scores.likelihood_gate,
     "diversity": shortlist.diversity,
-    "confidence": sampling.confidence,
+    "confidence": confidence.confidence,
     "rejection_sampling": sampling.rejection_sampling,
     "allocate": spend.allocate,
 }
@@ -54,6 +55,7 @@ def _inputs(
     upstream = before[-1][1].manifest if before else None
     roles = USES_MODELS.get(stage.kind, ())
     wanted = USES_SETS.get(stage.kind, ())
+    planted = recipe.canaries if stage.kind in PLANTED else None
     return {
         "code": VERSION,
         "kind": stage.kind,
@@ -70,6 +72,7 @@ def _inputs(
             for role, spec in recipe.sets.items()
             if role in wanted
         },
+        **({"canaries": asdict(planted)} if planted else {}),
     }
 
 

@@ -20,6 +20,7 @@ from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.outliers import LikelihoodOutliers
 from siftline.shards import Manifest
+from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
 from siftline.stages.models import Engines, identity
 from siftline.stages.spread import over_buckets, total
@@ -127,27 +128,37 @@ def likelihoods(context: Context) -> tuple[list[pl.DataFrame], dict[str, str]]:
     missing = {i for ids in wanted for i in ids} - have
     if not missing:
         return known, {}
-    fresh, failed = _score_missing(context, spec, missing)
+    fresh, failed = _score_missing(context, missing)
     return [
         pl.concat([frame, fresh.filter(pl.col("id").is_in(ids))]).sort("id")
         for frame, ids in zip(known, wanted, strict=True)
     ], failed
 
 
-def _score_missing(
-    context: Context, spec: ModelSpec, missing: set[str]
+def _score_missing(context: Context, missing: set[str]) -> tuple[pl.DataFrame, dict[str, str]]:
+    wanted = pa.array(sorted(missing), pa.string())
+
+    def rows(bucket: int) -> pa.Table:
+        found = context.rows(bucket)
+        return found.filter(pa.compute.is_in(found["id"], wanted))
+
+    return _score(context, rows, context.pool.buckets, len(missing))
+
+
+def _score(
+    context: Context, rows: Callable[[int], pa.Table], buckets: int, total: int
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    progress = Progress(context.stage.name, 2 * len(missing), context.emit, "forward rows")
-    recorders = context.opened.recorders(spec, context.workspace.store, progress.advance)
+    """Scores of the rows that `rows` reads by bucket, and reasons of the failed by id."""
+    progress = Progress(context.stage.name, 2 * total, context.emit, "forward rows")
+    recorders = context.recorders("target", progress)
     frames, failed = [pl.DataFrame(schema=COLUMNS)], {}
 
     def work(
-        recorder: Recorder, bucket: int, rows: pa.Table
+        recorder: Recorder, bucket: int, found: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
-        wanted = rows.filter(pa.compute.is_in(rows["id"], pa.array(sorted(missing), pa.string())))
-        return score_likelihood(recorder, bucket, wanted, context.recipe.likelihood)
+        return score_likelihood(recorder, bucket, found, context.recipe.likelihood)
 
-    for _, (frame, reasons) in over_buckets(recorders, context.store_buckets(), work):
+    for _, (frame, reasons) in over_buckets(recorders, by_store_bucket(rows, buckets), work):
         frames.append(frame)
         failed.update(reasons)
     progress.close()
@@ -161,10 +172,7 @@ def likelihood_gate(context: Context) -> StageRun:
     scored, failed = likelihoods(context)
     frames = []
     for bucket, frame in zip(context.buckets, scored, strict=True):
-        rows = context.rows(bucket).select(["id", "source"])
-        sources = pl.from_arrow(rows)
-        assert isinstance(sources, pl.DataFrame)
-        frames.append(frame.join(sources.with_columns(pl.col("source").fill_null("")), on="id"))
+        frames.append(_with_source(frame, context.rows(bucket)))
     plan = options.decide([options.summarise(frame) for frame in frames])
     results: list[StageResult] = []
     table = []
@@ -175,4 +183,16 @@ def likelihood_gate(context: Context) -> StageRun:
         results.append(split_failed(decided, {i: failed[i] for i in sorted(here)}))
         table.append(frame.select("id", "n_tokens", "logprob_mean", "perplexity"))
     facts = {**plan.facts, "vacuous": plan.vacuous}
-    return StageRun(results, {"likelihood": pl.concat(table).sort("id")}, facts)
+
+    def judge(planted: pa.Table) -> Judged:
+        fresh, lost = _score(context, lambda bucket: planted, 1, planted.num_rows)
+        return options.apply(_with_source(fresh, planted), plan).decisions, lost
+
+    run = StageRun(results, {"likelihood": pl.concat(table).sort("id")}, facts)
+    return measured(context, judge, run)
+
+
+def _with_source(scored: pl.DataFrame, rows: pa.Table) -> pl.DataFrame:
+    sources = pl.from_arrow(rows.select(["id", "source"]))
+    assert isinstance(sources, pl.DataFrame)
+    return scored.join(sources.with_columns(pl.col("source").fill_null("")), on="id")

@@ -1,0 +1,172 @@
+"""Canaries: how many defects of each kind a gate finds in the user's own data.
+
+A gate decides about the real rows first. Then rows in play before it are drawn by hash, spoiled
+(see `planting`), and judged by the plan the gate just made. That lane ends there: a canary is no
+row of any later stage, so with or without canaries the published bytes are the same.
+
+Each kind is measured at the gates that should find it, on the rows that reach that gate. Recall is
+the share of planted rows that the gate removed. A false drop is a removed row that is sound by
+construction, or, for gates that ask a model, a real row whose response verification proved right.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema
+from siftline.ingest.pool import Pool
+from siftline.kernels.draws import gumbel_top_k, uniforms
+from siftline.ledger import KEPT, StageResult
+from siftline.stages.context import Context, StageRun
+from siftline.stages.planting import DEFECTS, SOUND, Canary
+from siftline.training.intervals import wilson
+
+Judged = tuple[pl.DataFrame, dict[str, str]]
+"""Decisions on planted rows (columns of `selection.DECISION`), and reasons of rows that failed."""
+Judge = Callable[[pa.Table], Judged]
+
+PLANTED: dict[str, tuple[str, ...]] = {
+    "duplicates": ("near_copy", "other_question"),
+    "decontamination": ("leaked", "other_question"),
+    "verify": ("swapped_answer", "truncated", "one_number", "gold_answer"),
+    "likelihood": ("swapped_answer", "truncated", "one_number"),
+    "confidence": ("swapped_answer", "truncated", "one_number"),
+}
+"""Kinds that are planted before each gate."""
+ASK_MODELS = ("likelihood", "confidence")
+"""Gates that a proven row is no construction for: real ones tell their false drops."""
+SPARE = 3
+"""Rows drawn for one planted: some have nothing of a kind to spoil."""
+
+LINES = {
+    "kind": pl.String,
+    "source_id": pl.String,
+    "id": pl.String,
+    "caught": pl.Boolean,
+    "reason": pl.String,
+    "value": pl.Float64,
+}
+_ROWS = pa.schema([f.with_nullable(True) for f in schema.ADDED])
+
+
+def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
+    """Plants every kind of this gate, has it judged, and adds what came of it to the gate's output.
+
+    Returns:
+        The same decisions; with canaries also a side table `canaries` (columns of `LINES`) and a
+        fact of that name, one entry per kind: kind, sound (whether a removal is a false drop),
+        planted, removed, failed, share, low, high (Wilson, 95 %; null where nothing was judged).
+    """
+    asked = context.recipe.canaries
+    if asked is None or context.stage.scope == "added":
+        return run
+    lines, facts = [pl.DataFrame(schema=LINES)], []
+    for kind in PLANTED[context.stage.kind]:
+        table, fact = _judged(judge, kind, _plant(context, kind, asked.per_kind))
+        lines.append(table)
+        facts.append(fact)
+    if context.stage.kind in ASK_MODELS:
+        facts += _proven(context, run.results)
+    context.emit(f"{context.stage.name}: {', '.join(map(_said, facts))}")
+    tables = {**run.tables, "canaries": pl.concat(lines)}
+    return StageRun(run.results, tables, {**run.facts, "canaries": facts})
+
+
+def _judged(
+    judge: Judge, kind: str, planted: Sequence[Canary]
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Lines and the fact of one kind."""
+    if not planted:
+        return pl.DataFrame(schema=LINES), _counted(kind, 0, 0, 0)
+    decided, failed = judge(_table(planted))
+    source = {canary.row["id"]: canary.source_id for canary in planted}
+    shown = decided.select(
+        pl.lit(kind).alias("kind"),
+        pl.col("id").replace_strict(source, return_dtype=pl.String).alias("source_id"),
+        "id",
+        (~pl.col("kept")).alias("caught"),
+        "reason",
+        "value",
+    )
+    assert shown.height + len(failed) == len(source), "a canary was lost"
+    return shown, _counted(kind, shown.height, int(shown["caught"].sum()), len(failed))
+
+
+def _counted(kind: str, judged: int, removed: int, failed: int) -> dict[str, Any]:
+    rate = wilson(removed, judged) if judged else None
+    return {
+        "kind": kind,
+        "sound": kind in SOUND,
+        "planted": judged,
+        "removed": removed,
+        "failed": failed,
+        "share": rate.estimate if rate else None,
+        "low": rate.low if rate else None,
+        "high": rate.high if rate else None,
+    }
+
+
+def _said(line: dict[str, Any]) -> str:
+    what = "dropped" if line["sound"] else "caught"
+    return f"{line['kind']} {what} {line['removed']} of {line['planted']}"
+
+
+def _proven(context: Context, results: Sequence[StageResult]) -> list[dict[str, Any]]:
+    """False drops among the real rows that verification proved right; nothing where none ran."""
+    verified = context.output("verify")
+    if verified is None:
+        return []
+    judged = removed = 0
+    for bucket, result in enumerate(results):
+        lines = verified.decisions(bucket)
+        right = lines.filter((pl.col("outcome") == KEPT) & (pl.col("value") == 1.0))["id"]
+        mine = result.decisions.filter(pl.col("id").is_in(right.to_list()))
+        judged += mine.height
+        removed += int((~mine["kept"]).sum())
+    return [_counted("proven", judged, removed, 0)]
+
+
+def _plant(context: Context, kind: str, wanted: int) -> list[Canary]:
+    """At most `wanted` canaries of a kind, from the first rows in the order of their draws."""
+    rows = list(_drawn(context, kind, SPARE * wanted + 1))
+    made, seen = [], set()
+    for row, partner in zip(rows, rows[1:] + rows[:1], strict=True):
+        spoiled = DEFECTS[kind](row, partner)
+        if spoiled is None or spoiled["id"] in seen:
+            continue
+        seen.add(spoiled["id"])
+        made.append(Canary(kind, row["id"], spoiled))
+        if len(made) == wanted:
+            break
+    return made
+
+
+def _drawn(context: Context, kind: str, count: int) -> Iterator[dict[str, Any]]:
+    """Rows in the order of their draws: of the evaluation sets for leaks, else the rows in play."""
+    stage = f"canary {kind}"
+    if kind == "leaked":
+        found = [
+            row
+            for _, spec in context.recipe.sets.items()
+            for row in Pool(context.workspace.pool(spec.name)).all_rows().to_pylist()
+        ]
+        ids = [row["id"] for row in found]
+        order = _first(context.recipe.seed, stage, ids, count)
+        yield from (found[i] for i in order)
+        return
+    ids = [i for bucket in context.buckets for i in context.in_play(bucket)]
+    chosen = [ids[i] for i in _first(context.recipe.seed, stage, ids, count)]
+    rows = {row["id"]: row for row in context.rows_of(set(chosen)).to_pylist()}
+    yield from (rows[i] for i in chosen)
+
+
+def _first(seed: int, stage: str, ids: Sequence[str], count: int) -> list[int]:
+    drawn = gumbel_top_k(uniforms(seed, stage, ids), ids, min(count, len(ids)))
+    return [int(position) for position in drawn]
+
+
+def _table(planted: Sequence[Canary]) -> pa.Table:
+    lines = [{**c.row, "parent_id": c.source_id, "origin": "canary"} for c in planted]
+    return pa.Table.from_pylist(lines, schema=_ROWS).sort_by("id")

@@ -1,0 +1,263 @@
+"""Canaries: what planted defects are, that they change nothing, and that the intervals hold."""
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siftline import schema
+from siftline.ingest.pool import Pool
+from siftline.recipe import Stage, parse
+from siftline.scoring.verifiers import get_verifier
+from siftline.sections import Canaries
+from siftline.selectors.duplicates import Duplicates, against
+from siftline.selectors.verify import Verify
+from siftline.stages.canaries import PLANTED, measured
+from siftline.stages.context import StageRun
+from siftline.stages.planting import DEFECTS, SOUND, similarity
+from siftline.stages.run import outputs, run_stage
+from siftline.workspace import Workspace
+
+
+def quiet(line): ...
+
+
+def row(prompt, response, answer=None, source="s"):
+    messages = [schema.message("user", prompt), schema.message("assistant", response)]
+    return schema.make_row(messages, answer=answer, source=source)
+
+
+def texts(of):
+    return of["messages"][-2]["content"], of["messages"][-1]["content"]
+
+
+# ---- the defects -----------------------------------------------------------------------------
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)
+
+
+@given(WORDS, WORDS, WORDS, WORDS, st.sampled_from(sorted(DEFECTS)))
+@settings(max_examples=200, deadline=None)
+def test_a_defect_differs_in_what_it_says_and_nothing_else(prompt, response, other, reply, kind):
+    sound, partner = row(prompt, response, "7"), row(other, reply)
+    spoiled = DEFECTS[kind](sound, partner)
+    assert spoiled == DEFECTS[kind](sound, partner)
+    if spoiled is None:
+        return
+    assert spoiled["id"] != sound["id"]
+    same = ("answer", "answer_from", "source", "conversation_id", "tools")
+    assert [spoiled[name] for name in same] == [sound[name] for name in same]
+    if kind in ("leaked", "other_question"):
+        assert spoiled["messages"][-1] == sound["messages"][-1]
+        assert spoiled["prompt_id"] != sound["prompt_id"]
+    elif kind != "near_copy":
+        assert spoiled["prompt_id"] == sound["prompt_id"]
+    if kind == "swapped_answer":
+        assert spoiled["messages"][-1] == partner["messages"][-1]
+    if kind == "truncated":
+        assert texts(sound)[1].startswith(texts(spoiled)[1])
+    if kind == "near_copy":
+        assert all(
+            similarity(a, b) >= 0.85 for a, b in zip(*map(texts, (sound, spoiled)), strict=True)
+        )
+
+
+def test_numbers_change_once_and_upwards():
+    sound = row("Tom has 12 pens and 5 caps.", "12 + 5 = 17\n#### 17", "17")
+    wrong = texts(DEFECTS["one_number"](sound, sound))[1]
+    pairs = zip(wrong.split(), texts(sound)[1].split(), strict=True)
+    changed = [(int(a), int(b)) for a, b in pairs if a != b]
+    assert len(changed) == 1
+    assert changed[0][0] > changed[0][1]
+    asked = texts(DEFECTS["other_question"](sound, sound))[0]
+    assert sum(a != b for a, b in zip(asked.split(), texts(sound)[0].split(), strict=True)) == 1
+
+
+# ---- a new row held against old decisions ----------------------------------------------------
+
+
+def near_rows(rng, count):
+    made = []
+    for i in range(count):
+        words = [
+            rng.choice(["river", "stone", "lamp", "bread", "cloud", "field"]) for _ in range(9)
+        ]
+        prompt = f"Question {i % 4} about {' '.join(words)}, please."
+        made.append(row(prompt, f"It is {' '.join(reversed(words))} indeed.", str(i % 2)))
+        if made and rng.random() < 0.5:
+            copy = DEFECTS["near_copy"](rng.choice(made), made[0])
+            made += [copy] if copy else []
+    return list({line["id"]: line for line in made}.values())
+
+
+def view(rows, priority):
+    fields = [f.with_nullable(True) for f in schema.ROW]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+    return schema.text_view(table).with_columns(priority=pl.lit(priority))
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_held_against_earlier_rows_decides_as_all_at_once(seed):
+    rng, gate = random.Random(seed), Duplicates()
+    rows = near_rows(rng, 24)
+    new = [r for r in rows if rng.random() < 0.3]
+    old = [r for r in rows if r not in new]
+    # Answers that contradict across the cut would change what is asked of the old rows.
+    for line in new:
+        line["answer"] = line["answer_from"] = None
+    if not new or not old:
+        return
+    states = [gate.summarise(view(half, 0)) for half in (old[::2], old[1::2]) if half]
+    gone = set(gate.decide(states).removed["id"])
+    fresh = gate.summarise(view(new, 2))
+    partial = gate.decide(against(fresh, states, gone)).removed
+    whole = gate.decide([*states, fresh]).removed
+    ids = [r["id"] for r in new]
+    expected = whole.filter(pl.col("id").is_in(ids)).sort("id")
+    assert partial.filter(pl.col("id").is_in(ids)).sort("id").equals(expected)
+    assert set(partial["id"]) <= set(ids)
+
+
+# ---- intervals -------------------------------------------------------------------------------
+
+
+class Lane:
+    """As much of a stage's context as planting sees, over rows in memory."""
+
+    def __init__(self, rows, per_kind, seed):
+        self.rows = {r["id"]: r for r in rows}
+        self.recipe = SimpleNamespace(canaries=Canaries(per_kind), seed=seed)
+        self.stage = Stage("verify", "verify", Verify())
+        self.buckets = range(1)
+        self.emit = quiet
+
+    def in_play(self, bucket):
+        return sorted(self.rows)
+
+    def rows_of(self, ids):
+        fields = [f.with_nullable(True) for f in schema.ROW]
+        return pa.Table.from_pylist([self.rows[i] for i in ids], schema=pa.schema(fields))
+
+    def rates(self):
+        run = measured(self, self.judge, StageRun([], {}, {}))
+        return {line["kind"]: line for line in run.facts["canaries"]}
+
+    def judge(self, planted):
+        """A gate with a known blind spot: it only reads the answer's last digit."""
+        found = schema.text_view(planted)
+        kept = [r.rstrip()[-1:] == a[-1] for r, a in found.select("response", "answer").rows()]
+        table = found.select(
+            "id",
+            kept=pl.Series(kept, dtype=pl.Boolean),
+            reason=pl.lit("last_digit"),
+            value=pl.lit(None, pl.Float64),
+        )
+        return table, {}
+
+
+def test_intervals_cover_what_planting_everywhere_finds():
+    """Over 100 seeded pools, each kind; 95 % is promised and 93 asked for."""
+    covered = dict.fromkeys(PLANTED["verify"], 0)
+    strict = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        rows = [
+            row(f"Pool {seed}, question {i}?", f"That gives {n}\n#### {n}", str(n))
+            for i, n in ((i, rng.randrange(10, 40)) for i in range(150))
+        ]
+        truth = Lane(rows, 150, seed).rates()
+        sample = Lane(rows, 30, seed).rates()
+        for kind, line in sample.items():
+            assert line["planted"] == 30
+            covered[kind] += line["low"] <= truth[kind]["share"] <= line["high"]
+        strict += 0.5 < truth["swapped_answer"]["share"] < 0.99
+    assert strict == 100  # the blind spot is there to be measured
+    assert min(covered.values()) >= 93, covered
+
+
+def test_draws_do_not_depend_on_order_and_few_rows_are_planted_once():
+    rows = [row(f"Question {i}?", f"#### {i}", str(i)) for i in range(12)]
+    ahead, behind = Lane(rows, 5, 3), Lane(rows[::-1], 5, 3)
+    assert ahead.rates() == behind.rates()
+    assert Lane(rows, 200, 3).rates()["truncated"]["planted"] <= 12
+    none = Lane([row("Why?", "no", None)], 5, 3).rates()["gold_answer"]
+    assert (none["planted"], none["share"], none["low"]) == (0, None, None)
+
+
+# ---- in the chain ----------------------------------------------------------------------------
+
+
+def test_every_gate_is_measured_and_no_decision_changes(finished, mini, mini_tools, tmp_path):
+    root = mini_tools.copy_root(finished.root, tmp_path / "root")
+    plain, recipe = mini(), mini("canaries.per_kind=12")
+    assert recipe.hash == plain.hash  # the version's name, too, does not know of them
+    workspace = Workspace(root)
+    before = {stage.name: output for stage, output in outputs(workspace, plain)}
+    found = {}
+    for stage in itertools.takewhile(lambda s: s.kind != "rejection_sampling", recipe.stages):
+        output, _ = run_stage(workspace, recipe, stage.name, quiet)
+        assert output.manifest.version == before[stage.name].manifest.version
+        assert output.accounting == before[stage.name].accounting
+        if stage.kind not in PLANTED:
+            continue
+        lines = {line["kind"]: line for line in output.facts["canaries"]}
+        expected = {*PLANTED[stage.kind]}
+        assert set(lines) - {"proven"} == expected
+        table = output.table("canaries")
+        assert set(table["id"]).isdisjoint(output.all_decisions()["id"])
+        for kind, line in lines.items():
+            if kind == "proven":
+                continue
+            mine = table.filter(kind=kind)
+            assert line["sound"] == (kind in SOUND)
+            assert line["planted"] + line["failed"] == 12, (stage.name, line)
+            assert (mine.height, mine["caught"].sum()) == (line["planted"], line["removed"])
+            assert mine.filter("caught")["reason"].null_count() == 0
+        found[stage.kind] = lines
+    share = {(gate, kind): line["share"] for gate, ls in found.items() for kind, line in ls.items()}
+    assert share["duplicates", "near_copy"] == 1.0
+    assert share["duplicates", "other_question"] == 0.0
+    assert share["decontamination", "leaked"] == 1.0
+    assert share["verify", "swapped_answer"] > 0.7
+    assert share["verify", "truncated"] > 0.7
+    assert share["verify", "gold_answer"] == 0.0
+    assert found["confidence"]["proven"]["planted"] > 20
+    assert 0 < found["confidence"]["proven"]["high"] < 1
+
+
+def test_the_verify_gate_of_the_chain_is_the_verifier_itself(finished, mini, mini_tools, tmp_path):
+    root = mini_tools.copy_root(finished.root, tmp_path / "root")
+    workspace, recipe = Workspace(root), mini("canaries.per_kind=12")
+    for name in ("duplicates", "decontamination"):
+        run_stage(workspace, recipe, name, quiet)
+    output, _ = run_stage(workspace, recipe, "verify", quiet)
+    table, check = output.table("canaries"), get_verifier("math")
+    rows = Pool(workspace.pool("mini")).all_rows().to_pylist()
+    rows = {r["id"]: r for r in rows}
+    for line in table.filter(kind="one_number").to_dicts():
+        source = rows[line["source_id"]]
+        spoiled = DEFECTS["one_number"](source, source)
+        assert spoiled["id"] == line["id"]
+        asked = source["answer"] is not None and source["answer_from"] == "independent"
+        right = not asked or check(texts(spoiled)[1], source["answer"]).correct
+        assert line["caught"] == (right is not True)
+
+
+def test_the_recipe_says_what_canaries_may_be():
+    base = {
+        "name": "r",
+        "pool": {"name": "p", "inputs": [{"path": "x.jsonl"}]},
+        "models": {"m": {"path": "x"}},
+        "stages": ["duplicates"],
+        "budget": {"size": 1},
+    }
+    assert parse(base).canaries is None
+    assert parse({**base, "canaries": {"per_kind": 3}}).canaries == Canaries(3)
+    with pytest.raises(ValueError, match="per_kind is 0: plant 1 or more"):
+        parse({**base, "canaries": {"per_kind": 0}})
