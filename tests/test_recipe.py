@@ -34,6 +34,7 @@ from siftline.recipe import (
 from siftline.scoring.engines import ModelSpec, Server
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.scorers import KINDS
+from siftline.sections import Canaries
 from siftline.training.evaluate import Evaluation
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
@@ -414,7 +415,7 @@ PUBLIC = {
     "Allocate": "size unit on_shortfall quota targets answers fit own_samples levels seed",
 }
 CLASSES = (
-    Recipe, Inputs, Sets, Model, Budget, Bounds, Card, Training, PoolSpec, Source, ModelSpec,
+    Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source, ModelSpec,
     Server, Likelihood, *KINDS.values(), Evaluation, FineTune, Pretrain, *STAGES.values(),
 )  # fmt: skip
 
