@@ -415,7 +415,8 @@ PUBLIC = {
     "Allocate": "size unit on_shortfall quota targets answers fit own_samples levels seed",
 }
 CLASSES = (
-    Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source, ModelSpec,
+    Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source,
+    ModelSpec,
     Server, Likelihood, *KINDS.values(), Evaluation, FineTune, Pretrain, *STAGES.values(),
 )  # fmt: skip
 
