@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.journal import read_journal, scan_journal
-from siftline.shards import PartWriter, content_hash, read_parquet, write_json
+from siftline.shards import PartWriter, content_hash, read_parquet, sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class NamespaceFolder:
         if not writer.parts:
             return ""
         os.utime(self.path / "parts" / writer.parts[0].file, ns=(written, written))
-        _sync_folder(self.path / "parts")  # before what it replaces goes
+        sync(self.path / "parts")  # before what it replaces goes
         return writer.parts[0].file
 
 
@@ -253,11 +253,3 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

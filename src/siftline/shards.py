@@ -30,7 +30,8 @@ ROW_GROUP_BYTES = 64 << 20
 """In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the disk hold a file or a folder's entries before anything that relies on them."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,11 +46,11 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -72,12 +73,12 @@ def building(final: Path) -> Iterator[Path]:
         yield temporary
         for folder, _, files in os.walk(temporary):
             for name in files:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def point_latest(folder: Path, target: str) -> None:
@@ -89,7 +90,7 @@ def point_latest(folder: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
-    _sync(folder)
+    sync(folder)
 
 
 def canonical_json(value: Any) -> str:

@@ -19,12 +19,11 @@ from siftline.scoring.scorers import models_of
 from siftline.shards import Manifest
 from siftline.stages.models import engines, model_spec
 from siftline.stages.scorers import score_quality, scorer_model, scorer_table
-from siftline.stages.scores import TABLE, likelihood_table, score_pool
+from siftline.stages.scores import TABLE, Observe, likelihood_table, score_pool
 from siftline.stages.tables import reasons_of
 from siftline.workspace import Workspace
 
 Emit = Callable[[str], None]
-Observe = Callable[[int, dict[str, Any]], None]
 
 
 def failed_check(key: dg.AssetKey) -> dg.AssetCheckSpec:

@@ -25,8 +25,9 @@ _QUANTITY = re.compile(
     rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
     rf"(?P<rest>[^\d].*)?"
 )
+_UNIT_WORD = r"(?:[A-Za-z]{2,}|(?<=/)[hs]|(?<= )a(?= ))"
 _UNIT_WORDS = re.compile(
-    r"[A-Za-z]{2,}[.]?(?:\^?[23²³])?(?:[\s/-]+[A-Za-z]{2,}(?:\^?[23²³])?){0,3}"
+    rf"[A-Za-z]{{2,}}[.]?(?:\^?[23²³])?(?:[\s/-]+{_UNIT_WORD}(?:\^?[23²³])?){{0,7}}"
 )
 _ATTACHED = frozenset(["mm", "cm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mph", "cents"])
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -36,9 +37,12 @@ _NOT_UNITS = frozenset(
         r"\s+",
         """pi sqrt or and mod log ln exp sin cos tan times plus minus over to of by from per cent
         dozen dozens pair pairs hundred half halves third thirds quarter quarters squared cubed
-        am pm noon infinity choose is are equals remainder""",
+        am pm noon infinity choose is are equals remainder not if
+        one two three four five six seven eight nine ten eleven twelve twenty""",
     )
 )
+_JOINING = frozenset(["per", "of", "are", "by", "from"])
+"""Fine inside a unit (miles per hour, apples are left), not at its start."""
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}"), r" \1/\2 "),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
@@ -48,7 +52,11 @@ _LATEX = (
     (re.compile(r"\^\s*\{?\\circ\}?"), " degrees"),
     (re.compile(r"\\([$%&#_])"), r"\1"),
 )
-_PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)[ \t]*", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)[ \t]*|^[ \t]*A:[ \t]*", re.IGNORECASE | re.M)
+_SUBJECT = re.compile(r"^the [a-z ]{2,40}? is:? (?=[-+$€£¥₹]?\d)", re.IGNORECASE)
+"""What an answer in a sentence begins with, before its number: the total is 18."""
+_CHOICES = re.compile(r"^[ \t]*B[:.)]", re.M)
+"""A line of a second choice: then "A:" begins the first one, and no answer."""
 _MINUSES = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"})
 _NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{_DECIMAL})(?:/\d+)?")
 
@@ -133,8 +141,12 @@ def _unit(rest: str) -> int | None:
     parts = re.split(r"[\s/-]+", words)
     if not spaced and not rest.startswith("-") and parts[0] not in _ATTACHED:
         return None
-    # "per" is fine inside a unit (miles per hour), not at its start.
-    joined = {part for i, part in enumerate(parts) if not (part in ("per", "of") and i)}
+    # At the start only "of" with words behind it: 18 of them, and not the fraction 3 of four.
+    joined = {
+        part
+        for i, part in enumerate(parts)
+        if not (part in _JOINING and (i or (part == "of" and len(parts) > 1)))
+    }
     return None if joined & (_NOT_UNITS | set(_SCALES)) else 1
 
 
@@ -156,7 +168,7 @@ def extract_answer(response: str, strict: bool = True) -> str | None:
     r"""Finds the final answer of a response.
 
     In order: the later of the last `#### x` and the last balanced `\boxed{x}`; the last phrase
-    ("the answer is x", "answer: x"). A `####` line counts when
+    ("the answer is x", "answer: x", or a line "A: x"). A `####` line counts when
     nothing follows it or when it holds a bare number, because `####` is also a Markdown heading.
 
     Args:
@@ -202,10 +214,13 @@ def _boxed(response: str) -> tuple[int, str]:
 
 
 def _after_phrase(response: str) -> str | None:
+    listed = _CHOICES.search(response) is not None
     for match in reversed(list(_PHRASE.finditer(response))):
+        if listed and match[0].strip().upper() == "A:":
+            continue
         line = response[match.end() :].split("\n", 1)[0]
         # A sentence ends at a full stop that no digit follows.
         payload = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0].strip("* ")
         if payload:
-            return payload
+            return _SUBJECT.sub("", payload)
     return None

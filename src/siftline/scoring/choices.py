@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from siftline.scoring.engines import NO_SCORES
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, response_span
 from siftline.store import score_key
@@ -120,5 +121,5 @@ def _answers(recorder: Recorder, batch: Sequence[Choice]) -> list[dict[str, Any]
         scores = recorder.engine.choices(prompts, batch[members[0]][1])
         for i, line in zip(members, scores, strict=True):
             known = {"logprobs": [float(x) for x in line]}
-            out[i] = known if np.isfinite(line).all() else "no_scores"
+            out[i] = known if np.isfinite(line).all() else NO_SCORES
     return out

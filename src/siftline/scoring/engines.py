@@ -4,7 +4,7 @@ Engines see token ids only, never text, so what was asked is the same whichever 
 engines themselves are imported inside `open_engine`: reading a recipe must not load torch or vllm.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,9 @@ ENGINES: tuple[EngineName, ...] = ("transformers", "vllm", "server", "sentence-t
 Detail = Literal["entropy", "top1", "pooled"]
 DETAILS: tuple[Detail, ...] = ("entropy", "top1", "pooled")
 """What `Engine.inspect` may be asked for beside the log-probabilities."""
+
+NO_SCORES = "no_scores"
+"""Reason of a row that an engine answered without numbers."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,24 @@ def check_spans(rows: Sequence[Sequence[int]], spans: Sequence[Span]) -> None:
             raise ValueError(
                 f"span {span} of {len(row)} tokens: need 1 <= start <= end, pair after pair"
             )
+
+
+def check_options(options: Sequence[Sequence[int]]) -> None:
+    """Refuses no options, or an empty one, whose log-probability would be that of nothing.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if not options or not all(options):
+        raise ValueError("options must be given and none may be empty")
+
+
+def by_prompt(
+    found: Iterable[Generation | Failed], seeds: Sequence[Sequence[int]]
+) -> list[list[Generation | Failed]]:
+    """Cuts draws that came back in one row into those of each prompt, one a seed."""
+    left = iter(found)
+    return [[next(left) for _ in own] for own in seeds]
 
 
 def check_details(engine: str, wanted: Collection[str], given: Collection[str]) -> None:

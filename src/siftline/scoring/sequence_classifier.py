@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from siftline.scoring.batching import in_halves
 from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import ModelSpec, check_directory, check_rows
 from siftline.scoring.fingerprint import model_fingerprint
+from siftline.scoring.templates import own_template
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,9 @@ class SequenceClassifier:
         check_rows(tokens, self.max_length)
         if not tokens:
             return np.zeros((0, len(self.labels)), np.float32)
-        return self._halving(tokens)
+        remedy = f"lower max_length (now {self.max_length}) or choose a smaller dtype"
+        halved = in_halves(lambda part: list(self._forward(part)), tokens, self._shrink, remedy)
+        return np.stack(halved)
 
     def fingerprint(self) -> str:
         """Hash of model files, dtype, template, torch's minor version and VERSION."""
@@ -124,21 +128,10 @@ class SequenceClassifier:
         self._model.config.get_text_config().pad_token_id = pad
         return pad
 
-    def _halving(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Runs a batch; when memory runs out, its first and second half, and so on by this rule."""
-        try:
-            return self._forward(rows)
-        except torch.OutOfMemoryError as error:
-            if len(rows) == 1:
-                raise RuntimeError(
-                    f"out of memory on {self.device} with a single row: lower max_length "
-                    f"(now {self.max_length}) or choose a smaller dtype"
-                ) from error
-        # Out of the except block, whose traceback would keep the failed batch's tensors alive.
-        middle = (len(rows) + 1) // 2
-        logger.warning("out of memory with %d rows: running %d at a time", len(rows), middle)
-        torch.cuda.empty_cache()
-        return np.concatenate([self._halving(rows[:middle]), self._halving(rows[middle:])])
+    def _shrink(self, rows: int) -> None:
+        logger.warning("out of memory with %d rows: running halves of them", rows)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _check(self) -> None:
@@ -166,10 +159,8 @@ def _load_tokenizer(spec: ModelSpec) -> Any:
         local_files_only=True,
         trust_remote_code=spec.trust_remote_code,
     )
-    own = tokenizer.chat_template
-    if isinstance(own, dict):  # several named templates in one tokenizer
-        own = own.get("default")
-    tokenizer.chat_template = spec.template or own
+    # Unlike a causal model's, its rows may be plain text: without a template none is taken.
+    tokenizer.chat_template = spec.template or own_template(tokenizer)
     return tokenizer
 
 

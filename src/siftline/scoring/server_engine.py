@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from siftline.scoring.engines import (
+    NO_SCORES,
     Detail,
     Failed,
     Generation,
@@ -26,8 +27,10 @@ from siftline.scoring.engines import (
     Sampling,
     Server,
     Span,
+    by_prompt,
     check_details,
     check_directory,
+    check_options,
     check_rows,
     check_spans,
     positions,
@@ -45,7 +48,6 @@ from siftline.scoring.server_client import (
     Unreachable,
 )
 from siftline.scoring.server_replies import (
-    NO_SCORES,
     ROADS,
     Draw,
     Road,
@@ -157,8 +159,7 @@ class ServerEngine:
 
         One request a pair. A row of NaN is a prompt that got no answer.
         """
-        if not options or not all(options):
-            raise ValueError("options must be given and none may be empty")
+        check_options(options)
         return score_options(self, prompts, options)
 
     def generate(
@@ -187,8 +188,7 @@ class ServerEngine:
             for seed in own
         ]
         drawn = self._ask(jobs)
-        texts = iter(drawn)
-        return [[next(texts) for _ in own] for own in seeds]
+        return by_prompt(drawn, seeds)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Refuses: no endpoint pools hidden states with RDS+'s weights by position."""

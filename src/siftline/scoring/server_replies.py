@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines import NO_SCORES, Sampling
 from siftline.scoring.server_client import BAD_REPLY, NoAnswer
 
-NO_SCORES = "no_scores"
 """Reason of a row that the server answers without scores however often it is asked."""
 FLOOR = -9999.0
 """What vLLM writes for minus infinity, which JSON lacks."""

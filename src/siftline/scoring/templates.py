@@ -38,10 +38,15 @@ let TRL mask exactly the response and its end of sequence.
 
 def chat_template_of(tokenizer: Any, template: str | None) -> str:
     """The Jinja template in force: the recipe's, else the tokenizer's own, else QUESTION_ANSWER."""
+    return template or own_template(tokenizer) or QUESTION_ANSWER
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """The template that comes with a tokenizer, the default one where it has several by name."""
     own = tokenizer.chat_template
-    if isinstance(own, dict):  # several named templates in one tokenizer
-        own = own.get("default")
-    return template or own or QUESTION_ANSWER
+    found = own.get("default") if isinstance(own, dict) else own
+    assert found is None or isinstance(found, str)
+    return found
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:

@@ -30,8 +30,10 @@ from siftline.scoring.engines import (
     ModelSpec,
     Sampling,
     Span,
+    by_prompt,
     check_details,
     check_directory,
+    check_options,
     check_rows,
     check_spans,
     positions,
@@ -127,8 +129,7 @@ class TransformersEngine:
 
         One forward a prompt when every option is one token, else one a pair.
         """
-        if not options or not all(options):
-            raise ValueError("options must be given and none may be empty")
+        check_options(options)
         if all(len(option) == 1 for option in options):
             self._usable(prompts)
             targets = [option[0] for option in options]
@@ -151,8 +152,8 @@ class TransformersEngine:
         flat = [
             (list(prompt), seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own
         ]
-        texts = iter(self._halving(lambda part: self._draw(part, sampling), flat))
-        return [[next(texts) for _ in own] for own in seeds]
+        drawn = self._halving(lambda part: self._draw(part, sampling), flat)
+        return by_prompt(drawn, seeds)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Unit-length mean of last hidden states with weights 1..L, float32 (n, d).

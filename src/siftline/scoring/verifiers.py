@@ -10,6 +10,7 @@ import importlib
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, cast
 
 from siftline.scoring.answers import (
@@ -140,6 +141,25 @@ class ExactVerifier:
 def _plain(text: str) -> str:
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return words.strip("\"'`").removesuffix(".").strip("\"'` ")
+
+
+@cache
+def _plain_math() -> MathVerifier:
+    return MathVerifier()
+
+
+def verify_math(response: str, answer: str) -> Verdict:
+    r"""Whether a response's marked final answer is the reference answer.
+
+    Takes `#### 18`, a line `A: 18`, `\boxed{18}`, "the answer is 18"; units and other words after
+    the number, thousands commas, currency, percent, fractions, negatives. Strict: without a mark
+    there is no final answer, and `correct` is None.
+
+    Args:
+        response: The response's text.
+        answer: The reference; a whole worked solution counts by its own marked answer.
+    """
+    return _plain_math()(response, answer)
 
 
 def get_verifier(name: str) -> Verifier:

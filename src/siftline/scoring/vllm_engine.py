@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.scoring.engines import (
+    NO_SCORES,
     Detail,
     Failed,
     Generation,
@@ -30,8 +31,10 @@ from siftline.scoring.engines import (
     ModelSpec,
     Sampling,
     Span,
+    by_prompt,
     check_details,
     check_directory,
+    check_options,
     check_rows,
     check_spans,
     positions,
@@ -47,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
-NO_SCORES = "no_scores"
 """Reason of a row that vLLM returns without scores however often it is asked."""
 MOST_TARGETS = 128
 """vLLM's limit on logprob_token_ids."""
@@ -159,8 +161,7 @@ class VllmEngine:
 
         One request a prompt when every option is one token, else one a pair.
         """
-        if not options or not all(options):
-            raise ValueError("options must be given and none may be empty")
+        check_options(options)
         if not prompts:
             return np.zeros((0, len(options)), np.float32)
         if all(len(option) == 1 for option in options) and len(options) <= MOST_TARGETS:
@@ -197,13 +198,8 @@ class VllmEngine:
         facts = {**dataclasses.asdict(sampling), "ends": self._ends}
         reply = self._worker.call(Frame("generate", facts, columns))
         finish = reply.columns["finish"].to_pylist()
-        texts = iter(
-            [
-                self._generation(tokens, reason, sampling.stop)
-                for tokens, reason in zip(reply.lists("tokens"), finish, strict=True)
-            ]
-        )
-        return [[next(texts) for _ in own] for own in seeds]
+        drawn = zip(reply.lists("tokens"), finish, strict=True)
+        return by_prompt((self._generation(t, why, sampling.stop) for t, why in drawn), seeds)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Refuses: vLLM pools by CLS, last or plain mean, not with RDS+'s weights by position."""
