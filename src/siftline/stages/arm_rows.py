@@ -25,13 +25,13 @@ from siftline.stages.sampling import vanilla_rows
 from siftline.training.budget import rows_for_budget, tokenize_rows
 from siftline.workspace import Workspace
 
-COLUMNS = ["id", "messages", "tools"]
+COLUMNS = ["id", "messages", "tools", "source"]
 HYGIENE = ("duplicates", "decontamination")
 
 
 @dataclass(frozen=True)
 class ArmRows:
-    """Rows of an arm, with columns id, messages and tools, and what they are, for model cards."""
+    """Rows of an arm, with the columns of `COLUMNS`, and what they are, for model cards."""
 
     rows: pa.Table
     name: str

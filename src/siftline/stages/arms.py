@@ -20,11 +20,12 @@ from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.scoring.verifiers import get_verifier
-from siftline.stages.arm_rows import ArmRows, Draw, rows_of_arm
+from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, rows_of_arm
 from siftline.stages.models import engines, model_spec
 from siftline.training.budget import tokenize_rows
 from siftline.training.evaluate import evaluate, summarise_accuracy, summarise_seeds
 from siftline.training.finetune import FineTune, TrainResult, finetune
+from siftline.training.material import PUBLISHED_SOURCE
 from siftline.workspace import Workspace
 
 BASE, CURATED = "base", "curated"
@@ -56,9 +57,16 @@ def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table
             "materialize the curated version again"
         )
     files = sorted((folder / "data").glob("*.parquet"))
-    tables = [shards.read_parquet(path) for path in files]
-    names = ["id", "messages", *(["tools"] if "tools" in tables[0].column_names else [])]
-    return folder.name, pa.concat_tables(tables).select(names)
+    table = pa.concat_tables(shards.read_parquet(path) for path in files)
+    renamed = {PUBLISHED_SOURCE: "source"}
+    table = table.rename_columns([renamed.get(name, name) for name in table.column_names])
+    return folder.name, table.select([name for name in COLUMNS if name in table.column_names])
+
+
+def dev_rows(workspace: Workspace, recipe: Recipe) -> pa.Table | None:
+    """Rows of all dev sets, for the dev loss; None where the recipe has none."""
+    pools = [Pool(workspace.pool(spec.name)) for spec in recipe.sets.dev]
+    return pa.concat_tables(pool.all_rows(COLUMNS) for pool in pools) if pools else None
 
 
 def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
@@ -77,6 +85,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
     sized = tokenize_rows(curated, tokenizer, training.options.max_length)
     budget = int(np.sum(sized.loss_tokens))
     draw = Draw(tokenizer, training.options.max_length, budget)
+    dev = dev_rows(workspace, recipe)
     passes = max(1, round(training.epochs * len(sized.ids) / training.options.batch_rows))
     options = replace(training.options, loss_tokens=round(budget * training.epochs), steps=passes)
     trained = []
@@ -85,7 +94,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
             given = ArmRows(curated, f"{recipe.name}/{version}")
             if arm != CURATED:
                 given = rows_of_arm(workspace, recipe, arm, draw, seed, emit)
-            folder = _folder(workspace, recipe, arm, seed, given.rows, options, spec.path)
+            folder = _folder(workspace, recipe, arm, seed, given.rows, options, spec.path, dev)
             progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
             result = finetune(
                 Path(spec.path),
@@ -95,6 +104,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
                 seed=seed,
                 dataset_version=given.name,
                 template=spec.template,
+                dev=dev,
                 progress=progress.reach,
             )
             progress.close()
@@ -114,10 +124,12 @@ def _folder(
     rows: pa.Table,
     options: FineTune,
     base: str,
+    dev: pa.Table | None,
 ) -> Path:
-    """Named by everything that decides the weights, so an arm is never trained over another."""
+    """Named by everything that decides a run, so an arm is never trained over another."""
     ids = sorted(rows.column("id").to_pylist())
-    key = shards.content_hash([ids, vars(options), seed, directory_digest(Path(base))])
+    watched = [] if dev is None else sorted(dev.column("id").to_pylist())
+    key = shards.content_hash([ids, vars(options), seed, directory_digest(Path(base)), watched])
     return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")
 
 

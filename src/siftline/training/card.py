@@ -53,7 +53,7 @@ in curve.csv, drawn in curve.png; rows that were left out, with the reason, are 
 
 
 def draw_curve(curve: pl.DataFrame, path: Path) -> None:
-    """Draws loss and learning rate over steps as PNG."""
+    """Draws loss, dev loss where there is one, and learning rate over steps as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,6 +61,10 @@ def draw_curve(curve: pl.DataFrame, path: Path) -> None:
     FigureCanvasAgg(figure)
     loss = figure.add_subplot()
     loss.plot(curve["step"], curve["loss"], color="tab:blue", linewidth=1)
+    if "dev_loss" in curve.columns:
+        dev = curve.drop_nulls("dev_loss")
+        loss.plot(dev["step"], dev["dev_loss"], color="tab:orange", marker="o", markersize=3)
+        loss.legend(["training", "dev"], frameon=False)
     loss.set(xlabel="step", ylabel="loss (nats a token)")
     rate = loss.twinx()
     rate.plot(curve["step"], curve["learning_rate"], color="tab:gray", linewidth=1, linestyle="--")

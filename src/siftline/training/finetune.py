@@ -15,7 +15,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +28,11 @@ import pyarrow as pa
 
 from siftline.schema import digest
 from siftline.selectors.selection import DECISION
-from siftline.training.budget import tokenize_rows
 from siftline.training.card import write_json, write_record
-from siftline.training.schedule import Schedule, budget_schedule, epochs_schedule
-from siftline.training.sft import FineTune, last_checkpoint, load_model, make_trainer, sft_arguments
+from siftline.training.material import dev_passes, lay_out, read_rows, training_passes
+from siftline.training.passes import Passes
+from siftline.training.schedule import Schedule
+from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class TrainResult:
     Attributes:
         model_dir: The model directory; see the module's docstring.
         adapter_dir: The LoRA adapter in it, or None.
-        curve: step (from 1), loss (nats a loss token), learning_rate, loss_tokens (so far).
+        curve: step (from 1), loss (nats a loss token), what the objective reports (ce, kl,
+            mean_weight, mask_rate), dev_loss at steps that were evaluated, learning_rate,
+            loss_tokens (so far).
         loss_tokens: Loss tokens trained on.
         steps: Optimizer steps.
         rows: Rows seen, repeats included.
@@ -58,41 +62,10 @@ class TrainResult:
     facts: dict[str, Any]
 
 
-def _read(data: Sequence[Path] | pa.Table) -> pa.Table:
-    if isinstance(data, pa.Table):
-        return data
-    import pyarrow.parquet as pq
-
-    if not data:
-        raise ValueError("no Parquet shard to train on: give the files of a version's data folder")
-    tables = []
-    for path in data:
-        names = pq.read_schema(path).names
-        missing = {"id", "messages"} - set(names)
-        if missing:
-            raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
-        wanted = [name for name in ("id", "messages", "tools") if name in names]
-        tables.append(pq.read_table(path, columns=wanted))
-    return pa.concat_tables(tables)
-
-
-def _schedule(
-    tokenizer: Any, data: Sequence[Path] | pa.Table, config: FineTune, seed: int, devices: int
-) -> Schedule:
-    rows = tokenize_rows(_read(data), tokenizer, config.max_length)
-    parts = config.accumulation * devices
-    if config.loss_tokens is None or config.steps is None:
-        return epochs_schedule(
-            rows, epochs=config.epochs, batch_rows=config.batch_rows, parts=parts, seed=seed
-        )
-    return budget_schedule(
-        rows, loss_tokens=config.loss_tokens, steps=config.steps, parts=parts, seed=seed
-    )
-
-
 def _facts(
     base: Path,
-    schedule: Schedule,
+    passes: Passes,
+    dev: Passes | None,
     config: FineTune,
     arguments: Any,
     seed: int,
@@ -101,11 +74,16 @@ def _facts(
     """What identifies a run and what it will see; `run` is the hash of what decides the weights."""
     from siftline.scoring.fingerprint import directory_digest
 
-    rows = schedule.rows
+    schedule, rows = passes.schedule, passes.schedule.rows
     content = hashlib.blake2b(digest_size=20)
-    for array in (rows.tokens, rows.offsets, rows.starts, np.concatenate(schedule.passes)):
+    arrays = [rows.tokens, rows.offsets, rows.starts, np.concatenate(schedule.passes)]
+    arrays += [passes.row_weights, *([] if passes.references is None else [passes.references])]
+    if dev is not None:
+        arrays += [dev.schedule.rows.tokens, dev.schedule.rows.offsets, dev.schedule.rows.starts]
+    for array in arrays:
         content.update(array.tobytes())
-    decisive = {name: value for name, value in asdict(config).items() if name != "save_steps"}
+    told = ("save_steps", "report_to")
+    decisive = {name: value for name, value in asdict(config).items() if name not in told}
     base_fingerprint = directory_digest(base)
     return {
         "run": digest(base_fingerprint, decisive, seed, content.hexdigest(), arguments.world_size),
@@ -114,6 +92,7 @@ def _facts(
         "seed": seed,
         "rows": len(rows.ids),
         "rows_seen": schedule.seen,
+        "dev_rows": 0 if dev is None else len(dev.schedule.rows.ids),
         "skipped": dict(sorted(rows.skipped["reason"].value_counts().iter_rows())),
         "loss_tokens": int(schedule.tokens_by_step().sum()),
         "steps": schedule.steps,
@@ -141,27 +120,18 @@ def _recorded(path: Path, run: str) -> dict[str, Any] | None:
     return facts
 
 
-def _export(trainer: Any, tokenizer: Any, base: Path, out: Path) -> None:
-    """Writes the weights, in the type the base is stored in, and the tokenizer."""
-    from peft import PeftModel
-    from transformers import AutoConfig
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(out / "adapter"))
-        model = model.merge_and_unload()
-    stored = AutoConfig.from_pretrained(str(base), local_files_only=True)
-    model.config.use_cache = stored.use_cache  # training switches it off, generation wants it
-    model.to(stored.dtype or model.dtype).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+REPORTED = ("loss", "ce", "kl", "mean_weight", "mask_rate")
 
 
 def _curve(history: Sequence[dict[str, Any]], schedule: Schedule) -> pl.DataFrame:
-    lines = [
-        {name: line[name] for name in ("step", "loss", "learning_rate")}
-        for line in history
-        if "loss" in line
-    ]
+    dev = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    lines = []
+    for line in history:
+        if "loss" in line:
+            told = {name: line[name] for name in ("step", *REPORTED) if name in line}
+            if dev:
+                told["dev_loss"] = dev.get(line["step"])
+            lines.append({**told, "learning_rate": line["learning_rate"]})
     spent = pl.Series("loss_tokens", schedule.tokens_by_step().cumsum())
     assert len(lines) == schedule.steps, f"{len(lines)} losses for {schedule.steps} steps"
     return pl.DataFrame(lines, infer_schema_length=None).with_columns(spent)
@@ -190,6 +160,8 @@ def finetune(
     seed: int,
     dataset_version: str,
     template: str | None = None,
+    dev: Sequence[Path] | pa.Table | None = None,
+    references: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainResult:
     """Fine-tunes `base` on curated rows and writes a model directory.
@@ -203,40 +175,110 @@ def finetune(
         data: Parquet shards of a curated version, or a table with `id` and `messages`.
         out: The model directory to make; the module's docstring lists its files.
         config: How to train.
-        seed: Of the order of rows and of the adapter's first weights.
+        seed: Of the order of rows, the adapter's first weights and masked thought.
         dataset_version: Name of the dataset version, for the model card.
         template: Jinja chat template; None takes the tokenizer's, else QUESTION_ANSWER.
+        dev: Rows for the dev loss, like `data`; never trained on.
+        references: For `poft`: mean log-probability by row id; None takes the column.
         progress: Called with (steps done, steps in all) after every step.
 
     Raises:
-        ValueError: if no row can be trained on, the budget can't be laid out in its steps, or `out`
-            holds another run.
+        ValueError: if no row can be trained on, the budget can't be laid out in its steps, `out`
+            holds another run, the loss is not finite, or memory runs out; it says what helps.
     """
     from siftline.scoring.engines import ModelSpec
     from siftline.scoring.templates import load_tokenizer
+    from siftline.training.methods import export
 
     tokenizer = load_tokenizer(ModelSpec(path=str(base), template=template))
-    arguments = sft_arguments(config, out / "checkpoints", seed)
-    schedule = _schedule(tokenizer, data, config, seed, arguments.world_size)
-    facts = _facts(base, schedule, config, arguments, seed, dataset_version)
+    arguments = sft_arguments(config, out / "checkpoints", seed, dev is not None)
+    table = read_rows(data, config)
+    schedule = lay_out(tokenizer, table, config, seed, arguments.world_size)
+    passes = training_passes(schedule, table, tokenizer, config, seed, references)
+    watched = dev_passes(dev, tokenizer, config, schedule)
+    facts = _facts(base, passes, watched, config, arguments, seed, dataset_version)
     finished = _recorded(out / "training.json", facts["run"])
     if finished is not None:
         return _result(out, finished)
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
     checkpoint = last_checkpoint(checkpoints)
-    trainer = make_trainer(load_model(base, config, seed), tokenizer, arguments, schedule, progress)
-    if not started_before and trainer.is_world_process_zero():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(checkpoints / "run.json", {"facts": facts})
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _memory_remedy(config, schedule):
+        trainer = _trainer(base, config, seed, arguments, tokenizer, passes, watched, progress)
+        if config.report_to == "tensorboard" and trainer.is_world_process_zero():
+            trainer.add_callback(_tensorboard(out / "runs"))
+        if not started_before and trainer.is_world_process_zero():
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(checkpoints / "run.json", {"facts": facts})
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     facts["seconds"] = round(time.perf_counter() - started, 1)
     facts["resumed"] = checkpoint is not None  # then `seconds` counts only the last stretch
+    facts["packed"] = trainer.unpacked_because or "yes"
+    facts["kept_step"] = trainer.keep()
+    export(trainer, tokenizer, base, out)
     if trainer.is_world_process_zero():
-        _export(trainer, tokenizer, base, out)
         curve = _curve(trainer.state.log_history, schedule)
         write_record(out, curve, schedule.rows.skipped, facts, config)
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     return _result(out, facts)
+
+
+def _trainer(
+    base: Path,
+    config: FineTune,
+    seed: int,
+    arguments: Any,
+    tokenizer: Any,
+    passes: Passes,
+    dev: Passes | None,
+    progress: Callable[[int, int], None],
+) -> Any:
+    from siftline.training.methods import load_model
+    from siftline.training.objectives import Objective
+    from siftline.training.trainer import PlannedTrainer
+
+    return PlannedTrainer(
+        model=load_model(base, config, seed),
+        arguments=arguments,
+        tokenizer=tokenizer,
+        passes=passes,
+        objective=Objective(config.objective, config.kl_weight),
+        packing=config.packing,
+        dev=dev,
+        keep_best=config.keep == "best",
+        progress=progress,
+    )
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Its own default lies among the checkpoints, which go when the run is done."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
+@contextmanager
+def _memory_remedy(config: FineTune, schedule: Schedule) -> Iterator[None]:
+    """Says what helps where memory runs out."""
+    from siftline.scoring.batching import ran_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        lengths = np.diff(schedule.rows.offsets)
+        most = max(int(lengths[part].sum()) for part in schedule.passes)
+        help_ = [f"raise accumulation (now {config.accumulation})"]
+        if not config.gradient_checkpointing:
+            help_.append("set gradient_checkpointing")
+        help_.append(f"lower batch_rows ({config.batch_rows}) or max_length ({config.max_length})")
+        if config.method == "full":
+            help_.append("take method lora")
+        raise ValueError(
+            f"out of memory; a forward pass has up to {most} tokens: {', or '.join(help_)}. "
+            "Checkpoints are kept"
+        ) from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from siftline.scoring.batching import plan_batches
 from siftline.training.budget import TokenRows, plan_steps, rows_for_budget, rows_for_epochs
 
 IGNORED = -100
@@ -65,6 +66,13 @@ def budget_schedule(
     """A budget of loss tokens in a given number of steps of `parts` passes each."""
     sequence = rows_for_budget(rows.ids, rows.loss_tokens, loss_tokens, seed)
     return _lay_out(rows, sequence, steps, parts)
+
+
+def length_schedule(rows: TokenRows, max_tokens: int) -> Schedule:
+    """All rows once in a single step, those of like length in one pass of few enough tokens."""
+    lengths = np.diff(rows.offsets).tolist()
+    batches = plan_batches(lengths, rows.ids, max_tokens, len(rows.ids))
+    return Schedule(rows, [np.array(batch) for batch in batches], 1)
 
 
 def _lay_out(rows: TokenRows, sequence: list[str], steps: int, parts: int) -> Schedule:

@@ -1,16 +1,19 @@
-"""The side of fine-tuning that talks to TRL and peft: its configuration, model and trainer.
+"""How to fine-tune: the options of a run, and what they are to TRL.
 
 SFTTrainer would tokenise, mask, cut, shuffle and drop rows by itself. Here it does none of it: one
 item of its dataset is the number of one planned forward pass (see `schedule`), dealt in sequence.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from siftline.kernels.draws import hash64
-from siftline.training.schedule import Schedule
+
+Method = Literal["full", "lora", "qlora", "peft"]
+Kind = Literal["sft", "sft_kl", "dft", "asft", "poft"]
+Report = Literal["none", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,18 @@ class FineTune:
     """How to fine-tune. Defaults are TRL 1.16's unless another source is named.
 
     Attributes:
-        method: `full`, or `lora` on all linear layers but the head.
+        method: `full`; `lora` on all linear layers but the head; `qlora`, the same over a base in
+            4 bits; or `peft`, any adapter of that library that can be merged.
+        peft: For `peft`: its `type` (LOHA, IA3, …) and the options of that type's configuration.
+        objective: `sft`, or one of the others in `objectives`.
+        kl_weight: Of the divergence from the start in `sft_kl` and `asft`; 0.05 as in ASFT's
+            published runs.
+        mask_rate: Share of response tokens that masked thought swaps in the input, reached after
+            two thirds of the steps; 0 is off, 0.4 the paper's for mathematics.
+        prompt_weight: Loss weight of prompt tokens; those of the response have 1.
+        source_balance: 0 leaves sources their share of the loss, 1 gives all the same.
+        reference_column: Column with the mean log-probability of each row's response under the
+            reference models, for `poft`.
         lora_rank: Rank; 16 and alpha 32 as in the QLoRA family of recipes (alpha = 2 x rank).
         lora_alpha: Scale of the adapter, times 1 / rank.
         learning_rate: Peak rate; LoRA wants about ten times that of full tuning.
@@ -33,10 +47,21 @@ class FineTune:
         weight_decay: AdamW's.
         gradient_checkpointing: Trades a second forward pass for memory.
         bf16: bfloat16 autocast; None takes it on a CUDA device that has it.
+        packing: Rows of a forward pass end to end, without padding, where the model allows it.
         save_steps: Steps between checkpoints.
+        eval_steps: Steps between looks at the dev rows, where there are any.
+        keep: The weights of the last step, or those with the best dev loss.
+        report_to: Who else is told of every step; TensorBoard's files are in runs/.
     """
 
-    method: Literal["full", "lora"] = "full"
+    method: Method = "full"
+    peft: dict[str, Any] = field(default_factory=dict)
+    objective: Kind = "sft"
+    kl_weight: float = 0.05
+    mask_rate: float = 0.0
+    prompt_weight: float = 0.0
+    source_balance: float = 0.0
+    reference_column: str = "mean_ref_logprob"
     lora_rank: int = 16
     lora_alpha: int = 32
     learning_rate: float = 2e-5
@@ -51,16 +76,41 @@ class FineTune:
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
     bf16: bool | None = None
+    packing: bool = True
     save_steps: int = 500
+    eval_steps: int = 100
+    keep: Literal["last", "best"] = "last"
+    report_to: Report = "none"
 
     def __post_init__(self) -> None:
-        if self.method not in ("full", "lora"):
-            raise ValueError(f"method is {self.method!r}: choose full or lora")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"schedule is {self.schedule!r}: choose cosine, linear or constant")
-        for name in ("lora_rank", "lora_alpha", "batch_rows", "accumulation", "save_steps"):
+        choices = {
+            "method": get_args(Method),
+            "objective": get_args(Kind),
+            "schedule": ("cosine", "linear", "constant"),
+            "keep": ("last", "best"),
+            "report_to": get_args(Report),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(known)}")
+        counts = "lora_rank lora_alpha batch_rows accumulation save_steps eval_steps"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("mask_rate", "prompt_weight", "source_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
+        self._check_rates()
+        self._check_budget()
+        if self.objective == "poft" and self.prompt_weight:
+            raise ValueError(f"poft scores responses alone: prompt_weight is {self.prompt_weight}")
+        if (self.method == "peft") != ("type" in self.peft):
+            raise ValueError(
+                f"method is {self.method!r}, peft is {self.peft}: method peft, and it alone, "
+                "takes peft: {type: LOHA, …}"
+            )
+
+    def _check_rates(self) -> None:
         if not self.epochs > 0 or not self.learning_rate > 0 or self.max_length < 2:
             raise ValueError(
                 f"epochs {self.epochs} and learning_rate {self.learning_rate} must be above 0, "
@@ -71,6 +121,10 @@ class FineTune:
                 f"warmup_ratio {self.warmup_ratio} must lie in [0, 1), "
                 f"weight_decay {self.weight_decay} must not be negative"
             )
+        if not 0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}: it must be finite, 0 or above")
+
+    def _check_budget(self) -> None:
         if (self.loss_tokens is None) != (self.steps is None):
             raise ValueError(
                 f"loss_tokens is {self.loss_tokens}, steps is {self.steps}: an equal budget "
@@ -80,10 +134,19 @@ class FineTune:
             raise ValueError(f"loss_tokens {self.loss_tokens} and steps {self.steps}: 1 or more")
 
 
-def sft_arguments(config: FineTune, checkpoints: Path, seed: int) -> Any:
-    """The SFTConfig of a run: no preparation, no shuffling, no reports, no network."""
+def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = False) -> Any:
+    """The SFTConfig of a run: no preparation, no shuffling, no network.
+
+    Raises:
+        ValueError: if the library of `report_to` is not installed.
+    """
     import torch
     from trl import SFTConfig
+
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(
+            f"report_to is {config.report_to!r}: install {config.report_to}, or set it to none"
+        )
 
     cuda = torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported() if config.bf16 is None else config.bf16
@@ -109,78 +172,20 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int) -> Any:
         use_cpu=not cuda,
         save_steps=config.save_steps,
         save_total_limit=2,
+        eval_strategy="steps" if dev else "no",
+        eval_steps=config.eval_steps,
+        metric_for_best_model="loss" if dev else None,
+        greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a run that diverges must show it
-        report_to="none",
+        report_to="wandb" if config.report_to == "wandb" else "none",
         push_to_hub=False,
         disable_tqdm=True,
         seed=hash64(seed, "finetune") % 2**32,
     )
 
 
-def load_model(base: Path, config: FineTune, seed: int) -> Any:
-    """The model to train: float32 weights, or a frozen base in its own type under LoRA on a GPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, set_seed
-
-    frozen = config.method == "lora" and torch.cuda.is_available()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(base), local_files_only=True, dtype="auto" if frozen else torch.float32
-    )
-    if config.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        set_seed(hash64(seed, "finetune adapter") % 2**32)
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
-        )
-    return model
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; the trainer writes trainer_state.json as its last file."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    arguments: Any,
-    schedule: Schedule,
-    progress: Callable[[int, int], None],
-) -> Any:
-    """An SFTTrainer that walks through `schedule` as it is."""
-    from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    collate = DataCollatorForLanguageModeling(pad_token_id=pad)
-
-    def collate_pass(items: list[dict[str, int]]) -> dict[str, Any]:
-        (item,) = items
-        return dict(collate(schedule[item["number"]]))
-
-    class Report(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress(state.global_step, state.max_steps)
-
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        # SFTTrainer insists on a datasets.Dataset: it gets the numbers of the passes.
-        train_dataset=Dataset.from_dict({"number": range(len(schedule))}),
-        processing_class=tokenizer,
-        data_collator=collate_pass,
-        callbacks=[Report()],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints every loss to stdout
-    return trainer

@@ -1,0 +1,168 @@
+"""`siftline eval`: accuracy of a model on questions with answers, without a recipe."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import polars as pl
+
+from siftline.commands.options import json_option, say
+from siftline.ingest.source import Source
+
+ANSWERS, TABLE = "answers.parquet", "accuracy.csv"
+
+
+@click.command("eval")
+@click.argument("model", type=Path)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--out", required=True, type=Path, help="Folder for the answers and the table.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
+    show_default=True, help="What runs the model.",
+)  # fmt: skip
+@click.option(
+    "--answer-pattern",
+    help="Regular expression with one group that finds the answer in a solution, such as "
+    "'#### (.+)', for files without a column of answers.",
+)
+@click.option(
+    "--field", "fields", multiple=True, metavar="FIELD=COLUMN",
+    help="Column of a field, where it has another name.",
+)  # fmt: skip
+@click.option("--verifier", default="math", show_default=True, help="Who judges the answers.")
+@click.option("--level-column", default="level", show_default=True, help="Column of the level.")
+@click.option("--max-new-tokens", default=512, show_default=True, help="Most tokens of an answer.")
+@click.option("--batch-tokens", default=65536, show_default=True, help="Tokens of a batch.")
+@click.option("--dtype", default="float32", show_default=True, help="Type of the weights.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
+@click.option("--confidence", default=0.95, show_default=True, help="Coverage of the intervals.")
+@json_option
+def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **given: Any) -> None:
+    """Ask MODEL the questions in FILE... and grade its answers.
+
+    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads; rows without an
+    answer are left out and counted. Writes answers.parquet, one line a question with the response
+    and its grade, and accuracy.csv with Wilson intervals by level and by source. Greedy.
+    """
+    from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.verifiers import get_verifier
+    from siftline.shards import write_parquet
+    from siftline.stages.models import engines
+    from siftline.training.evaluate import Evaluation, summarise_accuracy
+    from siftline.training.evaluate import evaluate as ask
+
+    settings = Evaluation(
+        max_new_tokens=given["max_new_tokens"],
+        verifier=given["verifier"],
+        level_column=given["level_column"],
+        batch_tokens=given["batch_tokens"],
+    )
+    verifier = get_verifier(settings.verifier)
+    spec = ModelSpec(
+        path=str(model.absolute()),
+        engine=given["engine"],
+        dtype=given["dtype"],
+        device=given["device"],
+    )
+    columns = dict(pair_of(pair) for pair in given["fields"])
+    sources = [Source(p, columns=columns, answer_pattern=given["answer_pattern"]) for p in files]
+    questions, unanswered = _questions(sources, out.absolute(), settings.level_column)
+    tracker = _tracker(questions.height)
+    with engines() as opened:
+        answered = ask(opened.get(spec), questions, verifier, settings, tracker.reach)
+    tracker.close()
+    answered = answered.join(questions.select("id", "source"), on="id").sort("id")
+    table = _table(answered, summarise_accuracy, given["confidence"])
+    write_parquet(answered.to_arrow(), out / ANSWERS)
+    table.write_csv(out / TABLE)
+    result = {
+        "answers": str(out / ANSWERS),
+        "questions": questions.height,
+        "without_answer": unanswered,
+        "accuracy": table.to_dicts(),
+    }
+    click.echo(json.dumps(result) if as_json else _text(result))
+
+
+def _tracker(total: int) -> Any:
+    from siftline.terminal import tracker
+
+    return tracker("evaluation", total, "questions", sys.stderr, say)
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    """Takes FIELD=COLUMN apart."""
+    field, mark, column = text.partition("=")
+    if not (field and mark and column):
+        raise ValueError(f"--field {text!r}: give it as FIELD=COLUMN")
+    return field, column
+
+
+def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple[pl.DataFrame, int]:
+    """Rows with an answer, sorted by id: id, messages, tools, answer, source, level.
+
+    Raises:
+        ValueError: if no row has an answer.
+    """
+    from siftline.ingest.pool import PROVENANCE, Pool, PoolSpec, build_pool
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = out / ".rows"
+    shutil.rmtree(rows, ignore_errors=True)  # of a killed run
+    build_pool(rows, PoolSpec("input", tuple(sources)))
+    pool = Pool(rows)
+    lines = pool.all_rows(["id", "messages", "tools", "answer", "source"]).to_pylist()
+    levels: dict[str, str] = {}
+    for bucket in range(pool.buckets):
+        for line in pool.read(PROVENANCE, bucket, ["id", "leftover"]).to_pylist():
+            left = json.loads(line["leftover"] or "{}")
+            if left.get(level_column) is not None:
+                levels[line["id"]] = str(left[level_column])
+    shutil.rmtree(rows)
+    asked = sorted((line for line in lines if line["answer"] is not None), key=lambda x: x["id"])
+    if not asked:
+        raise ValueError(
+            f"none of {len(lines)} rows has an answer: name their column, --field answer=…, "
+            "or --answer-pattern"
+        )
+    frame = pl.DataFrame(
+        {
+            "id": [line["id"] for line in asked],
+            "messages": pl.Series([line["messages"] for line in asked]),
+            **{
+                name: pl.Series([line[name] for line in asked], dtype=pl.String)
+                for name in ("tools", "answer", "source")
+            },
+            level_column: pl.Series([levels.get(line["id"]) for line in asked], dtype=pl.String),
+        }
+    )
+    return frame, len(lines) - len(asked)
+
+
+def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.DataFrame:
+    """Accuracy over all, by level, and by source where there are several."""
+    by_level = summarise(answered, confidence=confidence)
+    tables = [by_level.with_columns(pl.lit(None, pl.String).alias("source"))]
+    sources = answered["source"].drop_nulls().unique().sort().to_list()
+    for source in sources if len(sources) > 1 else []:
+        part = summarise(answered.filter(source=source), confidence=confidence)
+        tables.append(part.with_columns(pl.lit(source).alias("source")))
+    columns = ["source", "level", "n", "correct", "accuracy", "low", "high", "at_floor"]
+    return pl.concat(tables).select(columns)
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = []
+    for line in result["accuracy"]:
+        name = " ".join(part for part in (line["source"], line["level"]) if part)
+        share = f"{100 * line['accuracy']:5.1f} %"
+        spread = f"{100 * line['low']:.1f} to {100 * line['high']:.1f}"
+        floor = ", at the floor" if line["at_floor"] else ""
+        lines.append(f"accuracy {name:<16} {share} ({spread}; {line['n']:,} questions{floor})")
+    if result["without_answer"]:
+        lines.append(f"note: {result['without_answer']:,} rows without an answer were left out")
+    return "\n".join([*lines, f"answers: {result['answers']}"])

@@ -1,0 +1,120 @@
+"""From rows to the forward passes of a run: reading, laying out, weighing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from siftline.training.budget import tokenize_rows
+from siftline.training.passes import (
+    Corruption,
+    Passes,
+    allowed_tokens,
+    balanced,
+    references_of,
+)
+from siftline.training.schedule import (
+    Schedule,
+    budget_schedule,
+    epochs_schedule,
+    length_schedule,
+)
+from siftline.training.sft import FineTune
+
+PUBLISHED_SOURCE = "sift_source"
+"""What a curated version calls a row's source."""
+
+
+def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
+    """The columns of the data that this configuration needs, from a table or Parquet shards.
+
+    Raises:
+        ValueError: if there is no shard, or one without ids or messages.
+    """
+    if isinstance(data, pa.Table):
+        return data
+    import pyarrow.parquet as pq
+
+    if not data:
+        raise ValueError("no Parquet shard to train on: give the files of a version's data folder")
+    tables = []
+    for path in data:
+        names = pq.read_schema(path).names
+        missing = {"id", "messages"} - set(names)
+        if missing:
+            raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
+        known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
+        tables.append(pq.read_table(path, columns=[name for name in known if name in names]))
+    table = pa.concat_tables(tables)
+    if "source" in table.column_names or PUBLISHED_SOURCE not in table.column_names:
+        return table
+    renamed = {PUBLISHED_SOURCE: "source"}
+    return table.rename_columns([renamed.get(name, name) for name in table.column_names])
+
+
+def lay_out(tokenizer: Any, table: pa.Table, config: FineTune, seed: int, devices: int) -> Schedule:
+    """Every forward pass of a run; see `schedule`."""
+    rows = tokenize_rows(table, tokenizer, config.max_length)
+    parts = config.accumulation * devices
+    if config.loss_tokens is None or config.steps is None:
+        return epochs_schedule(
+            rows, epochs=config.epochs, batch_rows=config.batch_rows, parts=parts, seed=seed
+        )
+    return budget_schedule(
+        rows, loss_tokens=config.loss_tokens, steps=config.steps, parts=parts, seed=seed
+    )
+
+
+def training_passes(
+    schedule: Schedule,
+    table: pa.Table,
+    tokenizer: Any,
+    config: FineTune,
+    seed: int,
+    references: Mapping[str, float] | None,
+) -> Passes:
+    """The passes of a run, with what the objective wants to know of each row."""
+    ids = schedule.rows.ids
+    weights = np.ones(len(ids))
+    if config.source_balance:
+        of = dict(zip(*_columns(table, "source"), strict=True))
+        seen = np.concatenate(schedule.passes)
+        named = np.array([str(of[identity]) for identity in ids])
+        tokens = schedule.rows.loss_tokens
+        weights[seen] = balanced(named[seen], tokens[seen], config.source_balance)
+    known = None
+    if config.objective == "poft":
+        if references is None:
+            references = dict(zip(*_columns(table, config.reference_column), strict=True))
+        known = references_of(ids, references)
+    corruption = None
+    if config.mask_rate:
+        corruption = Corruption(
+            config.mask_rate,
+            allowed_tokens(tokenizer),
+            np.array(sorted(set(tokenizer.all_special_ids))),
+            seed,
+        )
+    return Passes(schedule, weights, config.prompt_weight, known, corruption)
+
+
+def _columns(table: pa.Table, name: str) -> tuple[list[str], list[Any]]:
+    if name not in table.column_names:
+        raise ValueError(f"the data has no column {name!r}, which this configuration needs")
+    return table.column("id").to_pylist(), table.column(name).to_pylist()
+
+
+def dev_passes(
+    dev: Sequence[Path] | pa.Table | None, tokenizer: Any, config: FineTune, train: Schedule
+) -> Passes | None:
+    """Dev rows by length, in passes no larger than the largest of training."""
+    if dev is None:
+        if config.keep == "best":
+            raise ValueError("keep is 'best', but there are no dev rows: give them, or keep last")
+        return None
+    rows = tokenize_rows(read_rows(dev, config), tokenizer, config.max_length)
+    lengths = np.diff(train.rows.offsets)
+    most = max(int(lengths[part].sum()) for part in train.passes)
+    return Passes(length_schedule(rows, most), np.ones(len(rows.ids)))
