@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 
 
+# The models here are tiny: a second thread gains nothing, and beside other work each spins for long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tests/tiny.py: `make_model(folder, ...)` and `make_tokenizer(...)`.

@@ -15,7 +15,7 @@ from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 
 ROOTED = ("run", "demo", "status", "explain", "report", "audit", "ui", "cache ls", "cache gc")
-VERBS = (*ROOTED, "score", "cache")
+VERBS = (*ROOTED, "score", "dedup", "select", "train", "eval", "cache")
 
 
 @pytest.fixture

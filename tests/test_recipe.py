@@ -137,7 +137,7 @@ def test_the_seed_reaches_every_stage_but_the_hash_functions_of_duplicates():
         ({"stages": [{"verify": {"name": "a/b"}}]}, "stages: name 'a/b': use letters"),
         ({"stages": ["allocate", "verify"]}, "stages: allocate spends the budget: put it last"),
         ({"stages": ["allocate", {"allocate": {"name": "b"}}]}, "put it last, once"),
-        ({"training": {"arms": ["best"]}}, "training: arm 'best' is unknown: choose random"),
+        ({"training": {"arms": ["best"]}}, "training: arm 'best' is unknown: choose full, random"),
         ({"training": {"seeds": []}}, "training: seeds is empty"),
         ({"training": {"options": {"method": "lorra"}}}, "training.options"),
         ({"bounds": {"max_failed": "many"}}, "bounds.max_failed: expected float, found 'many'"),
@@ -398,9 +398,10 @@ PUBLIC = {
     "Column": "column path id",
     "Function": "path args",
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed",
-    "FineTune": "method lora_rank lora_alpha learning_rate epochs loss_tokens steps batch_rows "
+    "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
+    "reference_column lora_rank lora_alpha learning_rate epochs loss_tokens steps batch_rows "
     "accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing bf16 "
-    "save_steps",
+    "packing save_steps eval_steps keep report_to",
     "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup "
     "weight_decay seed",
     "Duplicates": "threshold ngram num_perm numbers seed max_rows",
@@ -413,6 +414,7 @@ PUBLIC = {
     "RejectionSampling": "target k pilot cap unsolved_cap max_per_round max_quantile temperature "
     "top_p max_new_tokens verifier seed",
     "Allocate": "size unit on_shortfall quota targets answers fit own_samples levels seed",
+    "Select": "method options oversampling seed",
 }
 CLASSES = (
     Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source,

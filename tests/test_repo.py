@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": {"progress"},
     "ingest": {"schema", "shards"},
     "kernels": set(),
-    "selectors": {"kernels", "schema"},
+    "dedup": {"kernels", "progress", "shards"},
+    "selectors": {"config", "kernels", "schema"},
     "scoring": {"kernels", "selectors", "schema", "shards", "store"},
     "training": {"kernels", "selectors", "scoring", "schema", "shards", "store"},
     "ledger": {"schema", "shards", "selectors"},
@@ -58,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     # Outside the line: they read what is there, and only the command line may start anything.
     "story": {*DATA, "recipe"},
     "status": {*DATA, "cache", "recipe", "library", "stages"},
-    "commands": {*BELOW_STAGES, "stages", "cache", "terminal"},
+    "commands": {*BELOW_STAGES, "stages", "cache", "dedup", "terminal"},
     "cli": {*BELOW_STAGES, "stages", "commands", "demo", "story", "status", "pipelines"},
 }
 DAGSTER = {"assets", "pipelines", "definitions"}

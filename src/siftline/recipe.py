@@ -27,6 +27,7 @@ from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.scorers import KINDS, models_of
 from siftline.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
 from siftline.selectors.allocate import Allocate
+from siftline.selectors.chosen import Select
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.outliers import LikelihoodOutliers
@@ -42,6 +43,7 @@ STAGES: dict[str, type] = {
     "verify": Verify,
     "likelihood": LikelihoodOutliers,
     "diversity": Shortlist,
+    "select": Select,
     "confidence": Confidence,
     "rejection_sampling": RejectionSampling,
     "allocate": Allocate,
@@ -52,6 +54,7 @@ STAGE_ROLES = {
     "verify": "gate",
     "likelihood": "gate",
     "diversity": "shortlist",
+    "select": "shortlist",
     "confidence": "gate",
     "rejection_sampling": "adds",
     "allocate": "budget",
@@ -189,7 +192,7 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     check_names(list(models), "models")
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
-    _check_weights(stages, scorers)
+    _check_scores(stages, scorers)
     optional = {
         "inputs": Inputs,
         "training": Training,
@@ -307,14 +310,20 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _check_weights(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:
+def scorers_read(stage: Stage) -> tuple[str, ...]:
+    """Names of the recipe's scorers that a stage reads."""
+    if isinstance(stage.options, Select):
+        return stage.options.scorers()
+    weight = getattr(stage.options, "weight", "uniform")
+    return () if weight == "uniform" else (weight,)
+
+
+def _check_scores(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:
     for stage in stages:
-        weight = getattr(stage.options, "weight", "uniform")
-        if weight != "uniform" and weight not in scorers:
-            known = ["uniform", *scorers]
-            raise ValueError(
-                f"stages.{stage.name}.weight: no scorer {weight!r}: {nearest(weight, known)}"
-            )
+        for name in scorers_read(stage):
+            if name not in scorers:
+                hint = nearest(name, list(scorers)) if scorers else "add it to the recipe's scorers"
+                raise ValueError(f"stages.{stage.name}: no scorer {name!r}: {hint}")
 
 
 def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

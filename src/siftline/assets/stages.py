@@ -5,29 +5,26 @@ import dagster as dg
 from siftline.assets import keys
 from siftline.assets.metadata import check_results, check_specs, stage_metadata
 from siftline.assets.resource import Siftline
-from siftline.recipe import Recipe, Stage
-from siftline.stages.run import USES_MODELS, USES_SETS, run_stage
+from siftline.recipe import Recipe, Stage, scorers_read
+from siftline.stages.run import models_used, run_stage, sets_used
 
 
 def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
     at = recipe.stages.index(stage)
     deps = [keys.stage(recipe, recipe.stages[at - 1]) if at else keys.pool(recipe.pool)]
-    roles = USES_SETS.get(stage.kind, ())
+    roles, models = sets_used(stage), models_used(recipe, stage)
     deps += [keys.pool(spec) for role, spec in recipe.sets.items() if role in roles]
-    names = {recipe.roles.get(r, recipe.roles["target"]) for r in USES_MODELS.get(stage.kind, ())}
+    names = {recipe.roles.get(role, recipe.roles["target"]) for role in models}
     deps += [keys.model(n) for n in sorted(names) if recipe.models[n].pretrain is not None]
-    if "target" in USES_MODELS.get(stage.kind, ()):
+    if "target" in models:
         deps.append(keys.likelihood(recipe))
-    weight = getattr(stage.options, "weight", "uniform")
-    if weight != "uniform":
-        deps.append(keys.scorer(recipe, weight))
-    return deps
+    return [*deps, *(keys.scorer(recipe, name) for name in scorers_read(stage))]
 
 
 def stage_asset(recipe: Recipe, stage: Stage) -> dg.AssetsDefinition:
     """The asset of one stage instance; it runs the stage, or finds its output."""
     key = keys.stage(recipe, stage)
-    uses = USES_MODELS.get(stage.kind)
+    uses = models_used(recipe, stage)
 
     @dg.asset(
         key=key,

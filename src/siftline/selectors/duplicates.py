@@ -260,7 +260,8 @@ def against(
     found = []
     for earlier in states:
         shares = np.isin(earlier.rows["bands"].to_numpy(), bands).reshape(earlier.rows.height, -1)
-        near = pl.Series(np.atleast_1d(shares.any(axis=1))) | earlier.rows["prompt_id"].is_in(prompts)
+        shared = pl.Series(np.atleast_1d(shares.any(axis=1)))
+        near = shared | earlier.rows["prompt_id"].is_in(prompts)
         rows = earlier.rows.filter(near & ~earlier.rows["id"].is_in(list(gone)))
         texts = np.unique(np.concatenate([rows["prompt_key"], rows["response_key"]]))
         places = np.searchsorted(earlier.keys, texts)

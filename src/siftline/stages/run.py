@@ -12,9 +12,10 @@ from typing import Any
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
-from siftline.recipe import Recipe, Stage
+from siftline.recipe import Recipe, Stage, scorers_read
+from siftline.selectors.chosen import Select
 from siftline.shards import content_hash
-from siftline.stages import confidence, gates, sampling, scores, shortlist, spend
+from siftline.stages import confidence, gates, sampling, scores, selecting, shortlist, spend
 from siftline.stages.canaries import PLANTED
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
@@ -33,19 +34,35 @@ RUN: dict[str, Callable[[Context], StageRun]] = {
     "confidence": confidence.confidence,
     "rejection_sampling": sampling.rejection_sampling,
     "allocate": spend.allocate,
+    "select": selecting.select,
 }
 
-USES_MODELS: dict[str, tuple[str, ...]] = {
+_ROLES: dict[str, tuple[str, ...]] = {
     "likelihood": ("target",),
     "diversity": ("embedder",),
     "confidence": ("sampler", "judge"),
     "rejection_sampling": ("sampler",),
     "allocate": ("target",),
 }
-USES_SETS: dict[str, tuple[str, ...]] = {
+_SETS: dict[str, tuple[str, ...]] = {
     "decontamination": ("target", "dev", "test"),
     "confidence": ("dev",),
 }
+
+
+def models_used(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """Roles of the models that a stage asks."""
+    if not isinstance(stage.options, Select):
+        return _ROLES.get(stage.kind, ())
+    scored = stage.options.likelihoods(recipe.budget.unit)
+    return (*(["target"] if scored else []), *(["embedder"] if stage.options.embeds else []))
+
+
+def sets_used(stage: Stage) -> tuple[str, ...]:
+    """Roles of the evaluation sets that a stage sees."""
+    if isinstance(stage.options, Select):
+        return ("target",) if stage.options.entry.targeted else ()
+    return _SETS.get(stage.kind, ())
 
 
 def _inputs(
@@ -53,8 +70,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """Everything that a stage's decisions depend on; JSON."""
     upstream = before[-1][1].manifest if before else None
-    roles = USES_MODELS.get(stage.kind, ())
-    wanted = USES_SETS.get(stage.kind, ())
+    roles, wanted = models_used(recipe, stage), sets_used(stage)
     planted = recipe.canaries if stage.kind in PLANTED else None
     return {
         "code": VERSION,
@@ -65,7 +81,7 @@ def _inputs(
         "upstream": [upstream.version, content_hash(upstream.info["identity"])]
         if upstream
         else None,
-        "scores": _weights(workspace, recipe, stage),
+        "scores": _scores_read(workspace, recipe, stage),
         "models": {role: identity(model_spec(workspace, recipe, role)) for role in roles},
         "sets": {
             f"{role}/{spec.name}": Pool(workspace.pool(spec.name)).version
@@ -76,10 +92,10 @@ def _inputs(
     }
 
 
-def _weights(workspace: Workspace, recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
-    """What the quality scores that a stage weighs by are made of."""
-    name = getattr(stage.options, "weight", "uniform")
-    return None if name == "uniform" else dict(scorer_table(workspace, recipe, name).inputs)
+def _scores_read(workspace: Workspace, recipe: Recipe, stage: Stage) -> Any:
+    """What the quality scores that a stage reads are made of."""
+    made = [dict(scorer_table(workspace, recipe, name).inputs) for name in scorers_read(stage)]
+    return made[0] if len(made) == 1 else made or None
 
 
 def _path(workspace: Workspace, recipe: Recipe, stage: Stage, inputs: dict[str, Any]) -> Path:

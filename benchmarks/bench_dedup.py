@@ -1,0 +1,364 @@
+"""Deduplication from an Arrow column to flags: ours beside rensa and datasketch, in one run.
+
+    .venv/bin/python benchmarks/bench_dedup.py --texts FILE.jsonl... [--peers PYTHON] [--repeats 5]
+    .venv/bin/python benchmarks/bench_dedup.py --growth
+
+Texts (every string of every line; without --texts, words drawn at random) are joined to documents
+of 2 to 14 KB, a quarter of them copies with words replaced. All tools get the same documents, word
+5-grams, 128 slots and threshold 0.8, and take turns; the first round is not counted. Ours includes
+the verification of every pair, the others do not verify. PYTHON is an interpreter that has the
+peers (rensa 0.5, datasketch 2.0, pyarrow), so that they stay out of this environment; it is one
+warm process as well.
+
+Quality is held against brute-force Jaccard on a sample, over each tool's own words: how many pairs
+at 0.85 or more lost at least one row, and how many marked rows have a partner at 0.8 or more.
+
+--growth times 100 thousand and 2 million short rows in memory and, as a process of its own, from
+file to files, with its peak memory. Prints tables and, as the last line, one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NGRAM, SLOTS, THRESHOLD, MARGIN = 5, 128, 0.8, 0.05
+
+
+# ---- peers, run by the interpreter that has them -----------------------------------------------
+
+
+def shingles(text):
+    words = text.lower().split()
+    if len(words) < NGRAM:
+        return [" ".join(words)]
+    return list(map(" ".join, zip(*(words[k:] for k in range(NGRAM)), strict=False)))
+
+
+def timed(work, *given):
+    """The result, wall seconds and processor seconds of all threads."""
+    start, cpu = time.perf_counter(), time.process_time()
+    found = work(*given)
+    return found, time.perf_counter() - start, time.process_time() - cpu
+
+
+def with_rensa(column):
+    from rensa import RMinHash, RMinHashLSH
+
+    sets = [shingles(text) for text in column.to_pylist()]
+    matrix = RMinHash.digest_matrix_from_token_sets(sets, SLOTS, 1)
+    index = RMinHashLSH(threshold=THRESHOLD, num_perm=SLOTS, num_bands=16)
+    return index.query_duplicate_flags_matrix_one_shot(matrix)
+
+
+def with_datasketch(column):
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=THRESHOLD, num_perm=SLOTS)
+    first = MinHash(num_perm=SLOTS)
+    flags = []
+    for row, text in enumerate(column.to_pylist()):
+        sketch = MinHash(num_perm=SLOTS, permutations=first.permutations, scheme=first.scheme)
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        flags.append(bool(index.query(sketch)))
+        if not flags[-1]:
+            index.insert(str(row), sketch)
+    return flags
+
+
+PEERS = {"rensa": with_rensa, "datasketch": with_datasketch}
+
+
+def serve(path):
+    """Answers each peer's name on stdin with the seconds it took (wall, CPU) and its flags."""
+    column = pq.read_table(path)["text"].combine_chunks()
+    for line in sys.stdin:
+        flags, *seconds = timed(PEERS[line.strip()], column)
+        print(json.dumps([*seconds, [int(flag) for flag in flags]]), flush=True)
+
+
+class Peers:
+    def __init__(self, python, path, names):
+        self.names = names
+        command = [python, __file__, "--serve", str(path)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, name):
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        wall, cpu, flags = json.loads(self.process.stdout.readline())
+        return wall, cpu, np.array(flags, bool)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def pieces_of(files):
+    if not files:
+        rng = np.random.default_rng(0)
+        vocabulary = [f"{a}{b}" for a in "abcdefgh" for b in ("r", "n", "st", "ly")]
+        return [" ".join(rng.choice(vocabulary, 40)) for _ in range(50_000)]
+    lines = (line for file in files for line in Path(file).read_text("utf-8").splitlines())
+    rows = (json.loads(line).values() for line in lines)
+    return [" ".join(value for value in row if isinstance(value, str)) for row in rows]
+
+
+def documents(pieces, rows):
+    draw = random.Random(0)
+    words = sorted({word for piece in pieces[:5000] for word in piece.split()})
+    out = []
+    while len(out) < rows:
+        if out and draw.random() < 0.25:
+            copy = draw.choice(out).split(" ")
+            rate = draw.choice([0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05])
+            copy = [draw.choice(words) if draw.random() < rate else word for word in copy]
+            out.append(" ".join(copy))
+            continue
+        size, parts = draw.randint(2000, 14_000), []
+        while size > 0:
+            parts.append(draw.choice(pieces))
+            size -= len(parts[-1]) + 1
+        out.append("\n".join(parts))
+    return out
+
+
+# ---- quality -------------------------------------------------------------------------------------
+
+
+def near_pairs(sets, threshold):
+    """Pairs of sets at `threshold` or more, by comparing all with all."""
+    from siftline.kernels.jaccard import jaccard_pairs
+    from siftline.kernels.shingles import Sets
+
+    names = {}
+    rows = [sorted({names.setdefault(shingle, len(names)) for shingle in s}) for s in sets]
+    offsets = np.cumsum([0, *map(len, rows)])
+    packed = Sets(np.concatenate([np.array(row, np.uint32) for row in rows]), offsets)
+    left, right = np.triu_indices(len(rows), 1)
+    # A pair whose sizes differ too much can't reach it.
+    low, high = np.minimum(packed.sizes[left], packed.sizes[right]), packed.sizes
+    may = low >= threshold * np.maximum(high[left], high[right])
+    left, right = left[may], right[may]
+    value = jaccard_pairs(packed, left, right)
+    near = value >= threshold
+    return left[near], right[near], value[near]
+
+
+def quality(flags, pairs, sample):
+    left, right, value = pairs
+    marked = flags[sample]
+    close = value >= THRESHOLD + MARGIN
+    found = marked[left[close]] | marked[right[close]]
+    partner = np.zeros(len(sample), bool)
+    partner[left] = partner[right] = True
+    return {
+        "pairs": int(close.sum()),
+        "recall": float(found.mean()),
+        # Of the marked rows whose family is in the sample; a partner outside it can't be judged.
+        "marked_with_partner": float(partner[marked].mean()),
+    }
+
+
+# ---- growth --------------------------------------------------------------------------------------
+
+
+def short_rows(n):
+    """Rows of six fragments of ten words; a quarter are copies: same, longer, or a part other."""
+    import pyarrow.compute as pc
+
+    rng = np.random.default_rng(0)
+    vocabulary = np.array(
+        [a + b for a in "ba ce di fo gu ha je ki lo mu na pe".split() for b in "r n s t ly".split()]  # noqa: SIM905
+    )
+    fragments = pa.array([" ".join(r) for r in vocabulary[rng.integers(0, 60, (200_000, 10))]])
+    parts = rng.integers(0, len(fragments), (n, 6))
+    copies = np.flatnonzero(rng.random(n) < 0.25)[1:]
+    for row in copies:
+        parts[row] = parts[rng.integers(row)]
+    kind = rng.random(len(copies))
+    other = copies[kind < 0.2]
+    parts[other, 5] = rng.integers(0, len(fragments), len(other))
+    end = np.full(n, "", dtype="U8")
+    end[copies[kind > 0.4]] = " more"
+    text = pc.binary_join_element_wise(*(fragments.take(pa.array(c)) for c in parts.T), " ")
+    return pa.table({"text": pc.binary_join_element_wise(text, pa.array(end), "")})
+
+
+# Its own high-water mark: what getrusage says of a child includes the parent it was forked from.
+CHILD = """
+from siftline.cli import main
+try:
+    main()
+finally:
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), flush=True)
+"""
+
+
+def child_peak(path, out):
+    """Runs the command line in a process of its own: wall seconds, peak MiB, its JSON."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", CHILD, "dedup", str(path), "--out", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    wall = time.perf_counter() - start
+    said, peak = done.stdout.splitlines()
+    return wall, int(peak.split()[1]) / 1024, json.loads(said)
+
+
+def growth(repeats):
+    from siftline.dedup.engine import deduplicate
+
+    result = {}
+    deduplicate(short_rows(1000)["text"])
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = (100_000, 2_000_000)
+        columns = {n: short_rows(n) for n in sizes}
+        for n, table in columns.items():
+            pq.write_table(table, Path(folder) / f"{n}.parquet", row_group_size=100_000)
+        seconds = {n: [] for n in sizes}
+        processor = {n: [] for n in sizes}
+        for _ in range(repeats):
+            # As many rows either way, so that a busy minute falls on both: 20 times the small
+            # table, one after another, then once the large one.
+            for n, table in columns.items():
+                start, cpu = time.perf_counter(), time.process_time()
+                for _ in range(sizes[-1] // n):
+                    found = deduplicate(table["text"])
+                seconds[n].append((time.perf_counter() - start) / sizes[-1] * 1e6)
+                processor[n].append((time.process_time() - cpu) / sizes[-1] * 1e6)
+        for n in sizes:
+            wall, peak, said = child_peak(Path(folder) / f"{n}.parquet", Path(folder) / f"o{n}")
+            result[n] = {
+                "us_per_row": statistics.median(seconds[n]),
+                "cpu_us_per_row": statistics.median(processor[n]),
+                "cli_seconds": wall,
+                "cli_peak_mib": peak,
+                "kept": said["kept"],
+                "phases": said["seconds"],
+            }
+            print(n, json.dumps(result[n]))
+        assert found.kept.sum() == said["kept"], "memory and files must decide alike"
+    small, large = (result[n] for n in sizes)
+    for key in ("us_per_row", "cpu_us_per_row"):
+        print(f"{key}: {large[key] / small[key]:.2f} times from {sizes[0]:,} to {sizes[1]:,} rows")
+    return result
+
+
+# ---- side by side --------------------------------------------------------------------------------
+
+
+def compare(asked):
+    from siftline.dedup.engine import deduplicate
+    from siftline.kernels.textgrams import shingles_reference
+
+    texts = documents(pieces_of(asked.texts), asked.rows)
+    column = pa.array(texts, pa.large_string())
+    seconds, processor, flags = {"siftline": []}, {"siftline": []}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "documents.parquet"
+        pq.write_table(pa.table({"text": column}), path, row_group_size=1000)
+        peers = Peers(asked.peers, path, asked.tools) if asked.peers else None
+        for _ in range(asked.repeats + 1):
+            # Ours is short: five in a row are as good a sample of a busy machine as one of theirs.
+            for _ in range(5):
+                ours, wall, cpu = timed(deduplicate, column)
+                seconds["siftline"].append(wall)
+                processor["siftline"].append(cpu)
+            for name in peers.names if peers else ():
+                wall, cpu, flags[name] = peers.run(name)
+                seconds.setdefault(name, []).append(wall)
+                processor.setdefault(name, []).append(cpu)
+        if peers:
+            peers.close()
+        # The first process may compile; the second finds the compiled kernels.
+        child_peak(path, Path(folder) / "o1")
+        wall, peak, said = child_peak(path, Path(folder) / "o2")
+    flags["siftline"] = ~ours.kept
+    assert said["kept"] == ours.kept.sum(), "memory and files must decide alike"
+    warm = {name: len(times) // (asked.repeats + 1) for name, times in seconds.items()}
+    seconds = {name: times[warm[name] :] for name, times in seconds.items()}
+    processor = {name: times[warm[name] :] for name, times in processor.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    cpu = {name: statistics.median(times) for name, times in processor.items()}
+    sample = np.sort(np.random.default_rng(0).permutation(len(texts))[: asked.sample])
+    held = [texts[k] for k in sample]
+    theirs = near_pairs([shingles(text) for text in held], THRESHOLD)
+    mine = near_pairs([shingles_reference(text, NGRAM) for text in held], THRESHOLD)
+    result = {
+        "documents": len(texts),
+        "megabytes": round(column.nbytes / 1e6, 1),
+        "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
+        "median": median,
+        "median_cpu": cpu,
+        "ratio": {name: median[name] / median["siftline"] for name in median},
+        "ratio_of_fastest": {
+            name: min(seconds[name]) / min(seconds["siftline"]) for name in median
+        },
+        "ratio_cpu": {name: cpu[name] / cpu["siftline"] for name in cpu},
+        "phases": ours.seconds,
+        "pairs_verified": ours.pairs,
+        "marked": {name: int(flag.sum()) for name, flag in flags.items()},
+        "quality": {
+            name: quality(flag, mine if name == "siftline" else theirs, sample)
+            for name, flag in flags.items()
+        },
+        "cli": {"seconds": wall, "peak_mib": peak, "phases": said["seconds"]},
+    }
+    print(f"{'':<12} {'median':>8} {'':>7}  {'fastest':>8} {'':>7}  {'CPU':>8}")
+    for name, value in median.items():
+        q, least = result["quality"][name], min(seconds[name])
+        print(
+            f"{name:<12} {value:8.3f} {result['ratio'][name]:6.1f}x  "
+            f"{least:8.3f} {result['ratio_of_fastest'][name]:6.1f}x  "
+            f"{cpu[name]:8.3f} {result['ratio_cpu'][name]:6.1f}x  "
+            f"recall {q['recall']:.4f} of {q['pairs']} pairs, marked {result['marked'][name]}"
+        )
+    print(f"command line {wall:8.3f} s, start and files included; peak {peak:.0f} MiB")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--texts", nargs="*", default=[], help="JSONL files")
+    parser.add_argument("--rows", type=int, default=8000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sample", type=int, default=2000)
+    parser.add_argument("--peers", help="interpreter that has rensa and datasketch")
+    parser.add_argument("--tools", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        serve(asked.serve)
+        return
+    result = growth(asked.repeats) if asked.growth else compare(asked)
+    import numba
+
+    conditions = {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "repeats": asked.repeats,
+    }
+    print(json.dumps({**result, "conditions": conditions}))
+
+
+if __name__ == "__main__":
+    main()

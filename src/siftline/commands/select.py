@@ -1,0 +1,187 @@
+"""`siftline select`: a subset of the rows in plain files by any selection method."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from siftline.commands.options import json_option, say
+from siftline.ingest.source import FIELDS, Format, Layout
+from siftline.progress import Tracker
+
+
+@click.command()
+@click.argument("method", required=False)
+@click.argument("files", metavar="FILE...", nargs=-1)
+@click.option("--list", "listed", is_flag=True, help="Print the table of methods.")
+@click.option("--budget", type=int, help="How much to keep, in --unit.")
+@click.option(
+    "--unit",
+    type=click.Choice(["rows", "loss_tokens"]),
+    default="rows",
+    show_default=True,
+    help="What the budget counts; tokens need --scores.",
+)
+@click.option(
+    "--on-shortfall",
+    type=click.Choice(["error", "smaller"]),
+    default="error",
+    show_default=True,
+    help="What to do where the rows are fewer than the budget.",
+)
+@click.option(
+    "--on-missing",
+    type=click.Choice(["error", "drop"]),
+    default="error",
+    show_default=True,
+    help="What to do with rows that lack a score or an embedding.",
+)
+@click.option(
+    "--target", "targets", multiple=True, metavar="FILE", help="Rows like those that are wanted."
+)
+@click.option(
+    "--scores", metavar="DIR", type=click.Path(path_type=Path), help="What `siftline score` wrote."
+)
+@click.option(
+    "--embeddings",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Parquet files with id, or file and row, and an embedding.",
+)
+@click.option(
+    "--embedding-column", default="embedding", show_default=True, help="Its column there."
+)
+@click.option(
+    "--embedder", metavar="DIR", help="Model directory to embed with here; kept in the output."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="An option of the method."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="New folder for the selection.")
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(Layout)),
+    default="auto",
+    show_default=True,
+    help="How records hold a conversation.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(get_args(Format)),
+    default="auto",
+    show_default=True,
+    help="How the files are written.",
+)
+@click.option(
+    "--field",
+    "fields",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help=f"Column of a field, where it has another name. Fields: {', '.join(FIELDS)}.",
+)
+@json_option
+def select(
+    method: str | None, files: tuple[str, ...], listed: bool, as_json: bool, **given: Any
+) -> None:
+    """Select a subset of the rows in FILE... by METHOD, without a recipe.
+
+    Writes selection.parquet, one line per input row with why it was kept or not, and data/ with the
+    kept records as they were. METHOD is a name of the table (--list), or your own as
+    package.module:Class. FILE is anything a recipe's pool reads.
+    """
+    if listed:
+        click.echo(json.dumps(table()) if as_json else _table_text())
+        return
+    if method is None or not files:
+        raise ValueError("select needs METHOD and FILE...: see siftline select --list")
+    for name in ("budget", "out"):
+        if given[name] is None:
+            raise ValueError(f"--{name} is missing: {_MISSING[name]}")
+    from siftline.commands.select_run import Request, select_files
+
+    sources = [_source(path, given) for path in files]
+    request = Request(
+        method=method,
+        sources=tuple(sources),
+        targets=tuple(_source(path, given) for path in given["targets"]),
+        budget=given["budget"],
+        unit=given["unit"],
+        on_shortfall=given["on_shortfall"],
+        on_missing=given["on_missing"],
+        scores=given["scores"],
+        embeddings=given["embeddings"],
+        embedding_column=given["embedding_column"],
+        embedder=given["embedder"],
+        seed=given["seed"],
+        overrides=given["overrides"],
+    )
+    result = select_files(request, given["out"].absolute(), _tracker, say)
+    click.echo(json.dumps(result) if as_json else _text(result))
+
+
+_MISSING = {"budget": "how many rows, or loss tokens, to keep", "out": "name a new folder"}
+
+
+def table() -> list[dict[str, Any]]:
+    """The table of methods: JSON."""
+    from siftline.selectors.registry import METHODS
+
+    return [
+        {
+            "method": entry.name,
+            "needs": list(entry.needs),
+            "scope": entry.scope,
+            "limit": entry.limit,
+            "options": entry.options(),
+            "good_for": entry.good_for,
+            "warning": entry.warning,
+            "source": entry.source,
+        }
+        for entry in METHODS
+    ]
+
+
+def _table_text() -> str:
+    lines = []
+    for line in table():
+        needs = ", ".join(line["needs"]) or "nothing"
+        lines.append(f"{line['method']:<18} {line['scope']:<8} up to {line['limit']:,} rows")
+        lines.append(f"    needs     {needs}")
+        lines.append(f"    good for  {line['good_for']}")
+        lines.append(f"    beware    {line['warning']}")
+        lines.append(f"    source    {line['source']}")
+        options = ", ".join(f"{k}={json.dumps(v)}" for k, v in line["options"].items())
+        lines.append(f"    options   {options or 'none'}")
+    return "\n".join(lines)
+
+
+def _tracker(label: str, total: int, unit: str) -> Tracker:
+    from siftline.terminal import tracker
+
+    return tracker(label, total, unit, sys.stderr, say)
+
+
+def _source(path: str, given: dict[str, Any]) -> Any:
+    from siftline.ingest.source import Source
+
+    columns = {}
+    for pair in given["fields"]:
+        field, mark, column = pair.partition("=")
+        if not (field and mark and column):
+            raise ValueError(f"--field {pair!r}: give it as FIELD=COLUMN")
+        columns[field] = column
+    return Source(path, format=given["form"], layout=given["layout"], columns=columns)
+
+
+def _text(result: dict[str, Any]) -> str:
+    """The result as a short table."""
+    lines = [f"rows {result['rows']:>12,}", f"kept {result['kept']:>12,}"]
+    lines += [f"  {reason:<22} {count:>10,}" for reason, count in result["removed"].items()]
+    for name, value in result["facts"].items():
+        if isinstance(value, bool | int | float | str):
+            lines.append(f"{name:<24} {value}")
+    return "\n".join([*lines, f"selection: {result['selection']}", f"data: {result['data']}"])

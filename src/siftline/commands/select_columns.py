@@ -1,0 +1,208 @@
+"""Columns that methods read about the rows of plain files: numbers, vectors, words."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from siftline.ingest.pool import PROVENANCE, Pool
+from siftline.progress import Tracker
+from siftline.schema import ROW, text_view
+
+SCORES = "scores.parquet"
+NUMBERS = (
+    "n_tokens",
+    "logprob_sum",
+    "logprob_mean",
+    "logprob_mean_unconditional",
+    "perplexity",
+    "ifd_loss_ratio",
+    "ifd_perplexity_ratio",
+    "entropy_mean",
+    "top1_rate",
+)
+"""Columns that a table of `siftline score` has."""
+CHUNK = 1024
+MakeTracker = Callable[[str, int, str], Tracker]
+
+
+def row_columns(pool: Pool, bucket: int, *, text: bool) -> pl.DataFrame:
+    """`id`, `prompt_id`, `source`, words and characters of the response, and `text` if asked."""
+    view = text_view(pool.rows(bucket, ROW.names))
+    rows = view.select(
+        "id",
+        "prompt_id",
+        "source",
+        pl.col("response").str.count_matches(r"\S+").cast(pl.Int64).alias("n_words"),
+        pl.col("response").str.len_chars().cast(pl.Int64).alias("n_chars"),
+        whole_text().alias("text"),
+    )
+    return rows if text else rows.drop("text")
+
+
+def whole_text() -> pl.Expr:
+    """Prompt and response of a text view, one below the other."""
+    return pl.concat_str(["prompt", "response"], separator="\n")
+
+
+def read_scores(folder: Path) -> pl.DataFrame:
+    """Numeric columns of a score table, one line an id; response tokens are called `n_tokens`.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
+    path = folder / SCORES if folder.is_dir() else folder
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: give --scores the folder of siftline score")
+    table = pl.read_parquet(path)
+    if "id" not in table.columns:
+        raise ValueError(f"{path} has no id column: give --scores the folder of siftline score")
+    numeric = [name for name, kind in table.schema.items() if kind.is_numeric() and name != "row"]
+    table = table.filter(pl.col("id").is_not_null()).select("id", *numeric)
+    if "n_response_tokens" in numeric:
+        tokens = pl.col("n_response_tokens").cast(pl.Int64)
+        table = table.with_columns(tokens.alias("n_tokens")).drop("n_response_tokens")
+    return table.unique("id", keep="first", maintain_order=True)
+
+
+def leftover_numbers(pool: Pool, bucket: int, names: Sequence[str]) -> pl.DataFrame:
+    """Numbers among the input's own columns that no field of a row used, by id; null for none."""
+    places = _frame(pool, bucket, ["id", "file", "line", "leftover"])
+    found: dict[str, list[float | None]] = {}
+    for identity, text in places.select("id", "leftover").iter_rows():
+        held = json.loads(text) if text else {}
+        line = [_number(held.get(name)) for name in names]
+        before = found.setdefault(identity, line)
+        found[identity] = [a if a is not None else b for a, b in zip(before, line, strict=True)]
+    columns = {name: [line[i] for line in found.values()] for i, name in enumerate(names)}
+    schema = {"id": pl.String, **dict.fromkeys(names, pl.Float64)}
+    return pl.DataFrame({"id": list(found), **columns}, schema=schema)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):  # CSV has no numbers
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _frame(pool: Pool, bucket: int, columns: list[str]) -> pl.DataFrame:
+    frame = pl.from_arrow(pool.read(PROVENANCE, bucket, columns))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors by row id, by place, or both.
+
+    Attributes:
+        by_id: `id`, `embedding`.
+        by_place: `file`, `row`, `embedding`.
+    """
+
+    by_id: pl.DataFrame
+    by_place: pl.DataFrame | None = None
+
+    def joined(self, rows: pl.DataFrame, pool: Pool, bucket: int) -> pl.DataFrame:
+        """The rows with their `embedding`, null where there is none."""
+        found = self.by_id
+        if self.by_place is not None:
+            places = _frame(pool, bucket, ["id", "file", "line"]).rename({"line": "row"})
+            placed = places.join(self.by_place, on=["file", "row"]).select("id", "embedding")
+            found = pl.concat([found.join(rows, on="id", how="semi"), placed])
+            found = found.unique("id", keep="first", maintain_order=True)
+        return rows.join(found, on="id", how="left")
+
+
+def read_embeddings(folder: Path, column: str) -> Embeddings:
+    """Reads the Parquet files of a folder (not below it) that have the column.
+
+    Raises:
+        ValueError: if none has it, rows can't be told, or vectors are of several widths.
+    """
+    paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+    names = {path: pq.read_schema(path).names for path in paths if path.is_file()}
+    used = [path for path in names if column in names[path]]
+    if not used:
+        seen = ", ".join(sorted({name for held in names.values() for name in held})) or "nothing"
+        raise ValueError(
+            f"no Parquet file in {folder} has the column {column!r} (seen: {seen}): name it with "
+            "--embedding-column"
+        )
+    by_id, by_place = [], []
+    for path in used:
+        if "id" in names[path]:
+            by_id.append(_vectors(path, ["id"], column))
+        elif {"file", "row"} <= set(names[path]):
+            by_place.append(_vectors(path, ["file", "row"], column))
+        else:
+            raise ValueError(f"{path} has neither id nor file and row: its rows can't be told")
+    kinds = {str(frame.schema["embedding"]): frame for frame in (*by_id, *by_place)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"embeddings in {folder} are of several kinds ({', '.join(sorted(kinds))}): embed all "
+            "rows with one model"
+        )
+    kind = next(iter(kinds.values())).schema["embedding"]
+    empty = pl.DataFrame(schema={"id": pl.String, "embedding": kind})
+    found = pl.concat([empty, *by_id]).unique("id", keep="first", maintain_order=True)
+    return Embeddings(found, pl.concat(by_place) if by_place else None)
+
+
+def _vectors(path: Path, keys: list[str], column: str) -> pl.DataFrame:
+    frame = pl.read_parquet(path, columns=[*keys, column]).rename({column: "embedding"})
+    frame = frame.filter(pl.col("embedding").is_not_null())
+    kind = frame.schema["embedding"]
+    if isinstance(kind, pl.List):
+        widths = frame["embedding"].list.len().unique().sort().to_list()
+        if len(widths) > 1:
+            raise ValueError(
+                f"{path}: embeddings have {widths[0]} to {widths[-1]} dimensions: embed all rows "
+                "with one model"
+            )
+        width = widths[0] if widths else 0
+    elif isinstance(kind, pl.Array):
+        width = kind.shape[0]
+    else:
+        raise ValueError(f"{path}: {column} holds {kind}: store lists of float16 or float32")
+    inner = pl.Float16 if kind.inner == pl.Float16 else pl.Float32
+    keyed = [pl.col("row").cast(pl.Int64)] if "row" in keys else []
+    return frame.with_columns(pl.col("embedding").cast(pl.Array(inner, width)), *keyed)
+
+
+def embedded(model: str, pools: Sequence[Pool], make_tracker: MakeTracker) -> Embeddings:
+    """Embeds the whole text of every row, float16, with the model in a directory."""
+    from siftline.scoring.embedders import open_embedder
+    from siftline.scoring.engines import ModelSpec, check_directory
+
+    spec = ModelSpec(model)
+    if (check_directory(spec) / "modules.json").exists():
+        spec = ModelSpec(model, engine="sentence-transformers")
+    total = sum(pool.manifest.rows("rows") for pool in pools)
+    embedder = open_embedder(spec)
+    tracker = make_tracker("embed", total, "rows")
+    names: list[str] = []
+    vectors: list[np.ndarray] = []
+    try:
+        for pool in pools:
+            for bucket in range(pool.buckets):
+                view = text_view(pool.rows(bucket, ROW.names)).select("id", whole_text())
+                for chunk in view.iter_slices(CHUNK):
+                    vectors.append(embedder.embed_texts(chunk["prompt"].to_list()).astype("<f2"))
+                    names += chunk["id"].to_list()
+                    tracker.advance(chunk.height)
+    finally:
+        tracker.close()
+        embedder.close()
+    matrix = np.concatenate(vectors)
+    column = pl.Series("embedding", matrix, dtype=pl.Array(pl.Float16, matrix.shape[1]))
+    frame = pl.DataFrame({"id": names}).with_columns(column)
+    return Embeddings(frame.unique("id", keep="first", maintain_order=True))

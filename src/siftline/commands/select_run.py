@@ -1,0 +1,277 @@
+"""One selection over plain files, from the files to the folder.
+
+The files go through the same ingestion as a recipe's pool, so a row has the id it has there. A
+method reads narrow columns bucket by bucket: numbers from a score table or from the input's own
+columns, embeddings from Parquet or made here, hashed words where it counts words.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from siftline.commands.select_columns import (
+    NUMBERS,
+    Embeddings,
+    embedded,
+    leftover_numbers,
+    read_embeddings,
+    read_scores,
+    row_columns,
+)
+from siftline.commands.select_output import DATA, SELECTION, write_data, write_selection
+from siftline.config import build, override
+from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.readers import Source, source_files
+from siftline.progress import Tracker
+from siftline.selectors.method import RANKS
+from siftline.selectors.registry import Entry, find
+from siftline.selectors.spending import Budget
+from siftline.shards import building, write_json, write_parquet
+
+BUCKETS = 16
+MakeTracker = Callable[[str, int, str], Tracker]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; see the options of `siftline select`."""
+
+    method: str
+    sources: tuple[Source, ...]
+    targets: tuple[Source, ...]
+    budget: int
+    unit: Literal["rows", "loss_tokens"] = "rows"
+    on_shortfall: Literal["error", "smaller"] = "error"
+    on_missing: Literal["error", "drop"] = "error"
+    scores: Path | None = None
+    embeddings: Path | None = None
+    embedding_column: str = "embedding"
+    embedder: str | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+
+def select_files(
+    request: Request, out: Path, make_tracker: MakeTracker, say: Say
+) -> dict[str, Any]:
+    """Selects rows and writes the folder `out`, which appears whole or not at all.
+
+    Returns:
+        Paths, counts by reason, the method with its options, and its facts. JSON.
+
+    Raises:
+        ValueError: if something that the method needs is not there, or the budget can't be met.
+        FileExistsError: if `out` exists.
+    """
+    entry = find(request.method)
+    method = configured(entry, request)
+    budget = Budget(request.budget, request.unit, request.on_shortfall)
+    _check(entry, request)
+    for source in (*request.sources, *request.targets):
+        source_files(source)
+    with building(out) as folder:
+        scratch = folder / ".rows"
+        pool = _ingested(scratch / "pool", request.sources, make_tracker)
+        target = _ingested(scratch / "target", request.targets, make_tracker, "target")
+        offered = _Offered(entry, method, request, pool, target, folder, make_tracker)
+        if ":" in entry.name and pool.manifest.rows("rows") > entry.limit:
+            raise ValueError(
+                f"{pool.manifest.rows('rows')} rows, and {entry.name} takes {entry.limit} at most: "
+                "draw a part with random first"
+            )
+        decided, facts, options = _decided(offered, method, budget, say)
+        counts = write_selection(pool, decided, folder / SELECTION)
+        write_data(request.sources, folder / SELECTION, folder / DATA)
+        result = {"method": entry.name, "options": options, "seed": request.seed}
+        result |= {"budget": asdict(budget), **counts, "facts": facts}
+        write_json(folder / "selection.json", result)
+        shutil.rmtree(scratch)
+    return {"selection": str(out / SELECTION), "data": str(out / DATA), **result}
+
+
+def configured(entry: Entry, request: Request) -> Any:
+    """The method with its options: those given by --set, and the seed where it has one."""
+    data: dict[str, Any] = {}
+    for assignment in request.overrides:
+        override(data, assignment)
+    if "seed" in {field.name for field in fields(entry.method)}:
+        data = {"seed": request.seed, **data}
+    return build(entry.method, data, entry.name)
+
+
+def _check(entry: Entry, request: Request) -> None:
+    """Refuses what can be told before any file is read."""
+    wants = "embeddings" in entry.needs and ":" not in entry.name
+    if wants and request.embeddings is None and request.embedder is None:
+        raise ValueError(
+            f"{entry.name} needs embeddings: give --embeddings DIR, or --embedder MODEL_DIR"
+        )
+    if request.embeddings is not None and request.embedder is not None:
+        raise ValueError("--embeddings and --embedder exclude each other: give one of them")
+    if entry.targeted and not request.targets:
+        raise ValueError(f"{entry.name} selects towards a target: give --target FILE")
+    if request.targets and not entry.targeted and ":" not in entry.name:
+        raise ValueError(f"{entry.name} knows no target: leave --target out, or see --list")
+
+
+def _ingested(
+    folder: Path, sources: Sequence[Source], make_tracker: MakeTracker, name: str = "input"
+) -> Pool | Any:
+    if not sources:
+        return None
+    tracker = make_tracker(f"read {name}", 0, "rows")
+    try:
+        build_pool(folder, PoolSpec(name, tuple(sources), BUCKETS, 1.0), tracker.advance)
+    finally:
+        tracker.close()
+    return Pool(folder)
+
+
+class _Offered:
+    """What a method is given: frames of the pool by bucket, and one of the target."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        method: Any,
+        request: Request,
+        pool: Pool,
+        target: Pool | None,
+        folder: Path,
+        make_tracker: MakeTracker,
+    ) -> None:
+        self.entry, self.request, self.pool, self.target = entry, request, pool, target
+        self.numbers = _needed(entry, method, request)
+        self.scores = None if request.scores is None else read_scores(request.scores)
+        self.vectors = self._vectors(folder, make_tracker)
+        self.missing: dict[str, str] = {}
+
+    def _vectors(self, folder: Path, make_tracker: MakeTracker) -> Embeddings | None:
+        if not {"embeddings", "target embeddings"} & set(self.entry.needs):
+            return None
+        if self.request.embedder is not None:
+            pools = [pool for pool in (self.pool, self.target) if pool is not None]
+            found = embedded(self.request.embedder, pools, make_tracker)
+            write_parquet(found.by_id.to_arrow(), folder / "embeddings.parquet")
+            return found
+        if self.request.embeddings is None:
+            return None
+        return read_embeddings(self.request.embeddings, self.request.embedding_column)
+
+    def frame(self, bucket: int) -> pl.DataFrame:
+        """One bucket of the pool without the rows that lack something, which are noted."""
+        rows = row_columns(self.pool, bucket, text="text" in self.entry.needs)
+        needed = list(self.numbers)
+        if self.scores is not None:
+            taken = [name for name in self.scores.columns if name not in rows.columns]
+            rows = rows.join(self.scores.select("id", *taken), on="id", how="left")
+        absent = [name for name in needed if name not in rows.columns]
+        if absent:
+            own = leftover_numbers(self.pool, bucket, absent)
+            rows = rows.join(own, on="id", how="left")
+        if self.vectors is not None:
+            rows = self.vectors.joined(rows, self.pool, bucket)
+            needed.append("embedding")
+        return self._complete(rows, needed)
+
+    def _complete(self, rows: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
+        for name in needed:
+            lacks = pl.col(name).is_null()
+            if rows.schema[name].is_float():
+                lacks = lacks | ~pl.col(name).is_finite()
+            lost = rows.filter(lacks)
+            what = "no_embedding" if name == "embedding" else "no_score"
+            self.missing |= dict.fromkeys(lost["id"].to_list(), what)
+            if lost.height and self.request.on_missing == "error":
+                raise ValueError(self._lacking(name, lost))
+            rows = rows.filter(~lacks)
+        return rows
+
+    def _lacking(self, name: str, lost: pl.DataFrame) -> str:
+        if name == "embedding":
+            remedy = "embed them too, or use --embedder"
+        elif self.request.scores is not None and name in NUMBERS:
+            remedy = "run siftline score on these files"
+        elif name in NUMBERS:
+            remedy = "give --scores DIR, as siftline score writes it"
+        else:
+            remedy = f"put a number {name!r} in every record or in the table of --scores"
+        return (
+            f"{lost.height} rows or more have no {name}, first {lost['id'][0]}: {remedy}; or leave "
+            "such rows out with --on-missing drop"
+        )
+
+    def target_frame(self) -> pl.DataFrame | None:
+        """The target's rows with their text and embeddings."""
+        if self.target is None:
+            return None
+        parts = []
+        for bucket in range(self.target.buckets):
+            rows = row_columns(self.target, bucket, text=True)
+            if self.vectors is not None:
+                rows = self.vectors.joined(rows, self.target, bucket)
+            parts.append(rows)
+        rows = pl.concat(parts)
+        if "embedding" in rows.columns and rows["embedding"].null_count():
+            first = rows.filter(pl.col("embedding").is_null())["id"][0]
+            raise ValueError(
+                f"{rows['embedding'].null_count()} target rows have no embedding, first {first}: "
+                "add them to --embeddings, or use --embedder"
+            )
+        return rows
+
+
+def _needed(entry: Entry, method: Any, request: Request) -> tuple[str, ...]:
+    """Numbers that every row must have."""
+    always = ("n_words", "n_chars")
+    columns = method.columns() if hasattr(method, "columns") else {}
+    needed = {name for name in entry.needed_columns(method) if name not in always}
+    if "n_tokens" in columns or request.unit == "loss_tokens":
+        needed.add("n_tokens")
+    return tuple(sorted(needed))
+
+
+def _decided(
+    offered: _Offered, method: Any, budget: Budget, say: Say
+) -> tuple[pl.DataFrame, Mapping[str, Any], Mapping[str, Any]]:
+    """Decisions with ranks about every distinct row, the facts, the options in use."""
+    target = offered.target_frame()
+    ids: list[pl.Series] = []
+    states = []
+    prompts: set[str] = set()
+    for bucket in range(offered.pool.buckets):
+        rows = offered.frame(bucket)
+        ids.append(rows["id"])
+        prompts |= set(rows["prompt_id"])
+        states.append(method.summarise(rows))
+    if target is not None:
+        leaked = int(target["prompt_id"].is_in(prompts).sum())
+        if leaked:
+            say(f"the pool has the prompts of {leaked} of {target.height} target rows")
+    plan = method.decide(states, budget, target)
+    del states
+    decided, facts = [], {}
+    own = ":" in offered.entry.name
+    for bucket, names in enumerate(ids):
+        rows = offered.frame(bucket) if own else pl.DataFrame({"id": names})
+        selection = method.apply(rows, plan)
+        facts = selection.facts
+        ranks = selection.tables.get(RANKS)
+        if ranks is None:
+            ranks = selection.decisions.select("id", pl.lit(None, pl.Int64).alias("rank"))
+        decided.append(selection.decisions.join(ranks, on="id", how="left"))
+    lines = pl.concat(decided).select("id", "kept", "reason", "value", "rank", "matched_id")
+    without = pl.DataFrame(
+        {"id": list(offered.missing), "reason": list(offered.missing.values())},
+        schema={"id": pl.String, "reason": pl.String},
+    ).with_columns(kept=pl.lit(False))
+    lines = pl.concat(
+        [lines, without.filter(~pl.col("id").is_in(lines["id"].to_list()))], how="diagonal"
+    )
+    options = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+    return lines, facts, options

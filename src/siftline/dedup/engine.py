@@ -1,0 +1,372 @@
+"""The steps of deduplication on arrays, and `deduplicate`, which takes them one after another.
+
+    summarise   text -> one key a band, a hash, a count          (every row, in threads)
+    group       keys -> who shares a key with whom               (band by band)
+    collect     text -> sorted shingle sets                      (only rows that share a key)
+    decide      sets -> who goes, and for whom                   (in keep order)
+
+Files and the index take the same steps on more rows than fit into memory at once.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from siftline.dedup.arrow import TextColumn, cuts, pieces
+from siftline.dedup.settings import Settings, threads
+from siftline.kernels.codepoints import tables
+from siftline.kernels.groups import memberships, shared
+from siftline.kernels.keepers import (
+    KEPT,
+    NEW,
+    Candidates,
+    Decisions,
+    drop_all,
+    keep_first,
+)
+from siftline.kernels.minhash import permutations
+from siftline.kernels.rows import Rows, Shingling, Texts, collect, summarise
+
+_TASK_BYTES = 1 << 20
+
+
+@dataclass
+class Clock:
+    """Seconds by phase; phases of the same name add up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """Which of n rows went, and for which; arrays of shape (n,).
+
+    Attributes:
+        matched: int64 row that row i was removed for, -1 where it is kept.
+        similarity: float64, verified, to that row; 0 where it is kept.
+        exact: bool, the two texts are the same bytes.
+        pairs: Pairs whose similarity was computed.
+        seconds: By phase.
+        reason: Why rows went that are not exact.
+    """
+
+    matched: np.ndarray
+    similarity: np.ndarray
+    exact: np.ndarray
+    pairs: int
+    seconds: dict[str, float]
+    reason: str = "near_duplicate"
+
+    @property
+    def kept(self) -> np.ndarray:
+        """bool, shape (n,)."""
+        return self.matched < 0
+
+    @cached_property
+    def cluster_size(self) -> np.ndarray:
+        """int64, shape (n,): a kept row and those removed for it; of a removed row, 0."""
+        gone = self.matched[~self.kept]
+        size = np.bincount(gone, minlength=len(self.matched)) + 1
+        return np.where(self.kept, size, 0)
+
+    @cached_property
+    def clusters(self) -> int:
+        """Groups of two or more rows that removals join."""
+        gone = np.flatnonzero(~self.kept)
+        targets = self.matched[gone]
+        if self.kept[targets].all():
+            return len(np.unique(targets))
+        from scipy.sparse import coo_matrix  # only where all copies are dropped
+        from scipy.sparse.csgraph import connected_components
+
+        n = len(self.matched)
+        edges = coo_matrix((np.ones(len(gone), np.int8), (gone, targets)), shape=(n, n))
+        return len(np.unique(connected_components(edges, directed=False)[1][gone]))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who shares a key with whom.
+
+    Attributes:
+        rows: int64, shape (m,): the rows that do, in keep order.
+        lists: int64, shape (m + 1,): where the groups of each start in `numbers`.
+        numbers: int32 group numbers.
+        count: How many groups there are.
+    """
+
+    rows: np.ndarray
+    lists: np.ndarray
+    numbers: np.ndarray
+    count: int
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Sorted distinct hashes of m rows, with gaps: see `keepers.Candidates`."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+
+class Engine:
+    """Settings with what follows from them, and threads.
+
+    Args:
+        settings: How texts are compared.
+        workers: Threads; by default one a core.
+    """
+
+    def __init__(self, settings: Settings, workers: int | None = None) -> None:
+        self.settings, self.workers = settings, workers or threads()
+        self.banding = settings.banding()
+        self.a, self.b = permutations(self.banding.slots, settings.seed)
+        self.shingling = Shingling(settings.ngram, settings.unit == "char", *tables())
+        self._pool = ThreadPoolExecutor(self.workers)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def empty(self, n: int) -> Rows:
+        """Room for what `summarise` writes of n rows."""
+        return Rows(
+            np.empty((self.banding.bands, n), np.uint64),
+            np.empty(n, np.uint64),
+            np.empty(n, np.int32),
+        )
+
+    def summarise(self, texts: Texts, out: Rows, at: int) -> None:
+        """Writes keys, hashes and counts of some rows to `out`, from place `at`."""
+
+        def work(span: tuple[int, int]) -> None:
+            start, stop = span
+            summarise(
+                texts,
+                start,
+                stop,
+                self.shingling,
+                self.a,
+                self.b,
+                self.banding.rows,
+                out,
+                at + start,
+            )
+
+        self._each(work, cuts(texts, _TASK_BYTES))
+
+    def group(self, band: Callable[[int], np.ndarray], n: int, rank: np.ndarray | None) -> Groups:
+        """Finds the rows that share a key.
+
+        Args:
+            band: Gives the keys of a band, uint64, shape (n,).
+            n: Rows.
+            rank: Place of each row in keep order, shape (n,); by default its number.
+        """
+        found = self._each(lambda k: shared(band(k)), list(range(self.banding.bands)))
+        counts = np.zeros(n, np.int32)
+        for rows, _, _ in found:
+            counts[rows] += 1
+        candidates = np.flatnonzero(counts)
+        if rank is not None:
+            candidates = candidates[np.argsort(rank[candidates], kind="stable")]
+        place = np.empty(n, np.int32)
+        place[candidates] = np.arange(len(candidates), dtype=np.int32)
+        lists = np.zeros(len(candidates) + 1, np.int64)
+        np.cumsum(counts[candidates], out=lists[1:])
+        numbers = np.empty(lists[-1], np.int32)
+        ends, base = lists[:-1].copy(), 0
+        for k, (rows, groups, count) in enumerate(found):
+            memberships(place[rows], groups, base, ends, numbers)
+            base += count
+            found[k] = (rows[:0], groups[:0], 0)  # the memory is wanted for the next
+        return Groups(candidates.astype(np.int64), lists, numbers, base)
+
+    def collect(
+        self, texts: Texts, wanted: np.ndarray, values: np.ndarray, starts: np.ndarray
+    ) -> np.ndarray:
+        """Writes the shingle sets of some rows; returns their sizes.
+
+        Args:
+            texts: Rows.
+            wanted: Which of them, ascending, int64, shape (m,).
+            values: uint32, where the hashes go.
+            starts: int64, shape (m,): where those of each row go.
+
+        Returns:
+            int32, shape (m,).
+        """
+        sizes = np.empty(len(wanted), np.int32)
+        lengths = np.cumsum(texts.offsets[wanted + 1] - texts.offsets[wanted])
+        total = int(lengths[-1]) if len(wanted) else 0
+        marks = np.searchsorted(lengths, np.arange(_TASK_BYTES, total, _TASK_BYTES))
+        ends = np.unique(np.append(marks, len(wanted)))
+        begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+
+        def work(span: tuple[int, int]) -> None:
+            part = slice(*span)
+            collect(texts, wanted[part], self.shingling, values, starts[part], sizes[part])
+
+        self._each(work, list(zip(begins.tolist(), ends.tolist(), strict=True)))
+        return sizes
+
+    def decide(
+        self,
+        groups: Groups,
+        hashes: np.ndarray,
+        sets: Sets,
+        drop: bool = False,
+        before: Decisions | None = None,
+        threshold: float | None = None,
+    ) -> tuple[Decisions, int]:
+        """Decides about the rows of `groups`, in their order.
+
+        Args:
+            groups: m rows in keep order.
+            hashes: uint64, shape (m,): of their texts.
+            sets: Their shingles.
+            drop: Drop all copies, not all but one.
+            before: Earlier decisions on them.
+            threshold: By default that of the settings; `groups` were made for no higher one.
+
+        Returns:
+            The decisions, as positions in `groups.rows`, and the pairs compared.
+        """
+        rows = Candidates(
+            groups.lists, groups.numbers, hashes, sets.values, sets.starts, sets.sizes
+        )
+        threshold = self.settings.threshold if threshold is None else threshold
+        most = self.settings.max_pairs
+        if drop:
+            return drop_all(rows, groups.count, threshold, most)
+        m = len(groups.rows)
+        before = before or Decisions(np.full(m, NEW, np.int32), np.zeros(m, np.float64))
+        return keep_first(rows, groups.count, threshold, most, before)
+
+    def _each(self, work: Callable, items: list) -> list:
+        if len(items) < 2 or self.workers < 2:
+            return [work(item) for item in items]
+        return list(self._pool.map(work, items))
+
+
+def deduplicate(
+    texts: TextColumn,
+    settings: Settings | None = None,
+    *,
+    priority: np.ndarray | None = None,
+    drop_all: bool = False,
+    workers: int | None = None,
+) -> Deduplicated:
+    """Finds the near duplicates of a text column in memory.
+
+    A row is removed only for a kept row whose shingles it was verified to share to the threshold,
+    the first of them in keep order. Rows that hold nothing are kept; a text without any word is
+    removed only for one of the same bytes.
+
+    Args:
+        texts: Arrow string or large_string, shape (n,).
+        settings: How they are compared.
+        priority: Smaller is kept first, shape (n,), not NaN; ties go by row. By default all equal.
+        drop_all: Remove every row that has a duplicate, the first as well.
+        workers: Threads; by default one a core.
+
+    Raises:
+        ValueError: if the column is not text, or too many rows resemble each other.
+    """
+    clock = Clock()
+    n = len(texts)
+    with Engine(settings or Settings(), workers) as engine:
+        out = engine.empty(n)
+        parts: list[tuple[Texts, int]] = []
+        at = 0
+        with clock.phase("summarise"):
+            for part in pieces(texts):
+                engine.summarise(part, out, at)
+                parts.append((part, at))
+                at += len(part.null)
+        with clock.phase("group"):
+            groups = engine.group(lambda band: out.keys[band], n, ranks(priority))
+        with clock.phase("verify"):
+            sets = gathered(engine, groups.rows, out.counts, iter(parts))
+            decided, pairs = engine.decide(groups, out.hashes[groups.rows], sets, drop_all)
+    return spread(n, groups.rows, decided, out.hashes, pairs, clock.seconds)
+
+
+def ranks(priority: np.ndarray | None) -> np.ndarray | None:
+    """Place of each row in keep order: by priority, ties by row."""
+    if priority is None:
+        return None
+    assert not np.isnan(priority).any(), "a priority must be comparable"
+    rank = np.empty(len(priority), np.int64)
+    rank[np.argsort(priority, kind="stable")] = np.arange(len(priority))
+    return rank
+
+
+def gathered(
+    engine: Engine,
+    rows: np.ndarray,
+    counts: np.ndarray,
+    parts: Iterator[tuple[Texts, int]],
+    make_room: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint32),
+) -> Sets:
+    """The shingle sets of `rows`, in that order, from texts that come piece by piece.
+
+    Args:
+        engine: Whose settings.
+        rows: int64, shape (m,), distinct.
+        counts: Shingles of every row, repeats included, shape (n,).
+        parts: Texts and the number of the first row in them, ascending.
+        make_room: Gives a uint32 array of a size.
+    """
+    room = np.maximum(counts[rows], 0).astype(np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(room)])
+    values = make_room(int(starts[-1]))
+    sizes = np.zeros(len(rows), np.int32)
+    ascending = np.argsort(rows, kind="stable")
+    in_order = rows[ascending]
+    for texts, first in parts:
+        low, high = np.searchsorted(in_order, (first, first + len(texts.null)))
+        mine = ascending[low:high]
+        sizes[mine] = engine.collect(texts, in_order[low:high] - first, values, starts[:-1][mine])
+    return Sets(values, starts[:-1], sizes)
+
+
+def spread(
+    n: int,
+    rows: np.ndarray,
+    decided: Decisions,
+    hashes: np.ndarray,
+    pairs: int,
+    seconds: dict[str, float],
+) -> Deduplicated:
+    """Decisions on some rows as decisions on all n."""
+    matched = np.full(n, -1, np.int64)
+    similarity = np.zeros(n, np.float64)
+    gone = decided.matched != KEPT
+    matched[rows[gone]] = rows[decided.matched[gone]]
+    similarity[rows[gone]] = decided.value[gone]
+    exact = np.zeros(n, np.bool_)
+    lost = rows[gone]
+    exact[lost] = (hashes[lost] == hashes[matched[lost]]) & (similarity[lost] == 1.0)
+    return Deduplicated(matched, similarity, exact, pairs, seconds)

@@ -1,0 +1,186 @@
+"""Tables on disk, read in pieces that fit into memory and written in pieces that read well."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+PIECE_BYTES = 32 << 20
+"""Bytes of one piece, roughly."""
+PIECE_ROWS = 1 << 16
+ADDED = ("sift_cluster_size", "sift_weight", "sift_reason", "sift_matched_row", "sift_similarity")
+_JSONL = (".jsonl", ".ndjson")
+_PACKED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One input file.
+
+    Attributes:
+        name: As the user gave it; names its rows.
+        path: Parquet: the file itself, or what it was converted to.
+        rows: Number of rows.
+        schema: Its columns.
+    """
+
+    name: str
+    path: Path
+    rows: int
+    schema: pa.Schema
+
+
+def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> list[Table]:
+    """Opens every file and checks it before anything is computed.
+
+    Args:
+        names: Paths of Parquet or JSONL files, the latter also packed with gzip or zstd.
+        columns: Columns that each must have.
+        scratch: Where JSONL is converted to.
+
+    Raises:
+        ValueError: if a file is missing, unreadable, given twice, of another format, or lacks a
+            column.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is given twice: name every file once")
+    for name in names:
+        if not Path(name).is_file():
+            raise ValueError(f"{name} is not a file: name Parquet or JSONL files")
+    return [_open(name, columns, scratch / f"{k:05d}.parquet") for k, name in enumerate(names)]
+
+
+def _open(name: str, columns: Sequence[str], scratch: Path) -> Table:
+    path = Path(name)
+    plain = path.stem if path.suffix in _PACKED else path.name
+    if Path(plain).suffix in _JSONL:
+        _convert(path, scratch)
+        path = scratch
+    elif path.suffix != ".parquet":
+        raise ValueError(f"{name} is neither .parquet nor .jsonl: convert or rename it")
+    try:
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{name} is no readable Parquet file ({_line(error)}): write it again"
+        ) from error
+    for column in columns:
+        if column not in schema.names:
+            raise ValueError(
+                f"{name} has no column {column!r}, only {', '.join(schema.names)}: name another"
+            )
+    for column in ADDED:
+        if column in schema.names:
+            raise ValueError(f"{name} already has a column {column}: drop or rename it")
+    return Table(name, path, rows, schema)
+
+
+def _convert(source: Path, target: Path) -> None:
+    import polars as pl
+
+    if source.stat().st_size == 0:
+        raise ValueError(f"{source} is empty: leave it out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # All rows are read for their types, so that a late column is not lost.
+        pl.scan_ndjson(source, infer_schema_length=None).sink_parquet(target, compression="lz4")
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(
+            f"{source} is not JSON lines that fit one table ({_line(error)}): correct the line, "
+            "or convert it to Parquet"
+        ) from error
+
+
+def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in order, some megabytes at a time.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with pq.ParquetFile(table.path) as file:
+            size = _piece_rows(file)
+            yield from file.iter_batches(size, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{table.name} is damaged ({_line(error)}): write it again and run again"
+        ) from error
+
+
+def _piece_rows(file: pq.ParquetFile) -> int:
+    facts = file.metadata
+    largest = 1.0
+    for k in range(facts.num_row_groups):
+        group = facts.row_group(k)
+        largest = max(largest, group.total_byte_size / max(group.num_rows, 1))
+    return max(1, min(PIECE_ROWS, int(PIECE_BYTES / largest)))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@dataclass
+class PieceWriter:
+    """One Parquet file, written in row groups of some megabytes.
+
+    Attributes:
+        path: The file; its folder exists.
+        schema: Its columns.
+    """
+
+    path: Path
+    schema: pa.Schema
+    _held: list[pa.RecordBatch] = field(default_factory=list)
+    _bytes: int = 0
+    _rows: int = 0
+
+    def __enter__(self) -> "PieceWriter":
+        self._writer = pq.ParquetWriter(
+            self.path,
+            self.schema,
+            compression="zstd",
+            write_page_index=True,
+            use_content_defined_chunking=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Appends rows."""
+        if not batch.num_rows:
+            return
+        self._held.append(batch)
+        self._bytes += batch.nbytes
+        self._rows += batch.num_rows
+        if self._bytes >= PIECE_BYTES or self._rows >= PIECE_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            table = pa.Table.from_batches(self._held, self.schema)
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._held, self._bytes, self._rows = [], 0, 0
+
+
+def with_columns(schema: pa.Schema, added: Sequence[pa.Field]) -> pa.Schema:
+    """A schema with more columns at its end.
+
+    What the `datasets` library noted about the columns is dropped: it would not be true any more.
+    """
+    notes = {k: v for k, v in (schema.metadata or {}).items() if k != b"huggingface"}
+    return pa.schema([*schema, *added], notes or None)

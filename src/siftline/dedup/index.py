@@ -1,0 +1,330 @@
+"""What is known of rows that were deduplicated earlier, so that new ones are compared with them.
+
+A folder:
+
+    manifest.json             settings, files in the order they came, what is valid of the rest
+    keys-00000.parquet        of every addition: band keys, text hash, set size and priority a row
+    sets.bin                  shingle sets of all rows, one after another; only ever appended to
+    decisions-00000.parquet   of the last addition: the row that each was removed for
+    changes-00000.parquet     of the last addition: earlier decisions that it turned over
+
+An addition writes its files, then the manifest, in one rename. A kill before that leaves files that
+no manifest names, and a tail of `sets.bin` beyond the length it names: the next opening removes
+both. The decisions are those of doing everything at once in the order the files came.
+"""
+
+import fcntl
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from siftline.dedup.arrow import arrow_of
+from siftline.dedup.engine import Deduplicated, Engine, Groups, Sets, ranks, spread
+from siftline.dedup.files import Table
+from siftline.dedup.keep import Keep
+from siftline.dedup.settings import Settings
+from siftline.kernels.keepers import KEPT, NEW, Decisions
+from siftline.kernels.rows import Texts
+from siftline.shards import file_hash, write_json, write_parquet
+
+MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
+FORMAT = 1
+CHANGES = pa.schema(
+    [
+        ("sift_row", pa.string()),
+        ("sift_change", pa.string()),
+        ("sift_matched_row", pa.string()),
+        ("sift_similarity", pa.float64()),
+    ]
+)
+_DECISIONS = ("matched", "similarity", "exact")
+Piece = tuple[Texts, int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that was added.
+
+    Attributes:
+        name: As it was given; names its rows.
+        path: Absolute: says whether it was added before.
+        sha256: Of its bytes.
+        rows: Number of rows.
+        first: Number of its first row in the index.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    rows: int
+    first: int
+
+
+class Index:
+    """An index folder, held by this process (see `opened`).
+
+    Args:
+        folder: Where it is.
+        settings: How texts are compared.
+        keep: Which copy stays.
+        text_column: What is compared.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, keep: Keep, text_column: str) -> None:
+        self.folder = folder
+        self.identity = {
+            "format": FORMAT,
+            "settings": {k: v for k, v in asdict(settings).items() if k != "max_pairs"},
+            "keep": str(keep),
+            "text_column": text_column,
+            "unicode": unicodedata.unidata_version,
+        }
+        self.files: list[File] = []
+        self.keys: list[str] = []
+        self.values = 0
+        self.decisions = self.changes = ""
+        self.last: list[str] = []
+        if (folder / MANIFEST).exists():
+            self._load()
+        self._sweep()
+
+    @property
+    def rows(self) -> int:
+        """Rows there are."""
+        return sum(file.rows for file in self.files)
+
+    def unknown(self, tables: Sequence[Table]) -> list[Table]:
+        """Those of some tables that were not added yet.
+
+        Raises:
+            ValueError: if one was added with other contents.
+        """
+        known = {file.path: file for file in self.files}
+        new = []
+        for table in tables:
+            file = known.get(os.path.abspath(table.name))
+            if file is None:
+                new.append(table)
+            elif file.sha256 != file_hash(Path(table.name)):
+                raise ValueError(
+                    f"{table.name} was added to {self.folder} with other contents: give the new "
+                    "rows a file of their own, or start a new index"
+                )
+        return new
+
+    def firsts(self, tables: Sequence[Table]) -> np.ndarray:
+        """Number of the first row of each table."""
+        known = {file.path: file.first for file in self.files}
+        return np.array([known[os.path.abspath(table.name)] for table in tables], np.int64)
+
+    def named(self, rows: np.ndarray) -> list[str]:
+        """Names rows by file and 0-based row number."""
+        starts = np.array([file.first for file in self.files], np.int64)
+        where = np.searchsorted(starts, rows, side="right") - 1
+        numbers = rows - starts[where]
+        pairs = zip(where.tolist(), numbers.tolist(), strict=True)
+        return [f"{self.files[f].name}:{number}" for f, number in pairs]
+
+    def add(self, tables: Sequence[Table], pieces: Iterable[Piece], engine: Engine) -> Deduplicated:
+        """Adds the rows of some tables and decides about all rows there are.
+
+        Args:
+            tables: Files that were not added yet; where there are none, decisions are read.
+            pieces: Their texts, numbers of first rows, and priorities.
+            engine: With the settings of the index.
+
+        Returns:
+            Decisions on all rows of the index, in its order.
+        """
+        before = self._decided()
+        if not tables:
+            return before
+        old, serial = self.rows, len(self.keys)
+        keys = f"keys-{serial:05d}.parquet"
+        values = self._append(self.folder / keys, pieces, engine)
+        files = list(self.files)
+        first = old
+        for table in tables:
+            path = os.path.abspath(table.name)
+            files.append(File(table.name, path, file_hash(Path(table.name)), table.rows, first))
+            first += table.rows
+        result = self._decide([*self.keys, keys], first, values, before, engine)
+        self.files = files  # named() needs them
+        decisions, changes = f"decisions-{serial:05d}.parquet", f"changes-{serial:05d}.parquet"
+        columns = {name: arrow_of(getattr(result, name)) for name in _DECISIONS}
+        write_parquet(pa.table(columns), self.folder / decisions)
+        write_parquet(self._changed(before, result), self.folder / changes)
+        self.keys, self.values = [*self.keys, keys], values
+        self.decisions, self.changes = decisions, changes
+        self.last = [os.path.abspath(table.name) for table in tables]
+        self._save()
+        self._sweep()
+        return result
+
+    def changed(self, tables: Sequence[Table]) -> pa.Table:
+        """The earlier decisions that the addition of exactly these tables turned over."""
+        paths = [os.path.abspath(table.name) for table in tables]
+        if self.changes and set(self.last) <= set(paths):
+            return pq.read_table(self.folder / self.changes)
+        return CHANGES.empty_table()
+
+    def _append(self, path: Path, pieces: Iterable[Piece], engine: Engine) -> int:
+        """Writes keys and sets of new rows; returns how many values there are then."""
+        total = self.values
+        with (self.folder / SETS).open("r+b") as sets:
+            sets.seek(4 * total)
+            writer = None
+            for texts, _, priority in pieces:
+                n = len(texts.null)
+                out = engine.empty(n)
+                engine.summarise(texts, out, 0)
+                room = np.maximum(out.counts, 0).astype(np.int64)
+                starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(room)])
+                values = np.empty(starts[-1], np.uint32)
+                rows = np.flatnonzero(out.counts >= 0)
+                sizes = np.zeros(n, np.int32)
+                sizes[rows] = engine.collect(texts, rows, values, starts[rows])
+                held = np.arange(len(values)) - np.repeat(starts[:-1], room) < np.repeat(
+                    sizes, room
+                )
+                sets.write(values[held].tobytes())
+                total += int(sizes.sum())
+                columns = {f"band_{k}": arrow_of(keys) for k, keys in enumerate(out.keys)}
+                columns |= {"hash": arrow_of(out.hashes), "size": arrow_of(sizes)}
+                columns["priority"] = arrow_of(priority)
+                table = pa.table(columns)
+                if writer is None:
+                    writer = pq.ParquetWriter(
+                        path, table.schema, compression="none", use_dictionary=False
+                    )
+                writer.write_table(table)
+            if writer is None:  # files without rows
+                names = [*(f"band_{k}" for k in range(engine.banding.bands)), "hash"]
+                empty = [(name, pa.uint64()) for name in names]
+                schema = pa.schema([*empty, ("size", pa.int32()), ("priority", pa.float64())])
+                writer = pq.ParquetWriter(path, schema)
+            writer.close()
+            sets.flush()
+            os.fsync(sets.fileno())
+        return total
+
+    def _decide(
+        self, keys: list[str], n: int, values: int, before: Deduplicated, engine: Engine
+    ) -> Deduplicated:
+        def column(name: str) -> np.ndarray:
+            parts = [pq.read_table(self.folder / k, columns=[name]).column(0) for k in keys]
+            return np.concatenate([part.to_numpy() for part in parts])
+
+        drop = self.identity["keep"] == "none"
+        groups = engine.group(lambda band: column(f"band_{band}"), n, ranks(column("priority")))
+        sizes, hashes = column("size"), column("hash")
+        starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        flat = np.zeros(0, np.uint32)
+        if values:
+            flat = np.memmap(self.folder / SETS, np.uint32, "r", shape=(values,)).view(np.ndarray)
+        sets = Sets(flat, starts[groups.rows], sizes[groups.rows])
+        earlier = None if drop else _earlier(groups, n, before)
+        decided, pairs = engine.decide(groups, hashes[groups.rows], sets, drop, earlier)
+        return spread(n, groups.rows, decided, hashes, pairs, {})
+
+    def _decided(self) -> Deduplicated:
+        """What is decided so far."""
+        if not self.decisions:
+            nothing = np.zeros(0, np.int64)
+            return Deduplicated(nothing, nothing / 1.0, nothing > 0, 0, {})
+        table = pq.read_table(self.folder / self.decisions)
+        matched, similarity, exact = (table.column(name).to_numpy() for name in _DECISIONS)
+        return Deduplicated(matched, similarity, exact, 0, {})
+
+    def _changed(self, before: Deduplicated, now: Deduplicated) -> pa.Table:
+        matched = now.matched[: len(before.matched)]
+        rows = np.flatnonzero(matched != before.matched)
+        was, is_ = before.matched[rows], matched[rows]
+        change = np.where(was < 0, "retracted", np.where(is_ < 0, "restored", "matched anew"))
+        names: list[str | None] = [None] * len(rows)
+        for k, name in zip(np.flatnonzero(is_ >= 0), self.named(is_[is_ >= 0]), strict=True):
+            names[k] = name
+        columns = [self.named(rows), change.tolist(), names, now.similarity[rows].tolist()]
+        return pa.table(columns, schema=CHANGES)
+
+    def _save(self) -> None:
+        facts = {
+            **self.identity,
+            "files": [asdict(file) for file in self.files],
+            "keys": self.keys,
+            "values": self.values,
+            "decisions": self.decisions,
+            "changes": self.changes,
+            "last": self.last,
+        }
+        write_json(self.folder / MANIFEST, facts)
+
+    def _load(self) -> None:
+        import json
+
+        path = self.folder / MANIFEST
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.files = [File(**file) for file in facts["files"]]
+            self.keys, self.values = facts["keys"], facts["values"]
+            self.decisions, self.changes = facts["decisions"], facts["changes"]
+            self.last = facts["last"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no manifest of an index ({error}): start anew") from error
+        for name, mine in self.identity.items():
+            if facts.get(name) != mine:
+                raise ValueError(
+                    f"{self.folder} was made with {name} {facts.get(name)}, not {mine}: use the "
+                    "same, or start a new index"
+                )
+
+    def _sweep(self) -> None:
+        """Removes what a killed run left."""
+        valid = {MANIFEST, SETS, LOCK, *self.keys, self.decisions, self.changes}
+        for path in self.folder.iterdir():
+            if path.name not in valid:
+                path.unlink()
+        with (self.folder / SETS).open("ab") as sets:
+            sets.truncate(4 * self.values)
+
+
+@contextmanager
+def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> Iterator[Index]:
+    """Opens an index, or begins one, and holds it against other processes.
+
+    Raises:
+        ValueError: if the folder holds something else, was made otherwise, or is in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in folder.iterdir()}
+    if there and MANIFEST not in there and LOCK not in there:
+        raise ValueError(f"{folder} holds {min(there)}, not an index: name an empty folder")
+    with (folder / LOCK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run: wait for it") from None
+        yield Index(folder, settings, keep, text_column)
+
+
+def _earlier(groups: Groups, n: int, before: Deduplicated) -> Decisions:
+    """Earlier decisions in the terms of `groups`."""
+    place = np.full(n, -1, np.int32)
+    place[groups.rows] = np.arange(len(groups.rows), dtype=np.int32)
+    old = groups.rows < len(before.matched)
+    matched = np.full(len(groups.rows), NEW, np.int32)
+    value = np.zeros(len(groups.rows), np.float64)
+    was = before.matched[groups.rows[old]]
+    matched[old] = np.where(was < 0, KEPT, place[was])
+    value[old] = before.similarity[groups.rows[old]]
+    return Decisions(matched, value)

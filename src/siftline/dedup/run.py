@@ -1,0 +1,395 @@
+"""Deduplicates files: reads them twice, decides, and writes what is kept and what is not.
+
+The first reading leaves a key a band of each row, the second the shingles of those rows only that
+share a key, the third copies rows to the output. So memory holds a few numbers a row, and never the
+texts. The output folder is built under a dot-name and appears whole.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from siftline.dedup.arrow import arrow_of, texts_of
+from siftline.dedup.engine import Clock, Deduplicated, Engine, gathered, ranks, spread
+from siftline.dedup.files import PieceWriter, Table, open_tables, read_pieces, with_columns
+from siftline.dedup.index import opened
+from siftline.dedup.keep import Keep
+from siftline.dedup.rehydrate import published
+from siftline.dedup.settings import Settings
+from siftline.dedup.spill import Keys, values_room
+from siftline.kernels.rows import Texts
+from siftline.progress import Tracker
+from siftline.shards import building, write_parquet
+
+TEXTS_IN_MEMORY = 256 << 20
+"""Bytes of text above which files are read a second time rather than held."""
+DATA, REMOVED, CHANGED, SCRATCH = "data", "removed", "changes.parquet", ".scratch"
+MakeTracker = Callable[[str, int, str], Tracker]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        files: Parquet or JSONL files; their order is row order.
+        out: Folder that the result is written to.
+        text_column: Column that is compared.
+        settings: How texts are compared.
+        keep: Which copy stays.
+        index: Folder of earlier rows, which these are compared with and added to.
+        target: Most rows to keep: the threshold is the highest, in steps of 0.01 from 1 down to
+            that of the settings, that keeps no more.
+        rehydrate: Say how often to repeat each kept row.
+        embeddings: Column of vectors, or a .npy file of one a row: compare these by cosine
+            similarity, not the texts.
+    """
+
+    files: tuple[str, ...]
+    out: Path
+    text_column: str = "text"
+    settings: Settings = field(default_factory=Settings)
+    keep: Keep = field(default_factory=Keep)
+    index: Path | None = None
+    target: int | None = None
+    rehydrate: bool = False
+    embeddings: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is not None and (self.target is not None or self.embeddings is not None):
+            raise ValueError("an index takes neither a target nor embeddings: leave one out")
+        if self.embeddings is not None and self.target is not None:
+            raise ValueError("a target is for texts, not for embeddings: leave one out")
+        if self.target is not None and self.target < 1:
+            raise ValueError(f"target={self.target} must be at least 1")
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read to decide."""
+        vectors = self.embeddings
+        stored = vectors is None or vectors.endswith(".npy")
+        names = [self.text_column, self.keep.column, None if stored else vectors]
+        return list(dict.fromkeys(name for name in names if name))
+
+
+def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
+    """Does a job; returns its counts and the seconds of its phases.
+
+    Args:
+        job: What to do.
+        make_tracker: Takes label, total and unit of a step.
+
+    Raises:
+        ValueError: if a file can't be read or lacks a column, the output folder is not empty, or
+            too many rows resemble each other.
+    """
+    claim(job.out)
+    clock = Clock()
+    with building(job.out) as folder, Engine(job.settings) as engine:
+        scratch = folder / SCRATCH
+        with clock.phase("open"):
+            tables = open_tables(job.files, job.columns, scratch)
+        if job.index is not None:
+            facts = _with_index(job, job.index, tables, engine, folder, clock, make_tracker)
+        else:
+            if job.embeddings is not None:
+                result = by_meaning(job, tables, clock)
+                facts = summary(result)
+            else:
+                result, threshold = _decide(job, tables, engine, scratch, clock, make_tracker)
+                facts = {**summary(result), "threshold": threshold}
+            with clock.phase("write"):
+                starts = first_rows(tables)
+                named = row_names(tables, starts)
+                write_out(folder, tables, starts, result, named, make_tracker, job.rehydrate)
+        rmtree(scratch, ignore_errors=True)
+    seconds = {name: round(value, 4) for name, value in clock.seconds.items()}
+    return {"out": str(job.out), **facts, "seconds": seconds}
+
+
+def claim(out: Path) -> None:
+    """Checks that a folder can be written to.
+
+    Raises:
+        ValueError: if it holds anything, or is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder")
+    if out.exists():
+        if any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: name a new folder, or empty this one")
+        out.rmdir()
+
+
+def summary(result: Deduplicated, rows: np.ndarray | None = None) -> dict[str, Any]:
+    """The facts of a run, as the command line prints them; of some rows only, where given."""
+    kept = result.kept if rows is None else result.kept[rows]
+    exact = result.exact if rows is None else result.exact[rows]
+    return {
+        "rows": len(kept),
+        "kept": int(kept.sum()),
+        "removed": int((~kept).sum()),
+        "exact": int(exact.sum()),
+        "clusters": result.clusters,
+        "pairs_verified": result.pairs,
+    }
+
+
+def first_rows(tables: Sequence[Table]) -> np.ndarray:
+    """Number of each table's first row, and of all rows; int64, shape (tables + 1,)."""
+    return np.cumsum([0, *(table.rows for table in tables)]).astype(np.int64)
+
+
+def row_names(tables: Sequence[Table], starts: np.ndarray) -> Callable[[np.ndarray], list[str]]:
+    """Names rows by file and 0-based row number."""
+
+    def named(rows: np.ndarray) -> list[str]:
+        where = np.searchsorted(starts, rows, side="right") - 1
+        numbers = rows - starts[where]
+        pairs = zip(where.tolist(), numbers.tolist(), strict=True)
+        return [f"{tables[t].name}:{number}" for t, number in pairs]
+
+    return named
+
+
+def read_all(
+    job: Job, tables: Sequence[Table], tracker: Tracker
+) -> Iterator[tuple[Texts, int, np.ndarray]]:
+    """Texts of all tables piece by piece, the number of the first row, and priorities."""
+    at = 0
+    for table in tables:
+        for batch in ahead(read_pieces(table, job.columns)):
+            text = batch.column(job.text_column)
+            try:
+                texts = texts_of(text)
+                extra = batch.column(job.keep.column) if job.keep.column else None
+                priority = job.keep.priority(_plain(text), extra)
+            except ValueError as error:
+                raise ValueError(f"{table.name}: {error}") from error
+            yield texts, at, priority
+            at += batch.num_rows
+            tracker.advance(batch.num_rows)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        last = object()
+        future = pool.submit(next, items, last)
+        while (item := future.result()) is not last:
+            future = pool.submit(next, items, last)
+            yield item  # type: ignore[misc]
+
+
+def write_out(
+    folder: Path,
+    tables: Sequence[Table],
+    starts: np.ndarray,
+    result: Deduplicated,
+    named: Callable[[np.ndarray], list[str]],
+    make_tracker: MakeTracker,
+    rehydrate: bool = False,
+) -> None:
+    """Writes `data/` and `removed/`, one file of each for every table.
+
+    Args:
+        folder: Where to.
+        tables: Input files.
+        starts: Number of each one's first row in `result`.
+        result: Decisions.
+        named: Names rows of `result`.
+        make_tracker: Takes label, total and unit of a step.
+        rehydrate: Also write how often to repeat a row.
+    """
+    tracker = make_tracker("write", sum(table.rows for table in tables), "rows")
+    names = ["sift_cluster_size", *(["sift_weight"] if rehydrate else [])]
+    clusters = [pa.field(name, pa.int64()) for name in names]
+    facts = [
+        pa.field("sift_reason", pa.string()),
+        pa.field("sift_matched_row", pa.string()),
+        pa.field("sift_similarity", pa.float64()),
+    ]
+    for name in (DATA, REMOVED):
+        (folder / name).mkdir()
+    try:
+        for k, table in enumerate(tables):
+            file = f"part-{k:05d}.parquet"
+            kept_schema = with_columns(table.schema, clusters)
+            gone_schema = with_columns(table.schema, facts)
+            with (
+                PieceWriter(folder / DATA / file, kept_schema) as kept,
+                PieceWriter(folder / REMOVED / file, gone_schema) as gone,
+            ):
+                at = int(starts[k])
+                for batch in ahead(read_pieces(table)):
+                    rows = np.arange(at, at + batch.num_rows)
+                    at += batch.num_rows
+                    stays = result.kept[rows]
+                    sizes = result.cluster_size[rows[stays]]
+                    added = [sizes, *([published(sizes)] if rehydrate else [])]
+                    kept.add(_extended(batch, stays, added, kept.schema))
+                    lost = rows[~stays]
+                    if len(lost):
+                        why = _reasons(result, lost, named)
+                        gone.add(_extended(batch, ~stays, why, gone.schema))
+                    tracker.advance(batch.num_rows)
+    finally:
+        tracker.close()
+
+
+def _with_index(
+    job: Job,
+    place: Path,
+    tables: Sequence[Table],
+    engine: Engine,
+    folder: Path,
+    clock: Clock,
+    make_tracker: MakeTracker,
+) -> dict[str, Any]:
+    """Adds what is new to the index, then writes out; a second try finds the files in it."""
+    with opened(place, job.settings, job.keep, job.text_column) as index:
+        with clock.phase("add"):
+            new = index.unknown(tables)
+            before = index.rows
+            tracker = make_tracker("add", sum(table.rows for table in new), "rows")
+            result = index.add(new, read_all(job, new, tracker), engine)
+            tracker.close()
+        changes = index.changed(tables)
+        with clock.phase("write"):
+            starts = index.firsts(tables)
+            write_out(folder, tables, starts, result, index.named, make_tracker, job.rehydrate)
+            write_parquet(changes, folder / CHANGED)
+        spans = zip(starts, tables, strict=True)
+        rows = np.concatenate([np.arange(first, first + table.rows) for first, table in spans])
+        kinds = changes.column("sift_change").to_pylist()
+        return {
+            **summary(result, rows),
+            "rows_before": before,
+            "retracted": kinds.count("retracted"),
+            "restored": kinds.count("restored"),
+        }
+
+
+def _decide(
+    job: Job,
+    tables: Sequence[Table],
+    engine: Engine,
+    scratch: Path,
+    clock: Clock,
+    make_tracker: MakeTracker,
+) -> tuple[Deduplicated, float]:
+    n = sum(table.rows for table in tables)
+    keys = Keys(n, engine.banding.bands, scratch)
+    priority = np.empty(n, np.float64) if job.keep.ordered else None
+    held: list[tuple[Texts, int]] = []
+    size = 0
+    with clock.phase("read"):
+        tracker = make_tracker("read", n, "rows")
+        for texts, at, mine in read_all(job, tables, tracker):
+            rows = len(texts.null)
+            size += texts.data.nbytes
+            held = [*held, (texts, at)] if size <= TEXTS_IN_MEMORY else []
+            engine.summarise(texts, *keys.room(rows))
+            keys.take(rows)
+            if priority is not None:
+                priority[at : at + rows] = mine
+        keys.finish()
+        tracker.close()
+    with clock.phase("group"):
+        groups = engine.group(keys.band, n, ranks(priority))
+    with clock.phase("collect"):
+        tracker = make_tracker("collect", n, "rows")
+        again = ((texts, at) for texts, at, _ in read_all(job, tables, tracker))
+        parts = iter(held) if size <= TEXTS_IN_MEMORY or not len(groups.rows) else again
+        room = lambda size: values_room(size, scratch)  # noqa: E731
+        sets = gathered(engine, groups.rows, keys.counts, parts, room)
+        tracker.close()
+    with clock.phase("decide"):
+        drop = job.keep.policy == "none"
+        threshold = 1.0 if job.target is not None else job.settings.threshold
+        compared = 0
+        while True:
+            decided, pairs = engine.decide(
+                groups, keys.hashes[groups.rows], sets, drop, threshold=threshold
+            )
+            compared += pairs
+            kept = n - int((decided.matched >= 0).sum())
+            if job.target is None or kept <= job.target:
+                break
+            if threshold <= job.settings.threshold:
+                raise ValueError(
+                    f"at threshold {threshold} still {kept:,} rows are kept, more than the target "
+                    f"{job.target:,}: lower the threshold"
+                )
+            threshold = max(round(threshold - 0.01, 6), job.settings.threshold)
+    result = spread(n, groups.rows, decided, keys.hashes, compared, clock.seconds)
+    return result, threshold
+
+
+def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> Deduplicated:
+    """Compares the embeddings of some tables.
+
+    Raises:
+        ValueError: if they are not there, or do not fit the rows.
+    """
+    from siftline.dedup.semantic import semantic_duplicates, vectors_of
+
+    asked = job.embeddings
+    assert asked is not None
+    n = sum(table.rows for table in tables)
+    with clock.phase("read"):
+        priority: list[np.ndarray] = []
+        vectors: list[np.ndarray] = []
+        for table in tables:
+            for batch in read_pieces(table, job.columns):
+                extra = batch.column(job.keep.column) if job.keep.column else None
+                text = batch.column(job.text_column)
+                priority.append(job.keep.priority(_plain(text), extra))
+                if not asked.endswith(".npy"):
+                    vectors.append(vectors_of(pa.chunked_array([batch.column(asked)])))
+        if asked.endswith(".npy"):
+            vectors = [_stored(Path(asked))]
+    if len({part.shape[1:] for part in vectors if len(part)}) > 1:
+        raise ValueError(f"embeddings in {asked} must be of one width")
+    x = np.concatenate([part for part in vectors if len(part)] or [np.zeros((0, 1), np.float32)])
+    if len(x) != n:
+        raise ValueError(f"{asked} holds {len(x):,} vectors for {n:,} rows: give one a row")
+    order = np.concatenate(priority) if priority and job.keep.ordered else None
+    with clock.phase("search"):
+        drop = job.keep.policy == "none"
+        return semantic_duplicates(x, job.settings.threshold, priority=order, drop_all=drop)
+
+
+def _stored(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable .npy file ({error}): write it again") from error
+
+
+def _plain(text: pa.Array) -> pa.Array:
+    return text.dictionary_decode() if pa.types.is_dictionary(text.type) else text
+
+
+def _extended(
+    batch: pa.RecordBatch, rows: np.ndarray, added: list[Any], schema: pa.Schema
+) -> pa.RecordBatch:
+    """Some rows of a batch with more columns, as `schema` has them."""
+    part = batch if rows.all() else batch.filter(arrow_of(rows))
+    arrays = [*part.columns, *map(arrow_of, added)]
+    typed = [values.cast(kind) for values, kind in zip(arrays, schema.types, strict=True)]
+    return pa.RecordBatch.from_arrays(typed, schema=schema)
+
+
+def _reasons(
+    result: Deduplicated, lost: np.ndarray, named: Callable[[np.ndarray], list[str]]
+) -> list[Any]:
+    reason = np.where(result.exact[lost], "exact_duplicate", result.reason).tolist()
+    return [reason, named(result.matched[lost]), result.similarity[lost]]

@@ -1,0 +1,278 @@
+"""From rows of text in Arrow's layout to signatures, band keys and shingle sets.
+
+The bytes of all rows and their offsets go in, arrays come out; between them a row lives in buffers
+of its own. Signatures are datasketch 2.0's `affine32` (see `minhash`), bit for bit, and are only
+written where they are asked for: what deduplication keeps of a row is one 64-bit key a band.
+
+The functions release Python's lock, so threads run them side by side over ranges of rows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from siftline.kernels.minhash import EMPTY
+from siftline.kernels.textgrams import (
+    ROOM,
+    fold_characters,
+    fold_words,
+    text_hash,
+    windows,
+    word_units,
+)
+
+ALONE = np.uint64(0)
+"""The key of a row that shares no band with any other."""
+
+_G = np.uint64(0x9E3779B97F4A7C15)
+_F = np.uint64(0xBF58476D1CE4E5B9)
+_SHIFT = np.uint64(29)
+_HALF = np.uint64(32)
+_LANES = 8
+
+
+class Texts(NamedTuple):
+    """n rows of UTF-8.
+
+    Attributes:
+        data: uint8, all bytes.
+        offsets: int64, shape (n + 1,): row i is data[offsets[i]:offsets[i + 1]].
+        null: bool, shape (n,): rows that hold nothing.
+    """
+
+    data: np.ndarray
+    offsets: np.ndarray
+    null: np.ndarray
+
+
+class Shingling(NamedTuple):
+    """How a text becomes shingles.
+
+    Attributes:
+        n: Units in a shingle.
+        characters: Units are characters; else words.
+        classes: `codepoints.tables`.
+        folds: `codepoints.tables`.
+    """
+
+    n: int
+    characters: bool
+    classes: np.ndarray
+    folds: np.ndarray
+
+
+class Rows(NamedTuple):
+    """What is known of n rows after one reading.
+
+    Attributes:
+        keys: uint64, shape (bands, n): one key a band, ALONE where the row has no text.
+        hashes: uint64, shape (n,): of the bytes of the text.
+        counts: int32, shape (n,): shingles, repeats included; -1 where the row has no text.
+    """
+
+    keys: np.ndarray
+    hashes: np.ndarray
+    counts: np.ndarray
+
+
+class Buffers(NamedTuple):
+    """Room for one row: its folded text, units and shingles."""
+
+    folded: np.ndarray
+    units: np.ndarray
+    shingles: np.ndarray
+
+
+@njit(cache=True, nogil=True)
+def summarise(
+    texts: Texts,
+    start: int,
+    stop: int,
+    shingling: Shingling,
+    a: np.ndarray,
+    b: np.ndarray,
+    rows: int,
+    out: Rows,
+    at: int,
+) -> None:
+    """Writes keys, hashes and counts of the rows start to stop.
+
+    Args:
+        texts: Rows.
+        start: First of them.
+        stop: Their end.
+        shingling: How they are cut.
+        a: Multipliers, uint32, shape (slots,) (`minhash.permutations`).
+        b: Offsets, uint32, shape (slots,).
+        rows: Slots in a band.
+        out: Where the results go.
+        at: Place of row `start` in `out`.
+    """
+    buffers = _buffers(texts, start, stop)
+    slots = np.empty(len(a), np.uint32)
+    for i in range(start, stop):
+        k = at + i - start
+        if texts.null[i]:
+            out.keys[:, k] = ALONE
+            out.counts[k] = -1
+            out.hashes[k] = 0
+            continue
+        begin, end = texts.offsets[i], texts.offsets[i + 1]
+        out.hashes[k] = text_hash(texts.data, begin, end)
+        count = _shingle(texts.data, begin, end, shingling, buffers)
+        out.counts[k] = count
+        if count == 0:
+            # Nothing to sign: such a text can only be the same as another.
+            out.keys[:, k] = max(out.hashes[k], np.uint64(1))
+            continue
+        _sign(buffers.shingles, count, a, b, slots)
+        for band in range(len(out.keys)):
+            out.keys[band, k] = _key(slots, band * rows, rows, band)
+
+
+@njit(cache=True, nogil=True)
+def sign(texts: Texts, shingling: Shingling, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """Writes the signature of every row to `out`, uint32, shape (n, slots)."""
+    n = len(texts.offsets) - 1
+    buffers = _buffers(texts, 0, n)
+    for i in range(n):
+        count = 0
+        if not texts.null[i]:
+            begin, end = texts.offsets[i], texts.offsets[i + 1]
+            count = _shingle(texts.data, begin, end, shingling, buffers)
+        _sign(buffers.shingles, count, a, b, out[i])
+
+
+@njit(cache=True, nogil=True)
+def collect(
+    texts: Texts,
+    wanted: np.ndarray,
+    shingling: Shingling,
+    values: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+) -> None:
+    """Writes the sorted distinct shingle hashes of some rows.
+
+    Args:
+        texts: Rows.
+        wanted: Which of them, int64, shape (m,).
+        shingling: How they are cut.
+        values: uint32, where the hashes go.
+        starts: int64, shape (m,): where those of each row go; room for all its shingles follows.
+        sizes: int32, shape (m,): written, how many distinct ones there are.
+    """
+    if len(wanted) == 0:
+        return
+    longest = np.int64(0)
+    for i in wanted:
+        longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
+    buffers = _room(longest)
+    for k in range(len(wanted)):
+        i = wanted[k]
+        begin, end = texts.offsets[i], texts.offsets[i + 1]
+        count = _shingle(texts.data, begin, end, shingling, buffers)
+        sizes[k] = _distinct(buffers.shingles, count, values, starts[k])
+
+
+@njit(cache=True, nogil=True)
+def _room(longest: int) -> Buffers:
+    return Buffers(
+        np.empty(2 * longest + ROOM, np.uint8),
+        np.empty(longest + 2, np.uint64),
+        np.empty(longest + 2 + _LANES, np.uint32),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _buffers(texts: Texts, start: int, stop: int) -> Buffers:
+    longest = np.int64(0)
+    for i in range(start, stop):
+        longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
+    return _room(longest)
+
+
+@njit(cache=True, nogil=True)
+def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+    if how.characters:
+        count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
+    else:
+        length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
+        count = word_units(buffers.folded, length, buffers.units)
+    return windows(buffers.units, count, how.n, buffers.shingles)
+
+
+@njit(cache=True, nogil=True)
+def _sign(
+    shingles: np.ndarray, count: int, a: np.ndarray, b: np.ndarray, slots: np.ndarray
+) -> None:
+    """The signature of shingles[:count], which are mixed in place."""
+    slots[:] = EMPTY
+    if count == 0:
+        return
+    for p in range(count):
+        h = shingles[p]
+        h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+        h = np.uint32((h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+        shingles[p] = h ^ (h >> np.uint32(16))
+    # Eight at a time, so that a slot is loaded and stored once for eight hashes; the last is
+    # repeated to fill up, which changes no minimum.
+    full = -(-count // _LANES) * _LANES
+    for p in range(count, full):
+        shingles[p] = shingles[count - 1]
+    for p in range(0, full, _LANES):
+        h0, h1, h2, h3 = shingles[p], shingles[p + 1], shingles[p + 2], shingles[p + 3]
+        h4, h5, h6, h7 = shingles[p + 4], shingles[p + 5], shingles[p + 6], shingles[p + 7]
+        for k in range(len(a)):
+            # Numba widens the product to 64 bits; the cast is the mod 2^32.
+            m, c = a[k], b[k]
+            low = min(np.uint32(m * h0 + c), np.uint32(m * h1 + c))
+            low = min(low, min(np.uint32(m * h2 + c), np.uint32(m * h3 + c)))
+            high = min(np.uint32(m * h4 + c), np.uint32(m * h5 + c))
+            high = min(high, min(np.uint32(m * h6 + c), np.uint32(m * h7 + c)))
+            slots[k] = min(slots[k], min(low, high))
+
+
+@njit(cache=True, nogil=True)
+def _key(slots: np.ndarray, first: int, rows: int, band: int) -> np.uint64:
+    h = np.uint64(band + 1) * _F
+    for slot in range(first, first + rows):
+        h = (h ^ np.uint64(slots[slot])) * _G
+        h ^= h >> _SHIFT
+    h *= _F
+    return max(h ^ (h >> _HALF), np.uint64(1))
+
+
+@njit(cache=True, nogil=True)
+def _distinct(shingles: np.ndarray, count: int, out: np.ndarray, start: int) -> int:
+    """Writes the distinct of shingles[:count], ascending, to out[start:]; returns how many.
+
+    Hashes are spread evenly: one pass into as many ranges as there are hashes all but sorts them.
+    """
+    bits = 1
+    while (1 << bits) < count:
+        bits += 1
+    shift = np.uint32(32 - bits)
+    ends = np.zeros((1 << bits) + 1, np.int64)
+    for p in range(count):
+        ends[(shingles[p] >> shift) + 1] += 1
+    for r in range(1 << bits):
+        ends[r + 1] += ends[r]
+    for p in range(count):
+        r = shingles[p] >> shift
+        out[start + ends[r]] = shingles[p]
+        ends[r] += 1
+    for p in range(start + 1, start + count):
+        value = out[p]
+        q = p
+        while q > start and out[q - 1] > value:
+            out[q] = out[q - 1]
+            q -= 1
+        out[q] = value
+    found = min(count, 1)
+    for p in range(start + 1, start + count):
+        if out[p] != out[p - 1]:
+            out[start + found] = out[p]
+            found += 1
+    return found

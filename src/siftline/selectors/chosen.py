@@ -1,0 +1,80 @@
+"""A registered selection method as a stage of a recipe."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from siftline.config import build
+from siftline.selectors.registry import Entry, find
+
+LIKELIHOODS = (
+    "n_tokens",
+    "logprob_sum",
+    "logprob_mean",
+    "logprob_mean_unconditional",
+    "perplexity",
+    "ifd_loss_ratio",
+    "ifd_perplexity_ratio",
+    "entropy_mean",
+    "top1_rate",
+)
+"""Numbers that scoring under the target model gives."""
+COUNTED = ("n_words", "n_chars")
+"""Numbers that every response has."""
+
+
+@dataclass(frozen=True)
+class Select:
+    """Shortlists rows by a method of `siftline select --list`, or one by import path.
+
+    Attributes:
+        method: Its name, or `package.module:Class`.
+        options: Its options; those left out have the method's own defaults.
+        oversampling: What it may keep, as a multiple of the recipe's budget. More than 1 where
+            gates follow.
+        seed: The recipe's seed, for methods that draw.
+    """
+
+    method: str = "random"
+    options: dict[str, Any] = field(default_factory=dict)
+    oversampling: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.oversampling > 0:
+            raise ValueError(f"oversampling is {self.oversampling}: it must be above 0")
+        self.configured()
+
+    @property
+    def entry(self) -> Entry:
+        """What the registry says of the method."""
+        return find(self.method)
+
+    def configured(self) -> Any:
+        """The method with its options.
+
+        Raises:
+            ValueError: if the method or an option is unknown, or a value is refused.
+        """
+        entry = self.entry
+        seeded = "seed" in {f.name for f in fields(entry.method)}
+        data = {**({"seed": self.seed} if seeded else {}), **self.options}
+        return build(entry.method, data, f"options of {self.method}")
+
+    def numbers(self) -> tuple[str, ...]:
+        """Columns of numbers that the method reads."""
+        return self.entry.needed_columns(self.configured())
+
+    def scorers(self) -> tuple[str, ...]:
+        """Those of them that only a quality scorer can give."""
+        return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED))
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it reads embeddings."""
+        return bool({"embeddings", "target embeddings"} & set(self.entry.needs))
+
+    def likelihoods(self, unit: str) -> bool:
+        """Whether rows must be scored under the target model, under a budget of this unit."""
+        own = self.configured()
+        read = set(own.columns()) if hasattr(own, "columns") else set()
+        return unit == "loss_tokens" or bool({*read, *self.numbers()} & set(LIKELIHOODS))

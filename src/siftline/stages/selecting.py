@@ -1,0 +1,143 @@
+"""The select stage: offers a registered method what it reads, and takes its decision about rows."""
+
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema
+from siftline.ingest.pool import Pool
+from siftline.progress import Progress
+from siftline.scoring.embedding import embed_texts
+from siftline.scoring.recorder import Recorder
+from siftline.selectors.chosen import Select
+from siftline.selectors.method import RANKS
+from siftline.selectors.selection import Selection
+from siftline.selectors.spending import Budget
+from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
+from siftline.stages.scorers import quality
+from siftline.stages.scores import likelihoods
+from siftline.stages.spread import over_buckets
+
+Vectors = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+def select(context: Context) -> StageRun:
+    """Keeps the rows that the method chooses; rows it can't read fail."""
+    options = context.stage.options
+    assert isinstance(options, Select)
+    method, entry = options.configured(), options.entry
+    failed: dict[str, str] = {}
+    frames = [
+        _narrow(context.rows(bucket), texts="text" in entry.needs) for bucket in context.buckets
+    ]
+    if options.likelihoods(context.recipe.budget.unit):
+        scored, failed = likelihoods(context)
+        frames = [f.join(s, on="id") for f, s in zip(frames, scored, strict=True)]
+    for name in options.scorers():
+        frames = [f.join(_scores(context, name), on="id", how="left") for f in frames]
+    if options.embeds:
+        rows = pl.concat(frame.select("id") for frame in frames)["id"].to_list()
+        vectors, lost = _embedded(context, context.store_buckets(), len(rows))
+        failed = {**lost, **failed}
+        frames = [_with_vectors(frame, vectors) for frame in frames]
+    size = math.ceil(context.recipe.budget.size * options.oversampling)
+    budget = Budget(size, context.recipe.budget.unit, "smaller")
+    target = _target(context, options) if entry.targeted else None
+    plan = method.decide([method.summarise(frame) for frame in frames], budget, target)
+    selections = [method.apply(frame, plan) for frame in frames]
+    return _run(context, selections, failed)
+
+
+def _run(context: Context, selections: list[Selection], failed: dict[str, str]) -> StageRun:
+    options = context.stage.options
+    results, ranks = [], []
+    for bucket, selection in enumerate(selections):
+        lost = set(context.in_play(bucket)) - set(selection.decisions["id"].to_list())
+        results.append(split_failed(selection.decisions, {i: failed[i] for i in sorted(lost)}))
+        if RANKS in selection.tables:
+            ranks.append(selection.tables[RANKS])
+    facts: dict[str, Any] = {
+        "method": options.method,
+        **selections[0].facts,
+        "vacuous": all(selection.vacuous for selection in selections),
+    }
+    return StageRun(results, {RANKS: pl.concat(ranks).sort("id")} if ranks else {}, facts)
+
+
+def _narrow(rows: pa.Table, *, texts: bool) -> pl.DataFrame:
+    """id, prompt_id, source, size of the response, and the text where words are counted."""
+    view = schema.text_view(rows)
+    return view.select(
+        "id",
+        "prompt_id",
+        pl.col("source").fill_null(""),
+        pl.col("response").str.count_matches(r"\S+").cast(pl.Int64).alias("n_words"),
+        pl.col("response").str.len_chars().cast(pl.Int64).alias("n_chars"),
+        *([pl.concat_str("prompt", pl.lit("\n"), "response").alias("text")] if texts else []),
+    )
+
+
+def _scores(context: Context, name: str) -> pl.DataFrame:
+    return quality(context, name).select("id", pl.col("value").alias(name))
+
+
+def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
+    """Vectors of prompt and response by id, and reasons by id."""
+    progress = Progress(context.stage.name, total, context.emit, "embeddings")
+    recorders = context.recorders("embedder", progress)
+
+    def work(recorder: Recorder, bucket: int, rows: pa.Table) -> Vectors:
+        view = schema.text_view(rows)
+        texts = view.select("id", pl.concat_str("prompt", pl.lit("\n"), "response"))
+        return embed_texts(recorder, bucket, dict(texts.iter_rows()))
+
+    vectors: dict[str, np.ndarray] = {}
+    failed: dict[str, str] = {}
+    for _, (found, reasons) in over_buckets(recorders, buckets, work):
+        vectors.update(found)
+        failed.update(reasons)
+    progress.close()
+    return vectors, failed
+
+
+def _with_vectors(frame: pl.DataFrame, vectors: dict[str, np.ndarray]) -> pl.DataFrame:
+    frame = frame.filter(pl.col("id").is_in(list(vectors)))
+    width = len(next(iter(vectors.values()))) if vectors else 0
+    found = [vectors[i] for i in frame["id"].to_list()]
+    values = np.stack(found) if found else np.zeros((0, width))
+    embedding = pl.Series("embedding", values.astype(np.float32), dtype=pl.Array(pl.Float32, width))
+    return frame.with_columns(embedding)
+
+
+def _target(context: Context, options: Select) -> pl.DataFrame:
+    """The rows of all target sets, as the method reads them.
+
+    Raises:
+        ValueError: if the recipe has none.
+    """
+    sets = context.recipe.sets.target
+    if not sets:
+        raise ValueError(
+            f"{context.stage.name}: {options.method} selects towards a target, and the recipe has "
+            "none: add sets.target"
+        )
+    frames = []
+    for spec in sets:
+        pool = Pool(context.workspace.pool(spec.name))
+        rows = pool.all_rows()
+        frame = _narrow(rows, texts=True)
+        if options.embeds:
+            buckets = by_store_bucket(pool.rows, pool.buckets)
+            vectors, failed = _embedded(context, buckets, rows.num_rows)
+            if failed:
+                first = min(failed)
+                raise ValueError(
+                    f"{len(failed)} rows of target set {spec.name} can't be embedded, first "
+                    f"{first} ({failed[first]}): take them out"
+                )
+            frame = _with_vectors(frame, vectors)
+        frames.append(frame)
+    return pl.concat(frames).unique("id", keep="first", maintain_order=True)

@@ -1,0 +1,130 @@
+"""The select stage: registered methods inside a recipe."""
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+
+from siftline.assets import keys
+from siftline.assets.stages import stage_asset
+from siftline.ingest.pool import Pool
+from siftline.ledger import KEPT, REMOVED
+from siftline.recipe import parse
+from siftline.selectors.chosen import Select
+from siftline.selectors.registry import METHODS
+from siftline.stages.run import models_used, run_stage, sets_used
+from siftline.workspace import Workspace
+
+BUDGET = 1200
+RUN = ("random", "perplexity", "ifd", "kmeans_quality", "rds_plus", "dsir", "best_fit")
+
+
+def quiet(line): ...
+
+
+@pytest.fixture
+def recipe_of(mini):
+    """The mini recipe with duplicates and one selection; its dev set plays the target."""
+    from siftline.library import recipe_files
+
+    mini()
+    data = yaml.safe_load(recipe_files()["mini"].read_text(encoding="utf-8"))
+    data["sets"]["target"] = data["sets"].pop("dev")
+
+    def made(method, **changes):
+        stage = {"select": {"method": method, **changes.pop("stage", {})}}
+        budget = {"unit": "loss_tokens", "size": BUDGET, "on_shortfall": "smaller"}
+        return parse({**data, "stages": ["duplicates", stage], "budget": budget, **changes})
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def root(finished, mini_tools, tmp_path_factory):
+    return mini_tools.copy_root(finished.root, tmp_path_factory.mktemp("select") / "root")
+
+
+@pytest.mark.parametrize("method", RUN)
+def test_a_method_spends_the_budget_on_the_rows_in_play(method, root, recipe_of):
+    workspace, recipe = Workspace(root), recipe_of(method)
+    before, _ = run_stage(workspace, recipe, "duplicates", quiet)
+    output, _ = run_stage(workspace, recipe, "select", quiet)
+    assert output.accounting.closes
+    decided = output.all_decisions()
+    kept = decided.filter(outcome=KEPT)
+    assert set(decided["id"]) == set(before.all_decisions().filter(outcome=KEPT)["id"])
+    assert 0 < kept.height < decided.height
+    assert decided.filter(outcome=REMOVED)["reason"].null_count() == 0
+    facts = output.facts
+    assert facts["method"] == method
+    assert facts["spent"] <= BUDGET == facts["size"]
+    assert facts["spent"] > BUDGET - 130  # the longest response has 120 tokens
+    ranks = output.table("ranks")
+    assert set(ranks["id"]) == set(decided["id"])
+    first = ranks.filter(pl.col("rank") <= kept.height)
+    assert set(first["id"]) == set(kept["id"])
+    again, computed = run_stage(workspace, recipe, "select", quiet)
+    assert not computed
+    assert again.manifest.version == output.manifest.version
+
+
+def test_options_seed_and_oversampling_count(root, recipe_of):
+    workspace = Workspace(root)
+
+    def kept(**stage):
+        recipe = recipe_of("random", stage=stage)
+        run_stage(workspace, recipe, "duplicates", quiet)
+        output, _ = run_stage(workspace, recipe, "select", quiet)
+        return set(output.all_decisions().filter(outcome=KEPT)["id"])
+
+    assert kept() == kept(seed=0)
+    assert kept() != kept(seed=1)
+    assert kept() < kept(oversampling=2.0)
+
+
+def test_a_budget_in_rows_needs_no_model(root, recipe_of):
+    recipe = recipe_of("balanced_random", budget={"unit": "rows", "size": 20})
+    stage = recipe.stage("select")
+    assert (models_used(recipe, stage), sets_used(stage)) == ((), ())
+    workspace = Workspace(root)
+    run_stage(workspace, recipe, "duplicates", quiet)
+    output, _ = run_stage(workspace, recipe, "select", quiet)
+    assert output.accounting.kept == 20
+    sources = {r["id"]: r["source"] for r in Pool(workspace.pool("mini")).all_rows().to_pylist()}
+    taken = {sources[i] for i in output.all_decisions().filter(outcome=KEPT)["id"]}
+    assert len(taken) > 3
+
+
+def test_the_asset_waits_for_what_the_method_reads(recipe_of):
+    recipe = recipe_of("rds_plus")
+    stage = recipe.stage("select")
+    asset = stage_asset(recipe, stage)
+    deps = asset.asset_deps[keys.stage(recipe, stage)]
+    assert {keys.likelihood(recipe), keys.pool(recipe.sets.target[0])} <= set(deps)
+    assert isinstance(asset, dg.AssetsDefinition)
+    rows = recipe_of("random", budget={"unit": "rows", "size": 20})
+    plain = stage_asset(rows, rows.stage("select")).asset_deps[keys.stage(rows, stage)]
+    assert keys.likelihood(rows) not in plain
+
+
+def test_what_cannot_be_selected_is_refused_with_the_remedy(root, recipe_of):
+    with pytest.raises(ValueError, match="no method 'rds_pls': did you mean 'rds_plus'"):
+        recipe_of("rds_pls")
+    with pytest.raises(ValueError, match="options of random"):
+        recipe_of("random", stage={"options": {"sede": 1}})
+    with pytest.raises(ValueError, match="oversampling is 0"):
+        recipe_of("random", stage={"oversampling": 0})
+    with pytest.raises(ValueError, match="no scorer 'complexity': add it to the recipe's scorers"):
+        recipe_of("deita")
+    recipe = recipe_of("rds_plus", sets={})
+    run_stage(Workspace(root), recipe, "duplicates", quiet)
+    with pytest.raises(ValueError, match=r"selects towards a target.*add sets\.target"):
+        run_stage(Workspace(root), recipe, "select", quiet)
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_every_registered_method_is_a_stage(entry):
+    stage = Select(entry.name)
+    assert stage.embeds == any("embeddings" in need for need in entry.needs)
+    assert stage.likelihoods("loss_tokens")
+    assert set(stage.scorers()) <= set(stage.numbers())
