@@ -207,7 +207,7 @@ from siftline.cli import main
 try:
     main()
 finally:
-    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), flush=True)
+    print(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")), end="", flush=True)
 """
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 SIZES = {
     "small": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000),
-    "whole": ({"prompts": 900, "test": 1000, "dev": 80, "target": 40, "corpus": 12000}, 10000),
+    "whole": ({"prompts": 600, "test": 600, "dev": 80, "target": 40, "corpus": 12000}, 6000),
 }
 BASELINE = "random_clean"
 

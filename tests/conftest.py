@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-
-# The models here are tiny: a second thread gains nothing, and beside other work each spins for long.
+# The models here are tiny: a second thread gains nothing, and spins for long beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

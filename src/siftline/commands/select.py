@@ -177,11 +177,14 @@ def _source(path: str, given: dict[str, Any]) -> Any:
     return Source(path, format=given["form"], layout=given["layout"], columns=columns)
 
 
+_TOLD = ("rows", "kept", "unit", "size")
+
+
 def _text(result: dict[str, Any]) -> str:
     """The result as a short table."""
     lines = [f"rows {result['rows']:>12,}", f"kept {result['kept']:>12,}"]
     lines += [f"  {reason:<22} {count:>10,}" for reason, count in result["removed"].items()]
     for name, value in result["facts"].items():
-        if isinstance(value, bool | int | float | str):
+        if name not in _TOLD and isinstance(value, bool | int | float | str):
             lines.append(f"{name:<24} {value}")
     return "\n".join([*lines, f"selection: {result['selection']}", f"data: {result['data']}"])

@@ -9,7 +9,7 @@ the share of planted rows that the gate removed. A false drop is a removed row t
 construction, or, for gates that ask a model, a real row whose response verification proved right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import polars as pl
@@ -63,8 +63,8 @@ def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
     if asked is None or context.stage.scope == "added":
         return run
     lines, facts = [pl.DataFrame(schema=LINES)], []
-    for kind in PLANTED[context.stage.kind]:
-        table, fact = _judged(judge, kind, _plant(context, kind, asked.per_kind))
+    for kind, rows in _drawn(context, SPARE * asked.per_kind + 1).items():
+        table, fact = _judged(judge, kind, _plant(kind, rows, asked.per_kind))
         lines.append(table)
         facts.append(fact)
     if context.stage.kind in ASK_MODELS:
@@ -128,11 +128,11 @@ def _proven(context: Context, results: Sequence[StageResult]) -> list[dict[str, 
     return [_counted("proven", judged, removed, 0)]
 
 
-def _plant(context: Context, kind: str, wanted: int) -> list[Canary]:
-    """At most `wanted` canaries of a kind, from the first rows in the order of their draws."""
-    rows = list(_drawn(context, kind, SPARE * wanted + 1))
-    made, seen = [], set()
-    for row, partner in zip(rows, rows[1:] + rows[:1], strict=True):
+def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int) -> list[Canary]:
+    """At most `wanted` canaries of a kind, from the first rows that have something to spoil."""
+    made: list[Canary] = []
+    seen: set[str] = set()
+    for row, partner in zip(rows, [*rows[1:], *rows[:1]], strict=True):
         spoiled = DEFECTS[kind](row, partner)
         if spoiled is None or spoiled["id"] in seen:
             continue
@@ -143,27 +143,34 @@ def _plant(context: Context, kind: str, wanted: int) -> list[Canary]:
     return made
 
 
-def _drawn(context: Context, kind: str, count: int) -> Iterator[dict[str, Any]]:
-    """Rows in the order of their draws: of the evaluation sets for leaks, else the rows in play."""
-    stage = f"canary {kind}"
-    if kind == "leaked":
-        found = [
-            row
-            for _, spec in context.recipe.sets.items()
-            for row in Pool(context.workspace.pool(spec.name)).all_rows().to_pylist()
-        ]
-        ids = [row["id"] for row in found]
-        order = _first(context.recipe.seed, stage, ids, count)
-        yield from (found[i] for i in order)
-        return
+def _drawn(context: Context, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows for each kind of this gate in the order of their draws, no row twice in large pools.
+
+    Leaks are drawn from the evaluation sets, the other kinds from the rows in play, which are read
+    once for all of them.
+    """
+    kinds = PLANTED[context.stage.kind]
+    own = [kind for kind in kinds if kind != "leaked"]
     ids = [i for bucket in context.buckets for i in context.in_play(bucket)]
-    chosen = [ids[i] for i in _first(context.recipe.seed, stage, ids, count)]
-    rows = {row["id"]: row for row in context.rows_of(set(chosen)).to_pylist()}
-    yield from (rows[i] for i in chosen)
+    order = _first(context.recipe.seed, ids, count * len(own))
+    # One order for all kinds; each begins where the one before it ends, and goes round.
+    chosen = {
+        kind: [ids[order[(k * count + j) % len(order)]] for j in range(min(count, len(order)))]
+        for k, kind in enumerate(own)
+    }
+    read = context.rows_of({i for wanted in chosen.values() for i in wanted}).to_pylist()
+    rows = {row["id"]: row for row in read}
+    drawn = {kind: [rows[i] for i in wanted] for kind, wanted in chosen.items()}
+    if "leaked" in kinds:
+        sets = [Pool(context.workspace.pool(spec.name)) for _, spec in context.recipe.sets.items()]
+        held = [row for pool in sets for row in pool.all_rows().to_pylist()]
+        order = _first(context.recipe.seed, [row["id"] for row in held], count)
+        drawn["leaked"] = [held[i] for i in order]
+    return {kind: drawn[kind] for kind in kinds}
 
 
-def _first(seed: int, stage: str, ids: Sequence[str], count: int) -> list[int]:
-    drawn = gumbel_top_k(uniforms(seed, stage, ids), ids, min(count, len(ids)))
+def _first(seed: int, ids: Sequence[str], count: int) -> list[int]:
+    drawn = gumbel_top_k(uniforms(seed, "canary", ids), ids, min(count, len(ids)))
     return [int(position) for position in drawn]
 
 
