@@ -58,7 +58,7 @@ GROUPS = {
         "siftline simcore",
     ),
 }
-DENSE_VALUES = 2_000_000_000
+DENSE_VALUES = 500_000_000
 """Numbers of a matrix that a dense peer is given; above it is left out."""
 
 

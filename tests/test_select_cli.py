@@ -87,9 +87,6 @@ def ids_of(rows, tmp_path, done):
     return lines_of(out).sort("row")["id"].to_list()
 
 
-# ---- what comes out --------------------------------------------------------------------------
-
-
 def test_every_row_has_a_line_and_kept_records_are_whole(rows, tmp_path, done):
     out = tmp_path / "out"
     result = done("length", rows, "--budget", 5, "--set", "column=n_chars", "--out", out)
@@ -177,9 +174,6 @@ def test_order_of_rows_and_cut_into_files_change_nothing(tmp_path, done):
     assert set(lines_of(tmp_path / "c").filter("kept")["id"]) != set(a.filter("kept")["id"])
 
 
-# ---- scores and numbers of the input ---------------------------------------------------------
-
-
 def score_table(folder, ids, **columns):
     folder.mkdir(exist_ok=True)
     n = len(ids)
@@ -238,9 +232,6 @@ def test_missing_scores_name_the_remedy(rows, tmp_path, done, refused):
     assert "n_tokens" in refused(
         "random", rows, "--budget", 9, "--unit", "loss_tokens", "--out", tmp_path / "y"
     )
-
-
-# ---- embeddings and targets ------------------------------------------------------------------
 
 
 def vectors(n, d=6, seed=0):
@@ -328,9 +319,6 @@ def test_rows_are_embedded_here_and_the_vectors_kept(rows, tiny_model, tmp_path,
     assert 5 in lines_of(tmp_path / "a").filter("kept")["row"].to_list()
     done(*asked, "--embeddings", tmp_path / "a", "--out", tmp_path / "b")
     assert lines_of(tmp_path / "b").equals(lines_of(tmp_path / "a"))
-
-
-# ---- the rest --------------------------------------------------------------------------------
 
 
 def test_the_table_of_methods(call):

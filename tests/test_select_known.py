@@ -3,7 +3,6 @@
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import rankdata
 
 from siftline.kernels.kmeans import Clusters
 from siftline.selectors.baselines import BalancedRandom, Ifd, Length, Perplexity, Random
@@ -14,11 +13,7 @@ from siftline.selectors.kmeans_quality import KmeansQuality
 from siftline.selectors.lexical import Dsir, NearestWords, bm25, count
 from siftline.selectors.linear_rule import LinearRule, fit_rule, next_size
 from siftline.selectors.method import select
-from siftline.selectors.nearest import by_turns
-from siftline.selectors.rds import RdsPlus
-from siftline.selectors.simcore import SimCore
 from siftline.selectors.spending import Budget
-from siftline.selectors.transport import GotD, calibrated
 
 
 def ids(n, prefix=""):
@@ -45,9 +40,6 @@ def cosine_targets(scores):
     rest = np.sqrt(np.maximum(0, 1 - (scores**2).sum(axis=0)))
     assert ((scores**2).sum(axis=0) <= 1 + 1e-9).all()
     return vectors(np.vstack([scores, rest]).T), vectors(np.eye(q, q + 1), ids(q, "t"))
-
-
-# ---- one column ------------------------------------------------------------------------------
 
 
 def test_random_is_a_fair_draw():
@@ -102,9 +94,6 @@ def test_the_two_ratios_called_ifd_order_pairs_differently():
     assert places(select(Ifd("ifd_perplexity_ratio"), pool, Budget(1))) == [0]
 
 
-# ---- best fit --------------------------------------------------------------------------------
-
-
 def answers():
     return pl.DataFrame(
         {
@@ -148,9 +137,6 @@ def test_a_further_answer_never_lowers_the_best():
         found = select(BestFit(), pool, Budget(3))
         joined = found.decisions.filter("kept").join(pool, on="id")
         assert joined.filter(prompt_id="a")["logprob_mean"].item() == -1.0
-
-
-# ---- clusters --------------------------------------------------------------------------------
 
 
 def blobs(n=400, k=4, seed=0):
@@ -208,9 +194,6 @@ def test_copies_of_one_row_cannot_exceed_an_equal_quota():
     assert sum(i >= 100 for i in kept) <= 16
 
 
-# ---- DEITA -----------------------------------------------------------------------------------
-
-
 def plain_filter(x, scores, budget, limit):
     unit = x / np.linalg.norm(x, axis=1)[:, None]
     kept = []
@@ -246,153 +229,6 @@ def test_deita_says_when_too_little_is_different():
     assert places(select(Deita(similarity=1.0), pool, Budget(2))) == [8, 7]
 
 
-# ---- targets ---------------------------------------------------------------------------------
-
-KNOWN = [[0.9, 0.8, 0.1, 0.0, 0.3], [0.95, 0.2, 0.7, 0.6, 0.1]]
-
-
-def test_round_robin_takes_what_the_definition_takes():
-    scores = np.array(KNOWN, np.float32)
-    found = by_turns(lambda a, b: scores.T[a:b], 2, ["q0", "q1"], np.ones(5, int), Budget(4))
-    assert found.order.tolist() == [0, 2, 1, 3]
-    assert found.tables["picks"]["taker"].to_list() == ["q0", "q1", "q0", "q1"]
-
-
-def test_rds_equals_a_plain_all_pairs_computation():
-    g = np.random.default_rng(1)
-    x, y = g.normal(size=(300, 10)), g.normal(size=(6, 10))
-    pool, target = vectors(x), vectors(y, ids(6, "t"))
-    unit_x, unit_y = (v / np.linalg.norm(v, axis=1)[:, None] for v in (x, y))
-    left = unit_y @ unit_x.T
-    expected = []
-    while len(expected) < 50:
-        for q in range(6):
-            if len(expected) < 50:
-                expected.append(int(left[q].argmax()))
-                left[:, expected[-1]] = -9
-    found = select(RdsPlus(), pool, Budget(50), target)
-    assert places(found) == expected
-    picks = found.tables["picks"]
-    counts = picks["taker"].value_counts()["count"]
-    assert counts.max() - counts.min() <= 1
-
-
-def test_leaked_queries_are_taken_first():
-    g = np.random.default_rng(2)
-    y = g.normal(size=(5, 8))
-    x = np.vstack([g.normal(size=(60, 8)), y])
-    found = select(RdsPlus(), vectors(x), Budget(5), vectors(y, ids(5, "t")))
-    assert sorted(places(found)) == [60, 61, 62, 63, 64]
-
-
-def test_tasks_take_turns_by_the_best_of_their_queries():
-    pool, target = cosine_targets(
-        [[0.9, 0.1, 0.2, 0.3], [0.1, 0.8, 0.3, 0.2], [0.2, 0.3, 0.7, 0.1]]
-    )
-    target = target.with_columns(source=pl.Series(["b", "a", "b"]))
-    found = select(RdsPlus("task"), pool, Budget(4), target)
-    # a: row 1; b: row 0 (0.9 over 0.7); a: 2 (0.3) before 3 (0.2); b: 3
-    assert places(found) == [1, 0, 2, 3]
-    assert found.tables["picks"]["taker"].to_list() == ["a", "b", "a", "b"]
-    with pytest.raises(ValueError, match="set turns to query"):
-        select(RdsPlus("task"), pool, Budget(2), target.drop("source"))
-
-
-def test_lists_that_run_out_are_asked_for_again():
-    # All queries want the same rows in the same order: lists of a fair share cannot suffice.
-    y = np.tile([1.0, 0.0], (40, 1))
-    angles = np.linspace(0.01, 1.5, 2000)
-    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    found = select(RdsPlus(), vectors(x), Budget(900), vectors(y, ids(40, "t")))
-    assert places(found) == list(range(900))
-    assert found.facts["list_length"] > 4 * 900 / 40 + 64
-
-
-def test_cats_and_dogs():
-    x = np.array([[0.0]] * 99 + [[1.0]])
-    y = np.array([[0.0]] * 5 + [[1.0]] * 5)
-    method = GotD(cost="euclidean", epsilon=0.01, tolerance=1e-4)
-    found = select(method, vectors(x), Budget(1), vectors(y, ids(10, "t")))
-    assert places(found) == [99]
-    assert found.facts["converged"]
-    assert found.facts["transport"] == pytest.approx(0.49, abs=0.02)
-    values = found.decisions["value"].to_numpy()
-    assert values[99] == pytest.approx(-1.0, abs=0.02)
-    np.testing.assert_allclose(values[:99], 1 / 99, atol=1e-3)
-    assert 99 not in places(
-        select(GotD(cost="euclidean", away=True), vectors(x), Budget(5), vectors(y, ids(10, "t")))
-    )
-
-
-def test_calibration_ranks_as_the_potential_and_forgets_constants():
-    f = np.random.default_rng(0).normal(size=50)
-    gradients = calibrated(f)
-    assert (rankdata(gradients) == rankdata(f)).all()
-    np.testing.assert_allclose(calibrated(f + 3), gradients, atol=1e-12)
-    np.testing.assert_allclose(gradients[7], f[7] - np.delete(f, 7).mean())
-    assert calibrated(np.array([2.0])).tolist() == [0.0]
-
-
-def test_planted_rows_of_the_target_cloud_are_found_and_part_of_the_pool_suffices():
-    g = np.random.default_rng(3)
-    x = np.vstack([g.normal(size=(360, 6)), g.normal(size=(40, 6)) + 2])
-    x, y = (v / np.linalg.norm(v, axis=1)[:, None] for v in (x, g.normal(size=(30, 6)) + 2))
-    pool, target = vectors(x), vectors(y, ids(30, "t"))
-    for method in (GotD(), GotD(solve_rows=150)):
-        kept = places(select(method, pool, Budget(40), target))
-        assert sum(i >= 360 for i in kept) > 24  # 4 by chance
-    assert not select(GotD(tolerance=1e-9, max_iterations=2), pool, Budget(4), target).facts[
-        "converged"
-    ]
-
-
-def test_the_pool_as_its_own_target_has_nearly_level_gradients():
-    x = np.random.default_rng(4).normal(size=(80, 4))
-    near = select(GotD(epsilon=0.05), vectors(x), Budget(2), vectors(x, ids(80, "t")))
-    far = select(GotD(epsilon=0.05), vectors(x), Budget(2), vectors(x + 3, ids(80, "t")))
-    spread = [s.decisions["value"].std() for s in (near, far)]
-    assert spread[0] < 0.05 * spread[1]
-
-
-# ---- SimCore ---------------------------------------------------------------------------------
-
-CENTROIDS = [[0.99, 0.97, 0.90, 0.2, 0.1, 0.0], [0.1, 0.2, 0.3, 0.98, 0.96, 0.80]]
-
-
-def test_simcore_stops_where_the_known_answer_does():
-    # The two centroids have a cosine of 0.2: orthogonal ones can't have these similarities.
-    first, second = np.array(CENTROIDS)
-    second = (second - 0.2 * first) / np.sqrt(0.96)
-    pool = vectors(np.stack([first, second, np.sqrt(1 - first**2 - second**2)], axis=1))
-    target = vectors([[1, 0, 0], [0.2, np.sqrt(0.96), 0]], ids(2, "t"))
-    found = select(SimCore(patience=1), pool, Budget(6), target)
-    assert sorted(places(found)) == [0, 1, 3, 4]
-    np.testing.assert_allclose(found.facts["utility"], [0.985, 0.965, 0.85], atol=1e-4)
-    assert (found.facts["stop_turn"], found.facts["stop_reason"]) == (3, "utility")
-    assert found.facts["shortfall"] == 0
-    whole = select(SimCore(patience=1, tau=0.0), pool, Budget(6), target)
-    assert (len(places(whole)), whole.facts["stop_reason"]) == (6, "budget")
-    strict = select(SimCore(patience=1, tau=1.0), pool, Budget(6), target)
-    assert sorted(places(strict)) == [0, 3]
-    cut = select(SimCore(patience=1), pool, Budget(3), target)
-    assert {0, 3} < set(places(cut)) < {0, 1, 3, 4}
-
-
-def test_utility_falls_and_two_centroids_may_agree():
-    pool, target = cosine_targets([[0.7, 0.6, 0.1, 0.3], [0.7, 0.1, 0.5, 0.2]])
-    found = select(SimCore(stop=False), pool, Budget(3), target)
-    assert places(found)[0] == 0
-    assert sorted(places(found)) == [0, 1, 2]
-    g = np.random.default_rng(0)
-    pool, target = vectors(g.normal(size=(200, 5))), vectors(g.normal(size=(50, 5)), ids(50, "t"))
-    found = select(SimCore(clusters=7, stop=False), pool, Budget(100), target)
-    assert found.facts["target_clusters"] == 7
-    assert (np.diff(found.facts["utility"]) <= 1e-6).all()
-
-
-# ---- coverage --------------------------------------------------------------------------------
-
-
 def test_facility_location_takes_one_row_of_each_cluster():
     x, truth = blobs(240)
     for method in (FacilityLocation(), FacilityLocation(exact=True), FacilityLocation(cover=60)):
@@ -401,9 +237,6 @@ def test_facility_location_takes_one_row_of_each_cluster():
         assert found.facts["covered_rows"] == (60 if method.cover == 60 else 240)
     value = select(FacilityLocation(exact=True), vectors(x), Budget(4)).facts["value"]
     assert value > 0.9
-
-
-# ---- words -----------------------------------------------------------------------------------
 
 
 def texts(lines, prefix=""):
@@ -458,9 +291,6 @@ def test_nearest_words_finds_shared_words_by_turns():
     found = select(NearestWords(), pool, Budget(3), target)
     assert places(found)[:2] == [2, 1]
     assert len(places(found)) == 3
-
-
-# ---- the linear rule -------------------------------------------------------------------------
 
 
 def test_the_published_rule_has_the_known_answers():

@@ -1,14 +1,12 @@
 """`siftline dedup`: near duplicates out of plain files, without a recipe."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from siftline.commands.options import json_option, say
-from siftline.progress import Tracker
+from siftline.commands.options import json_option, make_tracker
 
 
 @click.command()
@@ -98,14 +96,8 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     keep = Keep.parse(given["keep"])
     more = {name: given[name] for name in ("index", "target", "rehydrate", "embeddings")}
     job = Job(files, out, given["text_column"], settings, keep, **more)
-    result = dedup_files(job, _tracker)
+    result = dedup_files(job, make_tracker)
     click.echo(json.dumps(result) if as_json else _text(result))
-
-
-def _tracker(label: str, total: int, unit: str) -> Tracker:
-    from siftline.terminal import tracker
-
-    return tracker(label, total, unit, sys.stderr, say)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import click
 import polars as pl
 
-from siftline.commands.options import json_option, say
+from siftline.commands.options import json_option, make_tracker
+from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
 
 ANSWERS, TABLE = "answers.parquet", "accuracy.csv"
@@ -29,10 +29,7 @@ ANSWERS, TABLE = "answers.parquet", "accuracy.csv"
     help="Regular expression with one group that finds the answer in a solution, such as "
     "'#### (.+)', for files without a column of answers.",
 )
-@click.option(
-    "--field", "fields", multiple=True, metavar="FIELD=COLUMN",
-    help="Column of a field, where it has another name.",
-)  # fmt: skip
+@field_option
 @click.option("--verifier", default="math", show_default=True, help="Who judges the answers.")
 @click.option("--level-column", default="level", show_default=True, help="Column of the level.")
 @click.option("--max-new-tokens", default=512, show_default=True, help="Most tokens of an answer.")
@@ -68,10 +65,10 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         dtype=given["dtype"],
         device=given["device"],
     )
-    columns = dict(pair_of(pair) for pair in given["fields"])
+    columns = columns_of(given["fields"])
     sources = [Source(p, columns=columns, answer_pattern=given["answer_pattern"]) for p in files]
     questions, unanswered = _questions(sources, out.absolute(), settings.level_column)
-    tracker = _tracker(questions.height)
+    tracker = make_tracker("evaluation", questions.height, "questions")
     with engines() as opened:
         answered = ask(opened.get(spec), questions, verifier, settings, tracker.reach)
     tracker.close()
@@ -86,20 +83,6 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         "accuracy": table.to_dicts(),
     }
     click.echo(json.dumps(result) if as_json else _text(result))
-
-
-def _tracker(total: int) -> Any:
-    from siftline.terminal import tracker
-
-    return tracker("evaluation", total, "questions", sys.stderr, say)
-
-
-def pair_of(text: str) -> tuple[str, str]:
-    """Takes FIELD=COLUMN apart."""
-    field, mark, column = text.partition("=")
-    if not (field and mark and column):
-        raise ValueError(f"--field {text!r}: give it as FIELD=COLUMN")
-    return field, column
 
 
 def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple[pl.DataFrame, int]:

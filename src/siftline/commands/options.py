@@ -1,12 +1,14 @@
 """What the verbs of the command line share: options, and lines on stderr."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from siftline.library import find
+from siftline.progress import Tracker
 from siftline.recipe import Recipe, load
 from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE
 
@@ -20,6 +22,13 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def make_tracker(label: str, total: int, unit: str) -> Tracker:
+    """Progress on stderr: a bar on a terminal, lines at an interval elsewhere."""
+    from siftline.terminal import tracker
+
+    return tracker(label, total, unit, sys.stderr, say)
 
 
 def say(line: str) -> None:

@@ -1,17 +1,15 @@
 """`siftline score`: likelihoods of the rows in plain files, without a recipe."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
 import polars as pl
 
-from siftline.commands.options import json_option, say
-from siftline.ingest.source import FIELDS, Format, Layout
-from siftline.progress import Tracker
+from siftline.commands.options import json_option, make_tracker
+from siftline.commands.sources import reading_options, source_of
 
 _WHICH = ("transformers", "vllm", "server")
 _SHOWN = (
@@ -82,28 +80,7 @@ _SHOWN = (
     type=click.Choice(["entropy", "top1", "pooled"]),
     help="Also report this; may be given again.",
 )
-@click.option(
-    "--layout",
-    type=click.Choice(get_args(Layout)),
-    default="auto",
-    show_default=True,
-    help="How records hold a conversation.",
-)
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(get_args(Format)),
-    default="auto",
-    show_default=True,
-    help="How the files are written.",
-)
-@click.option(
-    "--field",
-    "fields",
-    multiple=True,
-    metavar="FIELD=COLUMN",
-    help=f"Column of a field, where it has another name. Fields: {', '.join(FIELDS)}.",
-)
+@reading_options
 @click.option(
     "--url", help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
 )
@@ -134,7 +111,8 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
     out: Path = given["out"].absolute()
     asked = Likelihood(given["turns"], given["details"])
-    scored = score_files(_sources(files, given), _spec(given), asked, out, _tracker)
+    sources = [source_of(path, given) for path in files]
+    scored = score_files(sources, _spec(given), asked, out, make_tracker)
     rows = scored.scores.height + scored.failed.height
     result = {
         "scores": str(out / SCORES),
@@ -158,27 +136,6 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
             f"{scored.failed.height} of {rows} rows have no score ({most}), more than --max-failed "
             f"{given['max_failed']:g}: see {out / FAILED}"
         )
-
-
-def _tracker(label: str, total: int, unit: str) -> Tracker:
-    from siftline.terminal import tracker
-
-    return tracker(label, total, unit, sys.stderr, say)
-
-
-def _sources(files: tuple[str, ...], given: dict[str, Any]) -> list[Any]:
-    from siftline.ingest.source import Source
-
-    columns = {}
-    for pair in given["fields"]:
-        field, mark, column = pair.partition("=")
-        if not (field and mark and column):
-            raise ValueError(f"--field {pair!r}: give it as FIELD=COLUMN")
-        columns[field] = column
-    return [
-        Source(path, format=given["form"], layout=given["layout"], columns=columns)
-        for path in files
-    ]
 
 
 def _spec(given: dict[str, Any]) -> Any:

@@ -1,15 +1,13 @@
 """`siftline select`: a subset of the rows in plain files by any selection method."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from siftline.commands.options import json_option, say
-from siftline.ingest.source import FIELDS, Format, Layout
-from siftline.progress import Tracker
+from siftline.commands.options import json_option, make_tracker, say
+from siftline.commands.sources import reading_options, source_of
 
 
 @click.command()
@@ -61,28 +59,7 @@ from siftline.progress import Tracker
     "--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="An option of the method."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="New folder for the selection.")
-@click.option(
-    "--layout",
-    type=click.Choice(get_args(Layout)),
-    default="auto",
-    show_default=True,
-    help="How records hold a conversation.",
-)
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(get_args(Format)),
-    default="auto",
-    show_default=True,
-    help="How the files are written.",
-)
-@click.option(
-    "--field",
-    "fields",
-    multiple=True,
-    metavar="FIELD=COLUMN",
-    help=f"Column of a field, where it has another name. Fields: {', '.join(FIELDS)}.",
-)
+@reading_options
 @json_option
 def select(
     method: str | None, files: tuple[str, ...], listed: bool, as_json: bool, **given: Any
@@ -103,11 +80,11 @@ def select(
             raise ValueError(f"--{name} is missing: {_MISSING[name]}")
     from siftline.commands.select_run import Request, select_files
 
-    sources = [_source(path, given) for path in files]
+    sources = [source_of(path, given) for path in files]
     request = Request(
         method=method,
         sources=tuple(sources),
-        targets=tuple(_source(path, given) for path in given["targets"]),
+        targets=tuple(source_of(path, given) for path in given["targets"]),
         budget=given["budget"],
         unit=given["unit"],
         on_shortfall=given["on_shortfall"],
@@ -119,7 +96,7 @@ def select(
         seed=given["seed"],
         overrides=given["overrides"],
     )
-    result = select_files(request, given["out"].absolute(), _tracker, say)
+    result = select_files(request, given["out"].absolute(), make_tracker, say)
     click.echo(json.dumps(result) if as_json else _text(result))
 
 
@@ -157,24 +134,6 @@ def _table_text() -> str:
         options = ", ".join(f"{k}={json.dumps(v)}" for k, v in line["options"].items())
         lines.append(f"    options   {options or 'none'}")
     return "\n".join(lines)
-
-
-def _tracker(label: str, total: int, unit: str) -> Tracker:
-    from siftline.terminal import tracker
-
-    return tracker(label, total, unit, sys.stderr, say)
-
-
-def _source(path: str, given: dict[str, Any]) -> Any:
-    from siftline.ingest.source import Source
-
-    columns = {}
-    for pair in given["fields"]:
-        field, mark, column = pair.partition("=")
-        if not (field and mark and column):
-            raise ValueError(f"--field {pair!r}: give it as FIELD=COLUMN")
-        columns[field] = column
-    return Source(path, format=given["form"], layout=given["layout"], columns=columns)
 
 
 _TOLD = ("rows", "kept", "unit", "size")

@@ -13,41 +13,16 @@ import pyarrow.parquet as pq
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Tracker
 from siftline.schema import ROW, text_view
+from siftline.stages.selecting import narrow, whole_text
 
 SCORES = "scores.parquet"
-NUMBERS = (
-    "n_tokens",
-    "logprob_sum",
-    "logprob_mean",
-    "logprob_mean_unconditional",
-    "perplexity",
-    "ifd_loss_ratio",
-    "ifd_perplexity_ratio",
-    "entropy_mean",
-    "top1_rate",
-)
-"""Columns that a table of `siftline score` has."""
 CHUNK = 1024
 MakeTracker = Callable[[str, int, str], Tracker]
 
 
 def row_columns(pool: Pool, bucket: int, *, text: bool) -> pl.DataFrame:
     """`id`, `prompt_id`, `source`, words and characters of the response, and `text` if asked."""
-    view = text_view(pool.rows(bucket, ROW.names))
-    rows = view.select(
-        "id",
-        "prompt_id",
-        "source",
-        pl.col("response").str.count_matches(r"\S+").cast(pl.Int64).alias("n_words"),
-        pl.col("response").str.len_chars().cast(pl.Int64).alias("n_chars"),
-        whole_text().alias("text"),
-    )
-    return rows if text else rows.drop("text")
-
-
-def whole_text() -> pl.Expr:
-    """Prompt and response of a text view, one below the other."""
-    return pl.concat_str(["prompt", "response"], separator="\n")
+    return narrow(pool.rows(bucket, ROW.names), text=text)
 
 
 def read_scores(folder: Path) -> pl.DataFrame:

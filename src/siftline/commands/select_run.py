@@ -14,7 +14,6 @@ from typing import Any, Literal
 import polars as pl
 
 from siftline.commands.select_columns import (
-    NUMBERS,
     Embeddings,
     embedded,
     leftover_numbers,
@@ -27,6 +26,7 @@ from siftline.config import build, override
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
 from siftline.progress import Tracker
+from siftline.selectors.chosen import LIKELIHOODS
 from siftline.selectors.method import RANKS
 from siftline.selectors.registry import Entry, find
 from siftline.selectors.spending import Budget
@@ -195,9 +195,9 @@ class _Offered:
     def _lacking(self, name: str, lost: pl.DataFrame) -> str:
         if name == "embedding":
             remedy = "embed them too, or use --embedder"
-        elif self.request.scores is not None and name in NUMBERS:
+        elif self.request.scores is not None and name in LIKELIHOODS:
             remedy = "run siftline score on these files"
-        elif name in NUMBERS:
+        elif name in LIKELIHOODS:
             remedy = "give --scores DIR, as siftline score writes it"
         else:
             remedy = f"put a number {name!r} in every record or in the table of --scores"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from siftline.commands.options import json_option, named_recipe, root_option, say
+from siftline.commands.options import json_option, make_tracker, named_recipe, root_option
 from siftline.config import build, override
 from siftline.training.sft import FineTune
 from siftline.workspace import Workspace
@@ -58,7 +57,7 @@ def train(
     if base is None:
         raise ValueError("no model to start from: give --model DIR, or --recipe")
     config = _changed(options, overrides)
-    tracker = _tracker(out.name)
+    tracker = make_tracker(f"training {out.name}", 0, "steps")
     try:
         result = finetune(
             base.absolute(),
@@ -76,12 +75,6 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         told = _told(result)
         click.echo(json.dumps(told) if as_json else _text(told))
-
-
-def _tracker(label: str) -> Any:
-    from siftline.terminal import tracker
-
-    return tracker(f"training {label}", 0, "steps", sys.stderr, say)
 
 
 def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:

@@ -31,7 +31,7 @@ def select(context: Context) -> StageRun:
     method, entry = options.configured(), options.entry
     failed: dict[str, str] = {}
     frames = [
-        _narrow(context.rows(bucket), texts="text" in entry.needs) for bucket in context.buckets
+        _offered(context.rows(bucket), text="text" in entry.needs) for bucket in context.buckets
     ]
     if options.likelihoods(context.recipe.budget.unit):
         scored, failed = likelihoods(context)
@@ -67,17 +67,27 @@ def _run(context: Context, selections: list[Selection], failed: dict[str, str]) 
     return StageRun(results, {RANKS: pl.concat(ranks).sort("id")} if ranks else {}, facts)
 
 
-def _narrow(rows: pa.Table, *, texts: bool) -> pl.DataFrame:
-    """id, prompt_id, source, size of the response, and the text where words are counted."""
+def narrow(rows: pa.Table, *, text: bool) -> pl.DataFrame:
+    """`id`, `prompt_id`, `source`, words and characters of the response, and `text` if asked."""
     view = schema.text_view(rows)
     return view.select(
         "id",
         "prompt_id",
-        pl.col("source").fill_null(""),
+        "source",
         pl.col("response").str.count_matches(r"\S+").cast(pl.Int64).alias("n_words"),
         pl.col("response").str.len_chars().cast(pl.Int64).alias("n_chars"),
-        *([pl.concat_str("prompt", pl.lit("\n"), "response").alias("text")] if texts else []),
+        *([whole_text().alias("text")] if text else []),
     )
+
+
+def whole_text() -> pl.Expr:
+    """Prompt and response of a text view, one below the other."""
+    return pl.concat_str(["prompt", "response"], separator="\n")
+
+
+def _offered(rows: pa.Table, *, text: bool) -> pl.DataFrame:
+    """The columns of `narrow`; rows without a source are a source of their own."""
+    return narrow(rows, text=text).with_columns(pl.col("source").fill_null(""))
 
 
 def _scores(context: Context, name: str) -> pl.DataFrame:
@@ -91,7 +101,7 @@ def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
 
     def work(recorder: Recorder, bucket: int, rows: pa.Table) -> Vectors:
         view = schema.text_view(rows)
-        texts = view.select("id", pl.concat_str("prompt", pl.lit("\n"), "response"))
+        texts = view.select("id", whole_text())
         return embed_texts(recorder, bucket, dict(texts.iter_rows()))
 
     vectors: dict[str, np.ndarray] = {}
@@ -128,7 +138,7 @@ def _target(context: Context, options: Select) -> pl.DataFrame:
     for spec in sets:
         pool = Pool(context.workspace.pool(spec.name))
         rows = pool.all_rows()
-        frame = _narrow(rows, texts=True)
+        frame = _offered(rows, text=True)
         if options.embeds:
             buckets = by_store_bucket(pool.rows, pool.buckets)
             vectors, failed = _embedded(context, buckets, rows.num_rows)
