@@ -65,7 +65,8 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
     from value_arms import World
 
     from siftline.progress import Progress
-    from siftline.stages.arms import _evaluated, _folder, test_rows
+    from siftline.stages.arms import _folder
+    from siftline.stages.evaluation import _evaluated, test_rows
     from siftline.training.finetune import finetune
 
     world = World(Path(root), data, say)

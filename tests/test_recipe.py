@@ -397,7 +397,8 @@ PUBLIC = {
     "Contrast": "model reference turns",
     "Column": "column path id",
     "Function": "path args",
-    "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed",
+    "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed "
+    "retained",
     "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
     "reference_column lora_rank lora_alpha learning_rate epochs loss_tokens steps batch_rows "
     "accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing bf16 "

@@ -65,6 +65,12 @@ GATES = ("duplicates", "decontamination", "likelihood", "confidence")
 """Gates that sampled rows are held to; verification is how they were accepted."""
 
 ROLES = ("target", "sampler", "judge", "embedder")
+_OPTIONAL: dict[str, Any] = {
+    "inputs": Inputs,
+    "training": Training,
+    "evaluation": Evaluation,
+    "canaries": Canaries,
+}
 
 
 @dataclass(frozen=True)
@@ -193,12 +199,8 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
     _check_scores(stages, scorers)
-    optional = {
-        "inputs": Inputs,
-        "training": Training,
-        "evaluation": Evaluation,
-        "canaries": Canaries,
-    }
+    chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
+    _check_retained(sets, chosen.get("evaluation"))
     return Recipe(
         name=name,
         seed=seed,
@@ -213,7 +215,7 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         bounds=build(Bounds, raw.get("bounds"), "bounds"),
         card=build(Card, raw.get("card"), "card"),
         schedule=str(raw.get("schedule", "0 3 * * *")),
-        **{k: build(cls, raw[k], k) for k, cls in optional.items() if raw.get(k) is not None},
+        **chosen,
     )
 
 
@@ -316,6 +318,18 @@ def scorers_read(stage: Stage) -> tuple[str, ...]:
         return stage.options.scorers()
     weight = getattr(stage.options, "weight", "uniform")
     return () if weight == "uniform" else (weight,)
+
+
+def _check_retained(sets: Sets, evaluation: Evaluation | None) -> None:
+    """A retained set is one of the test sets, and at least one other is the task."""
+    if evaluation is None or not evaluation.retained:
+        return
+    known = [spec.name for spec in sets.test]
+    for name in evaluation.retained:
+        if name not in known:
+            raise ValueError(f"evaluation.retained: no test set {name!r}: {nearest(name, known)}")
+    if set(known) == set(evaluation.retained):
+        raise ValueError("evaluation.retained names every test set: leave the task's own out")
 
 
 def _check_scores(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ from siftline.assets.metadata import picture
 from siftline.assets.resource import Siftline
 from siftline.recipe import Recipe
 from siftline.shards import content_hash
-from siftline.stages.arms import evaluate_arms, train_arms
+from siftline.stages.arms import train_arms
+from siftline.stages.evaluation import evaluate_arms
 from siftline.stages.publish import publish_curated
 from siftline.stages.reporting import write_report
 

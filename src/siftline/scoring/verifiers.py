@@ -145,6 +145,7 @@ def _plain(text: str) -> str:
 
 @cache
 def _plain_math() -> MathVerifier:
+    """One for the process, since each keeps a child process for the comparisons."""
     return MathVerifier()
 
 
@@ -173,7 +174,7 @@ def get_verifier(name: str) -> Verifier:
         ValueError: if the name is unknown, can't be imported, or is not callable.
     """
     if name == "math":
-        return MathVerifier()
+        return _plain_math()
     if name == "exact":
         return ExactVerifier()
     module, colon, attribute = name.partition(":")

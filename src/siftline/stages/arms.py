@@ -1,4 +1,4 @@
-"""Training arms and their evaluation: the curated rows against random rows at equal cost.
+"""Training arms: the curated rows against random rows at equal cost.
 
 Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
 """
@@ -15,15 +15,13 @@ import pyarrow as pa
 
 from siftline import shards
 from siftline.curated import resolve_latest
-from siftline.ingest.pool import PROVENANCE, Pool
+from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
-from siftline.scoring.verifiers import get_verifier
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, rows_of_arm
-from siftline.stages.models import engines, model_spec
+from siftline.stages.models import model_spec
 from siftline.training.budget import tokenize_rows
-from siftline.training.evaluate import evaluate, summarise_accuracy, summarise_seeds
 from siftline.training.finetune import FineTune, TrainResult, finetune
 from siftline.training.material import PUBLISHED_SOURCE
 from siftline.workspace import Workspace
@@ -131,108 +129,3 @@ def _folder(
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
     key = shards.content_hash([ids, vars(options), seed, directory_digest(Path(base)), watched])
     return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")
-
-
-def test_rows(workspace: Workspace, recipe: Recipe, level_column: str) -> pl.DataFrame:
-    """Questions of all test sets with answers: id, messages, tools, answer, level."""
-    frames = []
-    for spec in recipe.sets.test:
-        pool = Pool(workspace.pool(spec.name))
-        rows = pool.all_rows(["id", "messages", "tools", "answer"])
-        lines = rows.filter(pa.compute.is_valid(rows["answer"])).to_pylist()
-        levels = _levels(pool, level_column)
-        for line in lines:
-            line["level"] = levels.get(line["id"])
-        frames.append(
-            pl.DataFrame(
-                {
-                    "id": [line["id"] for line in lines],
-                    "messages": pl.Series([line["messages"] for line in lines]),
-                    "tools": pl.Series([line["tools"] for line in lines], dtype=pl.String),
-                    "answer": [line["answer"] for line in lines],
-                    level_column: pl.Series([line["level"] for line in lines], dtype=pl.String),
-                }
-            )
-        )
-    if not frames or not sum(frame.height for frame in frames):
-        raise ValueError(f"recipe {recipe.name!r} has no test rows with an answer: add a test set")
-    return pl.concat(frames).unique("id", keep="first", maintain_order=True)
-
-
-def _levels(pool: Pool, column: str) -> dict[str, str]:
-    """Level of each row, from the input columns that no mapping used."""
-    found: dict[str, str] = {}
-    for bucket in range(pool.buckets):
-        table = pool.read(PROVENANCE, bucket, ["id", "leftover"])
-        for line in table.to_pylist():
-            leftover = json.loads(line["leftover"] or "{}")
-            if column in leftover:
-                found[line["id"]] = str(leftover[column])
-    return found
-
-
-def evaluate_arms(
-    workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
-) -> tuple[pl.DataFrame, list[Arm]]:
-    """Accuracy of the base model and of every arm on the test sets.
-
-    Results of a model are kept beside its weights, by what was asked, and found the next time.
-
-    Returns:
-        Lines of arm, level, n, seeds, accuracy, low, high, at_floor; and the arms.
-    """
-    settings, training = recipe.evaluation, recipe.training
-    assert settings is not None
-    arms = train_arms(workspace, recipe, emit) if training is not None else []
-    questions = test_rows(workspace, recipe, settings.level_column)
-    base = Path(model_spec(workspace, recipe, "target").path)
-    results: dict[str, list[pl.DataFrame]] = {}
-    folders = [(BASE, 0, base), *((arm.arm, arm.seed, arm.folder) for arm in arms)]
-    for name, seed, folder in folders:
-        progress = Progress(f"evaluation {name} seed {seed}", questions.height, emit, "questions")
-        answered = _evaluated(workspace, recipe, folder, questions, progress)
-        progress.close()
-        results.setdefault(name, []).append(answered)
-    lines = []
-    for name, runs in results.items():
-        seeded = len(runs) > 1
-        table = summarise_seeds(runs) if seeded else summarise_accuracy(runs[0])
-        columns = ["level", "n", "accuracy", "low", "high", "at_floor"]
-        shown = table.select(columns).with_columns(
-            pl.lit(name).alias("arm"), pl.lit(len(runs)).alias("seeds")
-        )
-        # `all` is an arm's last line, as the report reads it.
-        overall = pl.col("level") == "all"
-        lines.append(pl.concat([shown.filter(~overall), shown.filter(overall)]))
-    return pl.concat(lines), arms
-
-
-def _evaluated(
-    workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
-) -> pl.DataFrame:
-    settings = recipe.evaluation
-    assert settings is not None
-    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
-    asked = shards.content_hash(
-        [
-            questions["id"].to_list(),
-            vars(settings),
-            spec.engine,
-            spec.template,
-            directory_digest(folder),
-        ]
-    )
-    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
-    if not path.exists():
-        with engines() as opened:
-            answered = evaluate(
-                opened.get(spec),
-                questions,
-                get_verifier(settings.verifier),
-                settings,
-                progress.reach,
-            )
-        shards.write_parquet(answered.to_arrow(), path)
-    frame = pl.from_arrow(shards.read_parquet(path))
-    assert isinstance(frame, pl.DataFrame)
-    return frame

@@ -41,7 +41,7 @@ def write_report(
     Args:
         workspace: The root.
         recipe: The recipe.
-        accuracy: Lines of `arms.evaluate_arms`, or None where the recipe has no evaluation.
+        accuracy: Lines of `evaluation.evaluate_arms`, or None where the recipe has no evaluation.
         arms: Trained arms.
         planted: What a generator planted and what was caught; columns of `report.PLANTED`.
         suffix: Added to the file names, so that an audited page leaves the asset's alone.
@@ -121,7 +121,20 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
             f"Arm {arm} is at the floor: its accuracy can't be told from guessing."
             for arm in floor["arm"].to_list()
         ]
+        notes += _forgotten(accuracy)
     return tuple(notes)
+
+
+def _forgotten(accuracy: pl.DataFrame) -> list[str]:
+    """What each arm lost or gained on tasks the base model could do before."""
+    if "change" not in accuracy.columns:
+        return []
+    return [
+        f"Arm {line['arm']} on {line['level']}: {100 * line['accuracy']:.1f} %, "
+        f"{100 * line['change']:+.1f} points against the base model "
+        f"({100 * line['change_low']:+.1f} to {100 * line['change_high']:+.1f})."
+        for line in accuracy.filter(pl.col("change").is_not_null()).to_dicts()
+    ]
 
 
 def _reflection_note(name: str, facts: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ class Evaluation:
         batch_tokens: Most tokens of a planned batch, prompt and answer, padding included.
         batch_rows: Most questions of a planned batch.
         seed: Of the draws, when temperature is above 0.
+        retained: Names of test sets of tasks that the base model could do before; they are told
+            apart, with the change against it.
     """
 
     max_new_tokens: int = 512
@@ -53,6 +55,7 @@ class Evaluation:
     batch_tokens: int = 65536
     batch_rows: int = 256
     seed: int = 0
+    retained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_tokens", "batch_rows"):

@@ -1,0 +1,175 @@
+"""Evaluation: what the base model and every arm answer on the test sets.
+
+Test sets that the recipe calls retained are tasks the base model could do before: they are told
+apart from the task that is trained for, each with its change against the base model, paired by
+question, so that forgetting is seen.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+
+from siftline import shards
+from siftline.ingest.pool import PROVENANCE, Pool
+from siftline.progress import Progress
+from siftline.recipe import Recipe
+from siftline.scoring.fingerprint import directory_digest
+from siftline.scoring.verifiers import get_verifier
+from siftline.stages.arms import BASE, Arm, train_arms
+from siftline.stages.models import engines, model_spec
+from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
+from siftline.workspace import Workspace
+
+RETAINED = "retained "
+"""What the level of a retained set begins with; its name follows."""
+CHANGES = ("change", "change_low", "change_high")
+_SHOWN = ("level", "n", "accuracy", "low", "high", "at_floor")
+
+
+def test_rows(workspace: Workspace, recipe: Recipe, level_column: str) -> pl.DataFrame:
+    """Questions of all test sets with answers: id, set, messages, tools, answer, level."""
+    frames = []
+    for spec in recipe.sets.test:
+        pool = Pool(workspace.pool(spec.name))
+        rows = pool.all_rows(["id", "messages", "tools", "answer"])
+        lines = rows.filter(pa.compute.is_valid(rows["answer"])).to_pylist()
+        levels = _levels(pool, level_column)
+        for line in lines:
+            line["level"] = levels.get(line["id"])
+        frames.append(
+            pl.DataFrame(
+                {
+                    "id": [line["id"] for line in lines],
+                    "set": pl.Series([spec.name] * len(lines), dtype=pl.String),
+                    "messages": pl.Series([line["messages"] for line in lines]),
+                    "tools": pl.Series([line["tools"] for line in lines], dtype=pl.String),
+                    "answer": [line["answer"] for line in lines],
+                    level_column: pl.Series([line["level"] for line in lines], dtype=pl.String),
+                }
+            )
+        )
+    if not frames or not sum(frame.height for frame in frames):
+        raise ValueError(f"recipe {recipe.name!r} has no test rows with an answer: add a test set")
+    return pl.concat(frames).unique("id", keep="first", maintain_order=True)
+
+
+def _levels(pool: Pool, column: str) -> dict[str, str]:
+    """Level of each row, from the input columns that no mapping used."""
+    found: dict[str, str] = {}
+    for bucket in range(pool.buckets):
+        table = pool.read(PROVENANCE, bucket, ["id", "leftover"])
+        for line in table.to_pylist():
+            leftover = json.loads(line["leftover"] or "{}")
+            if column in leftover:
+                found[line["id"]] = str(leftover[column])
+    return found
+
+
+def evaluate_arms(
+    workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
+) -> tuple[pl.DataFrame, list[Arm]]:
+    """Accuracy of the base model and of every arm on the test sets.
+
+    Results of a model are kept beside its weights, by what was asked, and found the next time.
+
+    Returns:
+        Lines of arm, level, n, seeds, accuracy, low, high, at_floor, and where the recipe has
+        retained sets the columns of `CHANGES` on their lines; and the arms.
+    """
+    settings, training = recipe.evaluation, recipe.training
+    assert settings is not None
+    arms = train_arms(workspace, recipe, emit) if training is not None else []
+    questions = test_rows(workspace, recipe, settings.level_column)
+    base = Path(model_spec(workspace, recipe, "target").path)
+    results: dict[str, list[pl.DataFrame]] = {}
+    folders = [(BASE, 0, base), *((arm.arm, arm.seed, arm.folder) for arm in arms)]
+    for name, seed, folder in folders:
+        progress = Progress(f"evaluation {name} seed {seed}", questions.height, emit, "questions")
+        answered = _evaluated(workspace, recipe, folder, questions, progress)
+        progress.close()
+        results.setdefault(name, []).append(answered)
+    sets = questions.select("id", "set")
+    lines = []
+    for name, runs in results.items():
+        # `all` is an arm's last line, as the report reads it.
+        task = _lines(_of(runs, sets, settings.retained, inside=False))
+        overall = pl.col("level") == "all"
+        kept = [
+            _retained(runs, results[BASE], sets, which, changed=name != BASE)
+            for which in settings.retained
+        ]
+        parts = [task.filter(~overall), *kept, task.filter(overall)]
+        known = pl.concat(parts, how="diagonal").with_columns(
+            pl.lit(name).alias("arm"), pl.lit(len(runs)).alias("seeds")
+        )
+        lines.append(known)
+    table = pl.concat(lines, how="diagonal")
+    return table, arms
+
+
+def _of(
+    runs: list[pl.DataFrame], sets: pl.DataFrame, which: tuple[str, ...], *, inside: bool
+) -> list[pl.DataFrame]:
+    """Each run's answers to the questions of some sets, or of all others."""
+    wanted = pl.col("set").is_in(list(which))
+    ids = sets.filter(wanted if inside else ~wanted)["id"].to_list()
+    return [run.filter(pl.col("id").is_in(ids)) for run in runs]
+
+
+def _lines(runs: list[pl.DataFrame]) -> pl.DataFrame:
+    table = summarise_seeds(runs) if len(runs) > 1 else summarise_accuracy(runs[0])
+    return table.select(_SHOWN)
+
+
+def _retained(
+    runs: list[pl.DataFrame],
+    base: list[pl.DataFrame],
+    sets: pl.DataFrame,
+    which: str,
+    *,
+    changed: bool,
+) -> pl.DataFrame:
+    """One line: accuracy on a retained set, and how far that is from the base model's."""
+    mine = _of(runs, sets, (which,), inside=True)
+    line = _lines(mine).filter(level="all").with_columns(level=pl.lit(RETAINED + which))
+    if not changed:
+        return line
+    theirs = _of(base, sets, (which,), inside=True) * len(mine)
+    found = compare(mine, theirs)
+    values = (found.estimate, found.low, found.high)
+    return line.with_columns(pl.lit(v).alias(n) for n, v in zip(CHANGES, values, strict=True))
+
+
+def _evaluated(
+    workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
+) -> pl.DataFrame:
+    settings = recipe.evaluation
+    assert settings is not None
+    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
+    asked = shards.content_hash(
+        [
+            questions["id"].to_list(),
+            {k: v for k, v in vars(settings).items() if k != "retained"},
+            spec.engine,
+            spec.template,
+            directory_digest(folder),
+        ]
+    )
+    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
+    if not path.exists():
+        with engines() as opened:
+            answered = evaluate(
+                opened.get(spec),
+                questions,
+                get_verifier(settings.verifier),
+                settings,
+                progress.reach,
+            )
+        shards.write_parquet(answered.to_arrow(), path)
+    frame = pl.from_arrow(shards.read_parquet(path))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
