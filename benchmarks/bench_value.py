@@ -1,13 +1,17 @@
 """Does curation pay? Every arm trained at equal loss tokens and steps, over seeds, with intervals.
 
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/bench_value.py --root DIR
-        [--size small|whole] [--seeds 3] [--only NAME]... [--workers 2] > FILE.txt
+        [--size small|whole|other] [--seeds 3] [--only NAME]... [--workers 2] > FILE.txt
 
 The world is the demo's: graded arithmetic word problems answered by simulated sources, with planted
 defects, and a base model trained here. Arms: the base model as it is; the full pool; random rows of
 the readable pool, of the clean one (deduplicated and decontaminated), and of that with as many
 vanilla draws as the chain made; the default chain, the chain with each stage left out and with
 other choices; and every registered selection method on the clean pool at the chain's budget.
+
+`small` has the randoms and the chain with each stage left out, `whole` every arm of the same world.
+`other` is every arm of a world with other questions, on whose corpus the same base model learns
+much less: what curation can't do for a model that can't do the task.
 
 Each arm takes the same loss tokens in the same number of steps. Rows of the random arms and of
 methods that draw differ by seed; a chain's rows are one draw of the recipe's seed, so its interval
@@ -30,7 +34,8 @@ from typing import Any
 
 SIZES = {
     "small": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000),
-    "whole": ({"prompts": 600, "test": 600, "dev": 80, "target": 40, "corpus": 12000}, 6000),
+    "whole": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000),
+    "other": ({"prompts": 600, "test": 600, "dev": 80, "target": 40, "corpus": 12000}, 6000),
 }
 BASELINE = "random_clean"
 
