@@ -234,6 +234,39 @@ def test_exact_verdicts():
     assert exact("a", "").reason == "no_reference"
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        ("B", "B", True),
+        ("(b)", "B", True),
+        ("B. Paris", "(B)", True),
+        ("**B**", "B", True),
+        ("B) because it rains", "B", True),
+        ("It rains, so the answer is (C).", "C", True),
+        ("#### D", "D", True),
+        ("\\boxed{A}", "A", True),
+        ("Option C", "C", True),
+        ("C", "B", False),
+        ("Answer: A", "D", False),
+        ("A dog", "A", None),
+        ("B or C", "B", None),
+        ("(B) or (C)", "B", None),
+        ("I think it rains", "B", None),
+        ("", "B", None),
+        ("B", "Paris", None),
+    ],
+)
+def test_choice_verdicts(response, answer, correct):
+    assert get_verifier("choice")(response, answer).correct is correct
+
+
+@given(st.text(max_size=40), st.text(max_size=8))
+def test_any_text_gets_a_verdict_on_its_letter(response, answer):
+    verdict = get_verifier("choice")(response, answer)
+    assert verdict.correct in (True, False, None)
+    assert verdict.extracted is None or len(verdict.extracted) == 1
+
+
 def test_verifiers_by_name():
     assert isinstance(get_verifier("math"), MathVerifier)
     assert isinstance(get_verifier("siftline.scoring.verifiers:ExactVerifier"), ExactVerifier)

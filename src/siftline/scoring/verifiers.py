@@ -45,6 +45,13 @@ class Verdict:
     reason: str
 
 
+_OPTION = re.compile(
+    r"(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:](?P<rest>.*)|)",
+    re.IGNORECASE | re.DOTALL,
+)
+_OTHER_OPTION = re.compile(r"^\s*(?:or|and|/|,)\s*[(\[]?[A-Za-z][)\].:]?\s*$|[(\[][A-Z][)\]]")
+
+
 class Verifier(Protocol):
     """Checks one response against one reference answer."""
 
@@ -138,6 +145,35 @@ class ExactVerifier:
         return Verdict(correct, given, "match" if correct else "wrong_answer")
 
 
+class ChoiceVerifier:
+    """Compares the letters of multiple-choice answers.
+
+    The response's letter is that of its marked final answer (see `extract_answer`), or of the whole
+    response if it begins with one: `B`, `(b)`, `B. Paris`, `#### B`, "the answer is (B)". A letter
+    that only begins a word or a sentence ("A dog") is none, and neither are two ("B or C").
+    """
+
+    def __call__(self, response: str, answer: str) -> Verdict:
+        """Judges `response` against `answer`."""
+        wanted = _letter(extract_answer(answer) or answer)
+        marked = extract_answer(response)
+        given = _letter(marked if marked is not None else response)
+        if wanted is None:
+            return Verdict(None, given, "no_reference")
+        if given is None:
+            return Verdict(None, None, "no_final_answer")
+        return Verdict(given == wanted, given, "match" if given == wanted else "wrong_answer")
+
+
+def _letter(text: str) -> str | None:
+    """The letter of an option as it is written in front of it; None where there is not just one."""
+    text = unicodedata.normalize("NFKC", text).strip().strip("*_`\"' ")
+    found = _OPTION.fullmatch(text)
+    if found is None or _OTHER_OPTION.search(found["rest"] or ""):
+        return None
+    return found["letter"].upper()
+
+
 def _plain(text: str) -> str:
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return words.strip("\"'`").removesuffix(".").strip("\"'` ")
@@ -167,8 +203,8 @@ def get_verifier(name: str) -> Verifier:
     """Returns the verifier of that name.
 
     Args:
-        name: `math`, `exact`, or an import path `package.module:attribute` of a verifier, or of a
-            class whose instances are verifiers.
+        name: `math`, `exact`, `choice`, or an import path `package.module:attribute` of a verifier,
+            or of a class whose instances are verifiers.
 
     Raises:
         ValueError: if the name is unknown, can't be imported, or is not callable.
@@ -177,10 +213,13 @@ def get_verifier(name: str) -> Verifier:
         return _plain_math()
     if name == "exact":
         return ExactVerifier()
+    if name == "choice":
+        return ChoiceVerifier()
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(
-            f"unknown verifier {name!r}: use math, exact or an import path package.module:attribute"
+            f"unknown verifier {name!r}: use math, exact, choice or an import path "
+            "package.module:attribute"
         )
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
