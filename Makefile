@@ -4,7 +4,7 @@ ROOT   ?= build/demo
 # uv does not read pip's settings: hand over a folder of wheels where there is one.
 UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS=$(PIP_FIND_LINKS) )$(CURDIR)/.venv/bin/uv
 
-.PHONY: help setup lint types check test test-slow demo ui bench clean
+.PHONY: help setup lint types check test test-slow demo ui clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
