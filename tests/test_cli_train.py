@@ -169,7 +169,9 @@ def test_answers_are_graded_by_level_and_source(call, knowing, tmp_path):
     assert 0.2 < lines["a", "all"]["low"] < 0.5
     answers = pl.read_parquet(tmp_path / "e" / "answers.parquet")
     assert answers["correct"].sum() == 2
-    assert {path.name for path in (tmp_path / "e").iterdir()} == {"answers.parquet", "accuracy.csv"}
+    written = {path.name: path for path in (tmp_path / "e").iterdir()}
+    assert set(written) == {"answers.parquet", "accuracy.csv", "accuracy.png"}
+    assert written["accuracy.png"].read_bytes().startswith(b"\x89PNG")
     code, out, _ = call(*arguments)
     assert "accuracy all" in out
     assert "66.7 %" in out

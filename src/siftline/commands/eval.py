@@ -13,7 +13,7 @@ from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
 
-ANSWERS, TABLE = "answers.parquet", "accuracy.csv"
+ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 
 
 @click.command("eval")
@@ -43,7 +43,8 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
 
     FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads; rows without an
     answer are left out and counted. Writes answers.parquet, one line a question with the response
-    and its grade, and accuracy.csv with Wilson intervals by level and by source. Greedy.
+    and its grade, and accuracy.csv with Wilson intervals by level and by source; accuracy.png shows
+    the levels. Greedy.
     """
     from siftline.scoring.engines import ModelSpec
     from siftline.scoring.verifiers import get_verifier
@@ -76,6 +77,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     table = _table(answered, summarise_accuracy, given["confidence"])
     write_parquet(answered.to_arrow(), out / ANSWERS)
     table.write_csv(out / TABLE)
+    (out / PICTURE).write_bytes(_picture(table))
     result = {
         "answers": str(out / ANSWERS),
         "questions": questions.height,
@@ -136,6 +138,15 @@ def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.Data
         tables.append(part.with_columns(pl.lit(source).alias("source")))
     columns = ["source", "level", "n", "correct", "accuracy", "low", "high", "at_floor"]
     return pl.concat(tables).select(columns)
+
+
+def _picture(table: pl.DataFrame) -> bytes:
+    """PNG of the accuracy by level, over all sources."""
+    from siftline import plots
+
+    lines = table.filter(pl.col("source").is_null())
+    bounds = [lines[name].to_numpy() for name in ("accuracy", "low", "high")]
+    return plots.accuracy(lines["level"].to_list(), {"model": (bounds[0], bounds[1], bounds[2])})
 
 
 def _text(result: dict[str, Any]) -> str:
