@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -77,6 +78,24 @@ def test_a_larger_sheet_keeps_rows_and_labels(call):
     assert [line["label"] for line in lines] == ["right"] * 4 + [""] * 5
     other = json.loads(call("--stage", "verify", "-n", 9, "--seed", 1, "--json"))
     assert {line["id"] for line in lines_of(other["sheet"])} != {line["id"] for line in lines}
+
+
+def test_labels_survive_a_spreadsheet_and_a_smaller_call_loses_none(call):
+    said = json.loads(call("--stage", "verify", "-n", 9, "--json"))
+    fill(said["sheet"], lambda line: "right")
+    text = Path(said["sheet"]).read_text(encoding="utf-8")
+    Path(said["sheet"]).write_text(text, encoding="utf-8-sig")
+    assert json.loads(call("--stage", "verify", "-n", 9, "--json"))["labelled"] == 9
+    with pytest.raises(ValueError, match="labels of 5 rows that this call does not draw"):
+        call("--stage", "verify", "-n", 4)
+    assert [line["label"] for line in lines_of(said["sheet"])] == ["right"] * 9
+
+
+def test_what_a_row_overlapped_is_shown(call):
+    said = json.loads(call("--stage", "decontamination", "--json"))
+    lines = lines_of(said["sheet"])
+    assert lines
+    assert all(line["matched_prompt"] for line in lines)
 
 
 def test_what_is_wrong_is_said_in_one_line(call, tmp_path):

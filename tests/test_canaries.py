@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.ingest.pool import Pool
+from siftline.ledger import StageResult
 from siftline.recipe import Stage, parse
 from siftline.scoring.verifiers import get_verifier
 from siftline.sections import Canaries
 from siftline.selectors.duplicates import Duplicates, against
+from siftline.selectors.selection import decisions
 from siftline.selectors.verify import Verify
-from siftline.stages.canaries import PLANTED, measured
+from siftline.stages.canaries import PLANTED, _plant, measured
 from siftline.stages.context import StageRun
 from siftline.stages.planting import DEFECTS, SOUND, similarity
 from siftline.stages.run import outputs, run_stage
@@ -101,6 +103,13 @@ def view(rows, priority):
     return schema.text_view(table).with_columns(priority=pl.lit(priority))
 
 
+def test_an_empty_bucket_takes_no_part():
+    gate, rows = Duplicates(), near_rows(random.Random(1), 6)
+    states = [gate.summarise(view(rows, 0).clear()), gate.summarise(view(rows, 0))]
+    (*_, last) = against(gate.summarise(view(rows[:1], 2)), states, [])
+    assert last.rows.height == 1
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_held_against_earlier_rows_decides_as_all_at_once(seed):
@@ -145,7 +154,8 @@ class Lane:
         return pa.Table.from_pylist([self.rows[i] for i in ids], schema=pa.schema(fields))
 
     def rates(self):
-        run = measured(self, self.judge, StageRun([], {}, {}))
+        table = decisions(sorted(self.rows), kept=[True] * len(self.rows))
+        run = measured(self, self.judge, StageRun([StageResult(table)], {}, {}))
         return {line["kind"]: line for line in run.facts["canaries"]}
 
     def judge(self, planted):
@@ -188,6 +198,18 @@ def test_draws_do_not_depend_on_order_and_few_rows_are_planted_once():
     assert Lane(rows, 200, 3).rates()["truncated"]["planted"] <= 12
     none = Lane([row("Why?", "no", None)], 5, 3).rates()["gold_answer"]
     assert (none["planted"], none["share"], none["low"]) == (0, None, None)
+
+
+def test_a_canary_that_is_a_row_of_the_pool_is_not_planted():
+    """One number changed turns some questions into others that are asked as well."""
+    rows = [row(f"Is {n} odd?", "It is a number.", "1") for n in range(60)]
+    lane = Lane(rows, 30, 0)
+    planted = _plant("other_question", rows, 30, set(lane.rows))
+    asked = {r["prompt_id"] for r in rows}
+    assert planted
+    assert all(canary.row["prompt_id"] not in asked for canary in planted)
+    truth = _plant("other_question", rows, 60, set())
+    assert len(truth) > len(planted)
 
 
 # ---- in the chain ----------------------------------------------------------------------------

@@ -82,6 +82,16 @@ def test_options_seed_and_oversampling_count(root, recipe_of):
     assert kept() < kept(oversampling=2.0)
 
 
+def test_a_budget_and_the_turns_that_are_scored_are_part_of_the_key(root, recipe_of):
+    workspace = Workspace(root)
+    run_stage(workspace, recipe_of("random"), "duplicates", quiet)
+    first, _ = run_stage(workspace, recipe_of("random"), "select", quiet)
+    small = recipe_of("random", budget={"unit": "loss_tokens", "size": 500})
+    second, computed = run_stage(workspace, small, "select", quiet)
+    assert computed
+    assert second.facts["spent"] <= 500 < first.facts["spent"]
+
+
 def test_a_budget_in_rows_needs_no_model(root, recipe_of):
     recipe = recipe_of("balanced_random", budget={"unit": "rows", "size": 20})
     stage = recipe.stage("select")

@@ -179,6 +179,11 @@ def test_the_plain_function_reads_marks_units_and_trailing_words(response, answe
     assert verify_math(response, answer).correct is correct
 
 
+def test_an_a_before_the_reasoning_marks_no_answer():
+    assert verify_math("A: First we add 3 and 4.\nSo it is 7.", "7").correct is None
+    assert verify_math("A: 7\nbecause 3 + 4 = 7", "7").correct is True
+
+
 def test_nothing_in_a_response_is_executed(math, tmp_path):
     target = tmp_path / "made"
     for form in ("#### {}", "\\boxed{{{}}}", "The answer is {}"):
@@ -254,6 +259,9 @@ def test_exact_verdicts():
         ("I think it rains", "B", None),
         ("", "B", None),
         ("B", "Paris", None),
+        ("A: Paris", "A", True),
+        ("A: Paris", "A: Paris", True),
+        ("A: Paris", "B", False),
     ],
 )
 def test_choice_verdicts(response, answer, correct):

@@ -65,6 +65,13 @@ ADDED = pa.schema(
 )
 
 
+def messages_type() -> pl.DataType:
+    """Polars' type of a conversation; inferred from rows, fields null in the first are lost."""
+    frame = pl.from_arrow(ROW.empty_table())
+    assert isinstance(frame, pl.DataFrame)
+    return frame.schema["messages"]
+
+
 def canonical_text(text: str) -> str:
     """Returns `text` in NFC, with Unix line ends and no white space around it."""
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()

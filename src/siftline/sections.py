@@ -141,3 +141,7 @@ class Training:
                 raise ValueError(f"arm {arm!r} is unknown: choose {', '.join(ARMS)}")
         if not self.seeds:
             raise ValueError("seeds is empty: name at least one")
+        if self.options.objective == "poft":
+            raise ValueError(
+                "objective poft needs reference scores, which arms have not: use siftline train"
+            )

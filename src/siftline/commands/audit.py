@@ -56,6 +56,12 @@ def audit(
     context = final_context(workspace, loaded, done)
     drawn = sheets.draw(context, wanted, found[stage], count, seed)
     labels = sheets.read_labels(path) if path.exists() else {}
+    lost = sorted(set(labels) - set(drawn["id"].to_list()))
+    if lost:
+        raise ValueError(
+            f"{path} has labels of {len(lost)} rows that this call does not draw, first "
+            f"{lost[0][:12]}: give a larger -n, or another --sheet"
+        )
     sheets.write_sheet(path, drawn, labels)
     if label:
         _ask(drawn, labels, lambda: sheets.write_sheet(path, drawn, labels))

@@ -12,6 +12,7 @@ import polars as pl
 from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
+from siftline.schema import messages_type
 
 ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 
@@ -117,7 +118,7 @@ def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple
     frame = pl.DataFrame(
         {
             "id": [line["id"] for line in asked],
-            "messages": pl.Series([line["messages"] for line in asked]),
+            "messages": pl.Series([line["messages"] for line in asked], dtype=messages_type()),
             **{
                 name: pl.Series([line[name] for line in asked], dtype=pl.String)
                 for name in ("tools", "answer", "source")

@@ -219,6 +219,9 @@ def _after_phrase(response: str) -> str | None:
         if listed and match[0].strip().upper() == "A:":
             continue
         line = response[match.end() :].split("\n", 1)[0]
+        opens = match[0].strip().upper() == "A:" and response[match.end() + len(line) :].strip()
+        if opens and parse_quantity(line) is None:
+            continue  # what follows is the reasoning: the prefix opens it
         # A sentence ends at a full stop that no digit follows.
         payload = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0].strip("* ")
         if payload:

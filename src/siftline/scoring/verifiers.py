@@ -155,14 +155,19 @@ class ChoiceVerifier:
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against `answer`."""
-        wanted = _letter(extract_answer(answer) or answer)
-        marked = extract_answer(response)
-        given = _letter(marked if marked is not None else response)
+        wanted, given = _chosen(answer), _chosen(response)
         if wanted is None:
             return Verdict(None, given, "no_reference")
         if given is None:
             return Verdict(None, None, "no_final_answer")
         return Verdict(given == wanted, given, "match" if given == wanted else "wrong_answer")
+
+
+def _chosen(text: str) -> str | None:
+    """The letter of a text's final answer; "A: Paris" is option A, and no answer behind an A."""
+    marked = extract_answer(text)
+    named = _letter(text) if text.lstrip()[:2].upper() == "A:" else None
+    return named or _letter(text if marked is None else marked)
 
 
 def _letter(text: str) -> str | None:

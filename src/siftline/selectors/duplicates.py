@@ -259,8 +259,10 @@ def against(
     prompts = state.rows["prompt_id"].unique().to_list()
     found = []
     for earlier in states:
-        shares = np.isin(earlier.rows["bands"].to_numpy(), bands).reshape(earlier.rows.height, -1)
-        shared = pl.Series(np.atleast_1d(shares.any(axis=1)))
+        if earlier.rows.is_empty():
+            continue
+        shares = np.isin(earlier.rows["bands"].to_numpy(), bands).any(axis=1)
+        shared = pl.Series(np.atleast_1d(shares), dtype=pl.Boolean)
         near = shared | earlier.rows["prompt_id"].is_in(prompts)
         rows = earlier.rows.filter(near & ~earlier.rows["id"].is_in(list(gone)))
         texts = np.unique(np.concatenate([rows["prompt_key"], rows["response_key"]]))

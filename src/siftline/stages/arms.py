@@ -64,7 +64,11 @@ def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table
 def dev_rows(workspace: Workspace, recipe: Recipe) -> pa.Table | None:
     """Rows of all dev sets, for the dev loss; None where the recipe has none."""
     pools = [Pool(workspace.pool(spec.name)) for spec in recipe.sets.dev]
-    return pa.concat_tables(pool.all_rows(COLUMNS) for pool in pools) if pools else None
+    if not pools:
+        return None
+    rows = pa.concat_tables(pool.all_rows(COLUMNS) for pool in pools)
+    ids = pl.Series(rows.column("id").to_pylist(), dtype=pl.String)
+    return rows.filter(pa.array(ids.is_first_distinct().to_list()))
 
 
 def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
@@ -92,7 +96,9 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
             given = ArmRows(curated, f"{recipe.name}/{version}")
             if arm != CURATED:
                 given = rows_of_arm(workspace, recipe, arm, draw, seed, emit)
-            folder = _folder(workspace, recipe, arm, seed, given.rows, options, spec.path, dev)
+            folder = _folder(
+                workspace, recipe, arm, seed, given.rows, options, spec.path, spec.template, dev
+            )
             progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
             result = finetune(
                 Path(spec.path),
@@ -122,10 +128,13 @@ def _folder(
     rows: pa.Table,
     options: FineTune,
     base: str,
+    template: str | None,
     dev: pa.Table | None,
 ) -> Path:
     """Named by everything that decides a run, so an arm is never trained over another."""
     ids = sorted(rows.column("id").to_pylist())
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
-    key = shards.content_hash([ids, vars(options), seed, directory_digest(Path(base)), watched])
+    decisive = {k: v for k, v in vars(options).items() if k not in ("save_steps", "report_to")}
+    made_of = [ids, decisive, seed, directory_digest(Path(base)), template, watched]
+    key = shards.content_hash(made_of)
     return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")

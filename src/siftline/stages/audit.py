@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline import schema, shards
+from siftline.ingest.pool import Pool
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import REMOVED, StageOutput
 from siftline.recipe import Stage
@@ -66,13 +67,19 @@ def draw(context: Context, stage: Stage, output: StageOutput, n: int, seed: int)
 
 
 def _texts(context: Context, ids: set[str]) -> pl.DataFrame:
-    """id, prompt, response and answer of rows of the pool or that a stage added."""
+    """id, prompt, response and answer of rows of the pool, of a stage, or of an evaluation set."""
     wanted = pa.array(sorted(ids), pa.string())
     frames = []
     for bucket in sorted({schema.bucket_of(i, context.pool.buckets) for i in ids}):
         tables = [context.pool.rows(bucket)]
         tables += [output.added(bucket).select(schema.ROW.names) for _, output in context.before]
         rows = pa.concat_tables(table.cast(schema.ROW) for table in tables)
+        view = schema.text_view(rows.filter(pa.compute.is_in(rows["id"], wanted)))
+        frames.append(view.select("id", "prompt", "response", "answer"))
+    # What a row overlapped stands in an evaluation set.
+    sets = [spec for _, spec in context.recipe.sets.items()]
+    for spec in sets:
+        rows = Pool(context.workspace.pool(spec.name)).all_rows()
         view = schema.text_view(rows.filter(pa.compute.is_in(rows["id"], wanted)))
         frames.append(view.select("id", "prompt", "response", "answer"))
     return pl.concat(frames).unique("id", keep="first", maintain_order=True)
@@ -84,7 +91,8 @@ def read_labels(path: Path) -> dict[str, str]:
     Raises:
         ValueError: if the file is no sheet, or a label is unknown.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(2**31 - 1)  # a response may be long
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a mark
         lines = csv.DictReader(file)
         if not {"label", "id"} <= set(lines.fieldnames or ()):
             raise ValueError(

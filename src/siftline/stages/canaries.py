@@ -1,15 +1,15 @@
 """Canaries: how many defects of each kind a gate finds in the user's own data.
 
-A gate decides about the real rows first. Then rows in play before it are drawn by hash, spoiled
-(see `planting`), and judged by the plan the gate just made. That lane ends there: a canary is no
+A gate decides about the real rows first. Then rows that it kept are drawn by hash, spoiled (see
+`planting`), and judged by the plan the gate just made. That lane ends there: a canary is no
 row of any later stage, so with or without canaries the published bytes are the same.
 
-Each kind is measured at the gates that should find it, on the rows that reach that gate. Recall is
+Each kind is measured at the gates that should find it, on rows of that gate. Recall is
 the share of planted rows that the gate removed. A false drop is a removed row that is sound by
 construction, or, for gates that ask a model, a real row whose response verification proved right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import polars as pl
@@ -63,8 +63,10 @@ def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
     if asked is None or context.stage.scope == "added":
         return run
     lines, facts = [pl.DataFrame(schema=LINES)], []
-    for kind, rows in _drawn(context, SPARE * asked.per_kind + 1).items():
-        table, fact = _judged(judge, kind, _plant(kind, rows, asked.per_kind))
+    known = {i for bucket in context.buckets for i in context.in_play(bucket)}
+    kept = sorted(i for r in run.results for i in r.decisions.filter("kept")["id"].to_list())
+    for kind, rows in _drawn(context, kept, SPARE * asked.per_kind + 1).items():
+        table, fact = _judged(judge, kind, _plant(kind, rows, asked.per_kind, known))
         lines.append(table)
         facts.append(fact)
     if context.stage.kind in ASK_MODELS:
@@ -128,13 +130,20 @@ def _proven(context: Context, results: Sequence[StageResult]) -> list[dict[str, 
     return [_counted("proven", judged, removed, 0)]
 
 
-def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int) -> list[Canary]:
-    """At most `wanted` canaries of a kind, from the first rows that have something to spoil."""
+def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int, known: Set[str]) -> list[Canary]:
+    """At most `wanted` canaries of a kind, from the first rows that have something to spoil.
+
+    A canary that happens to be a row in play is none, nor is another question that happens to be
+    asked there: removing either may be right.
+    """
     made: list[Canary] = []
     seen: set[str] = set()
+    prompts = {i[: schema.HALF_ID] for i in known} if kind == "other_question" else set()
     for row, partner in zip(rows, [*rows[1:], *rows[:1]], strict=True):
         spoiled = DEFECTS[kind](row, partner)
-        if spoiled is None or spoiled["id"] in seen:
+        if spoiled is None or spoiled["id"] in seen or spoiled["id"] in known:
+            continue
+        if spoiled["prompt_id"] in prompts:
             continue
         seen.add(spoiled["id"])
         made.append(Canary(kind, row["id"], spoiled))
@@ -143,15 +152,21 @@ def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int) -> list[Canar
     return made
 
 
-def _drawn(context: Context, count: int) -> dict[str, list[dict[str, Any]]]:
+def _kinds(context: Context) -> tuple[str, ...]:
+    """Kinds of this gate; a marked final answer is sound only to verifiers that look for one."""
+    kinds = PLANTED[context.stage.kind]
+    marked = getattr(context.stage.options, "verifier", "math") in ("math", "choice")
+    return kinds if marked else tuple(kind for kind in kinds if kind != "gold_answer")
+
+
+def _drawn(context: Context, ids: Sequence[str], count: int) -> dict[str, list[dict[str, Any]]]:
     """Rows for each kind of this gate in the order of their draws, no row twice in large pools.
 
-    Leaks are drawn from the evaluation sets, the other kinds from the rows in play, which are read
-    once for all of them.
+    Leaks are drawn from the evaluation sets, the other kinds from `ids`, the rows that the gate
+    kept: what it removed is no sound start. They are read once for all kinds.
     """
-    kinds = PLANTED[context.stage.kind]
+    kinds = _kinds(context)
     own = [kind for kind in kinds if kind != "leaked"]
-    ids = [i for bucket in context.buckets for i in context.in_play(bucket)]
     order = _first(context.recipe.seed, ids, count * len(own))
     # One order for all kinds; each begins where the one before it ends, and goes round.
     chosen = {

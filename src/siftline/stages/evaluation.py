@@ -17,15 +17,16 @@ from siftline import shards
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
-from siftline.scoring.fingerprint import directory_digest
 from siftline.scoring.verifiers import get_verifier
 from siftline.stages.arms import BASE, Arm, train_arms
-from siftline.stages.models import engines, model_spec
+from siftline.stages.models import engines, identity, model_spec
 from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
 from siftline.workspace import Workspace
 
 RETAINED = "retained "
 """What the level of a retained set begins with; its name follows."""
+GRADING = 2
+"""Raise it when the same answer is graded otherwise."""
 CHANGES = ("change", "change_low", "change_high")
 _SHOWN = ("level", "n", "accuracy", "low", "high", "at_floor")
 
@@ -36,25 +37,21 @@ def test_rows(workspace: Workspace, recipe: Recipe, level_column: str) -> pl.Dat
     for spec in recipe.sets.test:
         pool = Pool(workspace.pool(spec.name))
         rows = pool.all_rows(["id", "messages", "tools", "answer"])
-        lines = rows.filter(pa.compute.is_valid(rows["answer"])).to_pylist()
+        kept = pl.from_arrow(rows.filter(pa.compute.is_valid(rows["answer"])))
+        assert isinstance(kept, pl.DataFrame)
         levels = _levels(pool, level_column)
-        for line in lines:
-            line["level"] = levels.get(line["id"])
-        frames.append(
-            pl.DataFrame(
-                {
-                    "id": [line["id"] for line in lines],
-                    "set": pl.Series([spec.name] * len(lines), dtype=pl.String),
-                    "messages": pl.Series([line["messages"] for line in lines]),
-                    "tools": pl.Series([line["tools"] for line in lines], dtype=pl.String),
-                    "answer": [line["answer"] for line in lines],
-                    level_column: pl.Series([line["level"] for line in lines], dtype=pl.String),
-                }
-            )
-        )
+        named = [levels.get(i) for i in kept["id"].to_list()]
+        level = pl.Series(level_column, named, dtype=pl.String)
+        which = pl.lit(spec.name, pl.String).alias("set")
+        frames.append(kept.select("id", which, "messages", "tools", "answer", level))
     if not frames or not sum(frame.height for frame in frames):
         raise ValueError(f"recipe {recipe.name!r} has no test rows with an answer: add a test set")
-    return pl.concat(frames).unique("id", keep="first", maintain_order=True)
+    found = pl.concat(frames).unique("id", keep="first", maintain_order=True)
+    assert recipe.evaluation is not None
+    for name in recipe.evaluation.retained:
+        if found.filter(set=name).is_empty():
+            raise ValueError(f"retained test set {name!r} has no rows with an answer: leave it out")
+    return found
 
 
 def _levels(pool: Pool, column: str) -> dict[str, str]:
@@ -82,8 +79,8 @@ def evaluate_arms(
     """
     settings, training = recipe.evaluation, recipe.training
     assert settings is not None
+    questions = test_rows(workspace, recipe, settings.level_column)  # before hours of training
     arms = train_arms(workspace, recipe, emit) if training is not None else []
-    questions = test_rows(workspace, recipe, settings.level_column)
     base = Path(model_spec(workspace, recipe, "target").path)
     results: dict[str, list[pl.DataFrame]] = {}
     folders = [(BASE, 0, base), *((arm.arm, arm.seed, arm.folder) for arm in arms)]
@@ -154,9 +151,8 @@ def _evaluated(
         [
             questions["id"].to_list(),
             {k: v for k, v in vars(settings).items() if k != "retained"},
-            spec.engine,
-            spec.template,
-            directory_digest(folder),
+            identity(spec),
+            GRADING,
         ]
     )
     path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"

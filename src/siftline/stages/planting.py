@@ -19,7 +19,7 @@ CLOSE = 0.85
 _SHINGLE = 5
 _PROMPT_EDITS = ("{} Thanks.", "Please: {}", "So: {}", "{} Explain.", "{} .", "{}..", "{}!")
 _RESPONSE_EDITS = ("{} That is all.", "So {}", "Sure: {}", "{} .", "{}..", "{}!")
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d{1,18}")
 _SHIFTS = (1, 2, 3, 5, 7, 10, 20)
 
 Row = Mapping[str, Any]

@@ -22,7 +22,7 @@ from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
-VERSION = 1
+VERSION = 2
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
 RUN: dict[str, Callable[[Context], StageRun]] = {
@@ -44,6 +44,8 @@ _ROLES: dict[str, tuple[str, ...]] = {
     "rejection_sampling": ("sampler",),
     "allocate": ("target",),
 }
+SIZED = ("diversity", "select")
+"""Stages that read the recipe's budget; allocate has it among its options."""
 _SETS: dict[str, tuple[str, ...]] = {
     "decontamination": ("target", "dev", "test"),
     "confidence": ("dev",),
@@ -53,7 +55,8 @@ _SETS: dict[str, tuple[str, ...]] = {
 def models_used(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """Roles of the models that a stage asks."""
     if not isinstance(stage.options, Select):
-        return _ROLES.get(stage.kind, ())
+        counts = stage.kind == "diversity" and recipe.budget.unit == "loss_tokens"
+        return (*_ROLES.get(stage.kind, ()), *(["target"] if counts else []))
     scored = stage.options.likelihoods(recipe.budget.unit)
     return (*(["target"] if scored else []), *(["embedder"] if stage.options.embeds else []))
 
@@ -71,16 +74,14 @@ def _inputs(
     """Everything that a stage's decisions depend on; JSON."""
     upstream = before[-1][1].manifest if before else None
     roles, wanted = models_used(recipe, stage), sets_used(stage)
-    planted = recipe.canaries if stage.kind in PLANTED else None
+    planted = recipe.canaries if stage.kind in PLANTED and stage.scope == "all" else None
     return {
         "code": VERSION,
         "kind": stage.kind,
         "scope": stage.scope,
         "options": asdict(stage.options),
         "pool": Pool(workspace.pool(recipe.pool.name)).version,
-        "upstream": [upstream.version, content_hash(upstream.info["identity"])]
-        if upstream
-        else None,
+        "upstream": [upstream.version, _made_of(upstream)] if upstream else None,
         "scores": _scores_read(workspace, recipe, stage),
         "models": {role: identity(model_spec(workspace, recipe, role)) for role in roles},
         "sets": {
@@ -88,8 +89,16 @@ def _inputs(
             for role, spec in recipe.sets.items()
             if role in wanted
         },
-        **({"canaries": asdict(planted)} if planted else {}),
+        **({"budget": asdict(recipe.budget)} if stage.kind in SIZED else {}),
+        **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
+        **({"canaries": [asdict(planted), recipe.seed]} if planted else {}),
     }
+
+
+def _made_of(upstream: Any) -> str:
+    """Hash of what an output was made of; its canaries decided nothing that comes after it."""
+    identity = {k: v for k, v in upstream.info["identity"].items() if k != "canaries"}
+    return content_hash(identity)
 
 
 def _scores_read(workspace: Workspace, recipe: Recipe, stage: Stage) -> Any:

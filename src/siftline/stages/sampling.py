@@ -185,7 +185,12 @@ def _judged(
         tokens = {p: problems[p].tokens for p in by_bucket[bucket]}
         asked = {p: wanted[p] for p in tokens}
         drawn, lost = draw_samples(sampler, bucket, tokens, asked, options.sampling, options.seed)
-        assert not lost, lost
+        if lost:
+            first = min(lost)
+            raise RuntimeError(
+                f"{len(lost)} prompts got no draw, first {first} ({lost[first]}): run again, what "
+                "was drawn is kept"
+            )
         for line in drawn.select(list(COLUMNS)).to_dicts():
             text = schema.canonical_text(line["text"])
             verdict = check(text, problems[line["prompt_id"]].parent["answer"])

@@ -37,11 +37,15 @@ def select(context: Context) -> StageRun:
         scored, failed = likelihoods(context)
         frames = [f.join(s, on="id") for f, s in zip(frames, scored, strict=True)]
     for name in options.scorers():
-        frames = [f.join(_scores(context, name), on="id", how="left") for f in frames]
+        known = quality(context, name).select("id", pl.col("value").alias(name)).drop_nulls(name)
+        have = set(known["id"].to_list())
+        lost = [i for frame in frames for i in frame["id"].to_list() if i not in have]
+        failed = {**dict.fromkeys(lost, f"no_{name}"), **failed}
+        frames = [frame.join(known, on="id") for frame in frames]
     if options.embeds:
         rows = pl.concat(frame.select("id") for frame in frames)["id"].to_list()
-        vectors, lost = _embedded(context, context.store_buckets(), len(rows))
-        failed = {**lost, **failed}
+        vectors, unread = _embedded(context, context.store_buckets(), len(rows))
+        failed = {**unread, **failed}
         frames = [_with_vectors(frame, vectors) for frame in frames]
     size = math.ceil(context.recipe.budget.size * options.oversampling)
     budget = Budget(size, context.recipe.budget.unit, "smaller")
@@ -88,10 +92,6 @@ def whole_text() -> pl.Expr:
 def _offered(rows: pa.Table, *, text: bool) -> pl.DataFrame:
     """The columns of `narrow`; rows without a source are a source of their own."""
     return narrow(rows, text=text).with_columns(pl.col("source").fill_null(""))
-
-
-def _scores(context: Context, name: str) -> pl.DataFrame:
-    return quality(context, name).select("id", pl.col("value").alias(name))
 
 
 def _embedded(context: Context, buckets: Any, total: int) -> Vectors:

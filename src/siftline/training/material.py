@@ -47,7 +47,8 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
             raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
         known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
         tables.append(pq.read_table(path, columns=[name for name in known if name in names]))
-    table = pa.concat_tables(tables)
+    # One version may have tools or reasoning that another has not.
+    table = pa.concat_tables(tables, promote_options="default")
     if "source" in table.column_names or PUBLISHED_SOURCE not in table.column_names:
         return table
     renamed = {PUBLISHED_SOURCE: "source"}
