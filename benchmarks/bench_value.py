@@ -85,7 +85,9 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
         tokens = round(data["budget"]["size"] * training.epochs)
         steps = max(1, round(tokens / 30 / training.options.batch_rows))
         options = replace(training.options, loss_tokens=tokens, steps=steps)
-        folder = _folder(workspace, recipe, "bench", seed, rows, options, spec.path, spec.template, None)
+        folder = _folder(
+            workspace, recipe, "bench", seed, rows, options, spec.path, spec.template, None
+        )
         finetune(
             Path(spec.path), rows, folder, options,
             seed=seed, dataset_version=name, template=spec.template,
