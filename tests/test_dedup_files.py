@@ -231,3 +231,20 @@ def test_the_command_itself_prints_one_line(tmp_path):
     assert json.loads(result.stdout)["kept"] == 4
     gone = pl.read_parquet(tmp_path / "o" / "removed" / "*.parquet")
     assert gone["sift_matched_row"][0] == "a.parquet:0"
+
+
+def test_views_doubled_columns_and_empty_objects(call, tmp_path):
+    rows = ["a b c d e f g", "a b c d e f g", "h i j k l m n"]
+    view = pa.table({"text": pa.array(rows).cast(pa.string_view()), "n": [1, 2, 3]})
+    pq.write_table(view, tmp_path / "view.parquet")
+    for keep in ("first", "longest"):
+        assert done(call(tmp_path / "view.parquet", "--keep", keep, out=keep))["kept"] == 2
+    double = pa.Table.from_arrays([pa.array(rows), pa.array(rows)], names=["text", "text"])
+    pq.write_table(double, tmp_path / "double.parquet")
+    assert "two columns of one name" in refused(call(tmp_path / "double.parquet", out="no"))
+    lines = "".join(json.dumps({"text": row, "meta": {}}) + "\n" for row in rows)
+    (tmp_path / "empty.jsonl").write_text(lines)
+    assert "empty objects alone" in refused(call(tmp_path / "empty.jsonl", out="no"))
+    null = pa.table({"text": rows, "score": pa.nulls(3)})
+    pq.write_table(null, tmp_path / "null.parquet")
+    assert done(call(tmp_path / "null.parquet", "--keep", "score:score", out="n"))["kept"] == 2

@@ -211,3 +211,42 @@ def test_an_unchanged_pair_is_never_compared_again():
     decided, pairs = keepers.keep_first(rows, 1, 0.5, 10**6, fresh)
     assert pairs == m * (m - 1) // 2
     assert keepers.keep_first(rows, 1, 0.5, 0, decided)[1] == 0
+
+
+def test_no_file_of_anyone_else_is_touched(call, parts, tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / "precious.txt").write_text("mine")
+    said = call(parts[0], "--index", folder, out="no")
+    assert said.endswith(f"{folder} holds precious.txt, not an index: name an empty folder")
+    assert (folder / "precious.txt").read_text() == "mine"
+    index = tmp_path / "index"
+    call(parts[0], "--index", index, out="a")
+    (index / "README.md").write_text("about this index")
+    (index / "notes").mkdir()
+    call(parts[1], "--index", index, out="b")
+    assert (index / "README.md").read_text() == "about this index"
+    assert (index / "notes").is_dir()
+
+
+def test_one_file_under_two_names_is_refused_and_two_of_one_name_are_told_apart(
+    call, parts, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert "is given twice" in call("p0.parquet", "./p0.parquet", "--index", "ix", out="no")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        pq.write_table(pq.read_table(parts[0]), "train.parquet")
+        call("train.parquet", "--index", tmp_path / "ix2", out=f"out_{name}")
+    removed = pl.read_parquet(tmp_path / "out_two" / "removed" / "*.parquet")
+    lost_to = removed["sift_matched_row"].str.split(":").list.first().unique().to_list()
+    assert lost_to == [str(tmp_path / "one" / "train.parquet")]
+
+
+def test_index_and_output_stand_apart(call, parts, tmp_path):
+    for out in ("ix", "ix/out"):
+        said = call(parts[0], "--index", tmp_path / "ix", out=out)
+        assert "must be apart: name two folders" in said
+    assert "must be apart" in call(parts[0], "--index", tmp_path / "o" / "ix", out="o")

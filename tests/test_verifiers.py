@@ -179,6 +179,41 @@ def test_the_plain_function_reads_marks_units_and_trailing_words(response, answe
     assert verify_math(response, answer).correct is correct
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 100 ¥", "100"),
+        ("#### 100¥", "100"),
+        ("#### 500 ₹", "500"),
+        ("#### US$18", "18"),
+        ("#### USD 18", "18"),
+        ("#### A$18", "18"),
+        ("#### Rs. 500", "500"),
+        ("#### ½", "0.5"),
+        ("#### 2½", "2.5"),
+        ("#### 7\u20448", "7/8"),
+        ("#### 1 000", "1000"),
+        ("#### 1\u00a0000", "1000"),
+        ("#### 1\u202f000", "1000"),
+        ("#### 18 m/s", "18"),
+        ("#### 18 (since 3*6=18)", "18"),
+        ("A: He has 18 apples.", "18"),
+        ("The answer is: the total is 18", "18"),
+    ],
+)
+def test_currencies_fractions_spaces_and_sentences_disprove_nothing(response, answer):
+    assert verify_math(response, answer).correct is True
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [("#### 3 (mod 5)", "3"), ("#### 2 (x+1)", "2"), ("#### 2 1/2", "21/2"),
+     ("A: He has less than 18 apples.", "18"), ("#### 5 100/3", "5100")],
+)  # fmt: skip
+def test_what_changes_a_number_is_not_dropped(response, answer):
+    assert verify_math(response, answer).correct is not True
+
+
 def test_an_a_before_the_reasoning_marks_no_answer():
     assert verify_math("A: First we add 3 and 4.\nSo it is 7.", "7").correct is None
     assert verify_math("A: 7\nbecause 3 + 4 = 7", "7").correct is True

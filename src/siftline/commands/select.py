@@ -46,7 +46,7 @@ from siftline.commands.sources import reading_options, source_of
     "--embeddings",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Parquet files with id, or file and row, and an embedding.",
+    help="Parquet files with id, or file and row (from 1), and an embedding.",
 )
 @click.option(
     "--embedding-column", default="embedding", show_default=True, help="Its column there."

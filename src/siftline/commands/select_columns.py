@@ -118,6 +118,8 @@ def read_embeddings(folder: Path, column: str) -> Embeddings:
             by_id.append(_vectors(path, ["id"], column))
         elif {"file", "row"} <= set(names[path]):
             by_place.append(_vectors(path, ["file", "row"], column))
+            if (by_place[-1]["row"] < 1).any():
+                raise ValueError(f"{path} has a row 0: rows count from 1, as in scores.parquet")
         else:
             raise ValueError(f"{path} has neither id nor file and row: its rows can't be told")
     kinds = {str(frame.schema["embedding"]): frame for frame in (*by_id, *by_place)}

@@ -87,7 +87,8 @@ def select_files(
         decided, facts, options = _decided(offered, method, budget, say)
         counts = write_selection(pool, decided, folder / SELECTION)
         write_data(request.sources, folder / SELECTION, folder / DATA)
-        result = {"method": entry.name, "options": options, "seed": request.seed}
+        seed = options.get("seed", request.seed)
+        result = {"method": entry.name, "options": options, "seed": seed}
         result |= {"budget": asdict(budget), **counts, "facts": facts}
         write_json(folder / "selection.json", result)
         shutil.rmtree(scratch)
@@ -265,6 +266,8 @@ def _decided(
         if ranks is None:
             ranks = selection.decisions.select("id", pl.lit(None, pl.Int64).alias("rank"))
         decided.append(selection.decisions.join(ranks, on="id", how="left"))
+    if facts.get("groups") == 1 and "source" in offered.entry.needs:
+        say("all rows are of one source: name its column with --field source=COLUMN")
     lines = pl.concat(decided).select("id", "kept", "reason", "value", "rank", "matched_id")
     without = pl.DataFrame(
         {"id": list(offered.missing), "reason": list(offered.missing.values())},

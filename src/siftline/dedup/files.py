@@ -1,5 +1,6 @@
 """Tables on disk, read in pieces that fit into memory and written in pieces that read well."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +46,10 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
         ValueError: if a file is missing, unreadable, given twice, of another format, or lacks a
             column.
     """
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} is given twice: name every file once")
+    real = [os.path.realpath(name) for name in names]
+    for name, path in zip(names, real, strict=True):
+        if real.count(path) > 1:
+            raise ValueError(f"{name} is given twice: name every file once")
     for name in names:
         if not Path(name).is_file():
             raise ValueError(f"{name} is not a file: name Parquet or JSONL files")
@@ -65,10 +67,12 @@ def _open(name: str, columns: Sequence[str], scratch: Path) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{name} is no readable Parquet file ({_line(error)}): write it again"
         ) from error
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{name} has two columns of one name: rename one")
     for column in columns:
         if column not in schema.names:
             raise ValueError(
@@ -90,6 +94,10 @@ def _convert(source: Path, target: Path) -> None:
         # All rows are read for their types, so that a late column is not lost.
         pl.scan_ndjson(source, infer_schema_length=None).sink_parquet(target, compression="lz4")
     except pl.exceptions.PolarsError as error:
+        if "no child field" in str(error):
+            raise ValueError(
+                f"{source} has a column of empty objects alone, which no table can hold: drop it"
+            ) from error
         raise ValueError(
             f"{source} is not JSON lines that fit one table ({_line(error)}): correct the line, "
             "or convert it to Parquet"
@@ -106,7 +114,7 @@ def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[
         with pq.ParquetFile(table.path) as file:
             size = _piece_rows(file)
             yield from file.iter_batches(size, columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{table.name} is damaged ({_line(error)}): write it again and run again"
         ) from error

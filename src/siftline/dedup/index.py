@@ -15,7 +15,9 @@ both. The decisions are those of doing everything at once in the order the files
 
 import fcntl
 import os
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,6 +38,9 @@ from siftline.kernels.rows import Texts
 from siftline.shards import file_hash, write_json, write_parquet
 
 MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
+_PART = r"(?:keys|decisions|changes)-\d{5}\.parquet"
+_OURS = re.compile(rf"{_PART}|\.(?:manifest\.json|{_PART})\.\d+")
+"""Files of an index besides those three, half written ones included; no other is ever removed."""
 FORMAT = 1
 CHANGES = pa.schema(
     [
@@ -131,7 +136,10 @@ class Index:
         where = np.searchsorted(starts, rows, side="right") - 1
         numbers = rows - starts[where]
         pairs = zip(where.tolist(), numbers.tolist(), strict=True)
-        return [f"{self.files[f].name}:{number}" for f, number in pairs]
+        # Two files may go by one name, added from different folders: then the path tells them.
+        count = Counter(file.name for file in self.files)
+        shown = [file.name if count[file.name] == 1 else file.path for file in self.files]
+        return [f"{shown[f]}:{number}" for f, number in pairs]
 
     def add(self, tables: Sequence[Table], pieces: Iterable[Piece], engine: Engine) -> Deduplicated:
         """Adds the rows of some tables and decides about all rows there are.
@@ -290,7 +298,7 @@ class Index:
         """Removes what a killed run left."""
         valid = {MANIFEST, SETS, LOCK, *self.keys, self.decisions, self.changes}
         for path in self.folder.iterdir():
-            if path.name not in valid:
+            if path.name not in valid and _OURS.fullmatch(path.name):
                 path.unlink()
         with (self.folder / SETS).open("ab") as sets:
             sets.truncate(4 * self.values)
@@ -307,8 +315,9 @@ def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> It
         raise ValueError(f"{folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     there = {path.name for path in folder.iterdir()}
-    if there and MANIFEST not in there and LOCK not in there:
-        raise ValueError(f"{folder} holds {min(there)}, not an index: name an empty folder")
+    others = {name for name in there - {LOCK, SETS} if not _OURS.fullmatch(name)}
+    if others and MANIFEST not in there:
+        raise ValueError(f"{folder} holds {min(others)}, not an index: name an empty folder")
     with (folder / LOCK).open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -64,10 +64,12 @@ class Keep:
             ValueError: if scores are not numbers.
         """
         if self.policy == "longest":
-            found = pc.negate(pc.cast(pc.utf8_length(text), pa.float64()))
+            found = pc.negate(pc.cast(pc.utf8_length(text.cast(pa.large_string())), pa.float64()))
         elif self.policy == "score":
             assert column is not None
             kind = column.type
+            if pa.types.is_null(kind):
+                return np.full(len(text), np.inf)
             numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind)
             if not (numeric or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)):
                 raise ValueError(f"column {self.column!r} holds {kind}: a score must be a number")

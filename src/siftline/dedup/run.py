@@ -67,6 +67,10 @@ class Job:
             raise ValueError("an index takes neither a target nor embeddings: leave one out")
         if self.embeddings is not None and self.target is not None:
             raise ValueError("a target is for texts, not for embeddings: leave one out")
+        index = None if self.index is None else self.index.absolute()
+        out = self.out.absolute()
+        if index is not None and (out == index or out in index.parents or index in out.parents):
+            raise ValueError(f"--index {index} and --out {out} must be apart: name two folders")
         if self.target is not None and self.target < 1:
             raise ValueError(f"target={self.target} must be at least 1")
 
@@ -378,11 +382,19 @@ def _plain(text: pa.Array) -> pa.Array:
     return text.dictionary_decode() if pa.types.is_dictionary(text.type) else text
 
 
+def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with views as plain strings, which Arrow can filter."""
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    columns = [c.cast(plain[c.type]) if c.type in plain else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
 def _extended(
     batch: pa.RecordBatch, rows: np.ndarray, added: list[Any], schema: pa.Schema
 ) -> pa.RecordBatch:
     """Some rows of a batch with more columns, as `schema` has them."""
-    part = batch if rows.all() else batch.filter(arrow_of(rows))
+    plain = batch if rows.all() else _without_views(batch)
+    part = plain if rows.all() else plain.filter(arrow_of(rows))
     arrays = [*part.columns, *map(arrow_of, added)]
     typed = [values.cast(kind) for values, kind in zip(arrays, schema.types, strict=True)]
     return pa.RecordBatch.from_arrays(typed, schema=schema)

@@ -20,14 +20,14 @@ LONGEST_NUMBER = 200
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
 _QUANTITY = re.compile(
-    rf"(?P<sign>[-+]?)\s*[$€£¥₹]?\s*(?P<inner>[-+]?)\s*"
+    rf"(?P<sign>[-+]?)\s*(?:(?:US|A|C)?[$€£¥₹]|USD|EUR|GBP|Rs\.?)?\s*(?P<inner>[-+]?)\s*"
     rf"(?:(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<of>\d+)"
     rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
     rf"(?P<rest>[^\d].*)?"
 )
 _UNIT_WORD = r"(?:[A-Za-z]{2,}|(?<=/)[hs]|(?<= )a(?= ))"
 _UNIT_WORDS = re.compile(
-    rf"[A-Za-z]{{2,}}[.]?(?:\^?[23²³])?(?:[\s/-]+{_UNIT_WORD}(?:\^?[23²³])?){{0,7}}"
+    rf"(?:[A-Za-z]{{2,}}|m(?=/))[.]?(?:\^?[23²³])?(?:[\s/-]+{_UNIT_WORD}(?:\^?[23²³])?){{0,7}}"
 )
 _ATTACHED = frozenset(["mm", "cm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mph", "cents"])
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -53,11 +53,21 @@ _LATEX = (
     (re.compile(r"\\([$%&#_])"), r"\1"),
 )
 _PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)[ \t]*|^[ \t]*A:[ \t]*", re.IGNORECASE | re.M)
-_SUBJECT = re.compile(r"^the [a-z ]{2,40}? is:? (?=[-+$€£¥₹]?\d)", re.IGNORECASE)
+_SUBJECT = re.compile(
+    r"^(?:the|he|she|it|they|there|we|you|[A-Z][a-z]+)\b[a-z ]{0,40}?"
+    r"(?:is|are|was|has|have|had|gets|pays|needs|costs|earns|makes|takes):? (?=[-+$€£¥₹]?\d)",
+    re.IGNORECASE,
+)
 """What an answer in a sentence begins with, before its number: the total is 18."""
+_VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
+_SPACED = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])")
+_REMARK = re.compile(r"(?<=[\w%]) \((?=[^()]*[A-Za-z]{4})[^()]*\)$")
+"""Words in brackets behind an answer: 18 (since 3 * 6 = 18); not 3 (mod 5) or 2 (x + 1)."""
 _CHOICES = re.compile(r"^[ \t]*B[:.)]", re.M)
 """A line of a second choice: then "A:" begins the first one, and no answer."""
-_MINUSES = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"})
+_MINUSES = str.maketrans(
+    {"\u2044": "/", "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"}
+)
 _NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{_DECIMAL})(?:/\d+)?")
 
 
@@ -76,6 +86,7 @@ class Quantity:
 
 def tidy(text: str) -> str:
     """Strips LaTeX shells, math and bold marks, and the full stop at the end of an answer."""
+    text = _VULGAR.sub(" ", text)  # or 2½ would become 21/2
     text = unicodedata.normalize("NFKC", text).translate(_MINUSES)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -99,7 +110,8 @@ def parse_quantity(text: str) -> Quantity | None:
     Args:
         text: An extracted answer, e.g. `-$1,000.50`, `3 1/2 cups`, `\frac{1}{2}`, `50%`.
     """
-    text = tidy(text)
+    text = _REMARK.sub("", tidy(text))
+    text = _SPACED.sub(lambda number: number[0].replace(" ", ""), text)
     if len(text) > LONGEST_NUMBER:
         return None
     match = _QUANTITY.fullmatch(text)
@@ -130,7 +142,7 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
 def _unit(rest: str) -> int | None:
     """The factor of what follows a number: 1 for a unit, 10**6 for million; None if not a unit."""
     words = rest.strip().lower()
-    if words in ("", "%", "percent", "per cent", "$", "€", "£", "°", "-"):
+    if words in ("", "%", "percent", "per cent", "$", "€", "£", "¥", "₹", "°", "-"):
         return 1 if words != "-" else None
     spaced = rest[0].isspace()
     first, _, others = words.partition(" ")

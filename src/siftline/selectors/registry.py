@@ -250,7 +250,7 @@ def find(name: str) -> Entry:
     known = {entry.name: entry for entry in METHODS}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
         raise ValueError(f"no method {name!r}: {hint} One of your own is package.module:Class")
     return known[name]
 
