@@ -30,7 +30,7 @@ DEMO = {
     ],
     "demo/verify": ["demo/decontamination"],
     "demo/likelihood": ["demo/verify", "models/base", "scores/demo/base/likelihood"],
-    "demo/diversity": ["demo/likelihood", "models/base"],
+    "demo/diversity": ["demo/likelihood", "models/base", "scores/demo/base/likelihood"],
     "demo/confidence": ["demo/diversity", "models/base", "pool/demo_dev"],
     "demo/rejection_sampling": ["demo/confidence", "models/base"],
     "demo/duplicates_added": ["demo/rejection_sampling"],
@@ -43,7 +43,7 @@ DEMO = {
     "demo/confidence_added": ["demo/likelihood_added", "models/base", "pool/demo_dev"],
     "demo/allocate": ["demo/confidence_added", "models/base", "scores/demo/base/likelihood"],
     "demo/curated": ["demo/allocate"],
-    "demo/model": ["demo/curated", "pool/demo"],
+    "demo/model": ["demo/curated", "pool/demo", "pool/demo_dev"],
     "demo/evaluation": ["demo/model", "pool/demo_test"],
     "demo/report": ["demo/evaluation"],
 }  # fmt: skip

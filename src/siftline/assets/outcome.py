@@ -73,7 +73,11 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=keys.outcome(recipe, "model"),
-        deps=[keys.outcome(recipe, "curated"), keys.pool(recipe.pool)],
+        deps=[
+            keys.outcome(recipe, "curated"),
+            keys.pool(recipe.pool),
+            *(keys.pool(spec) for spec in recipe.sets.dev),  # for the dev loss
+        ],
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",

@@ -74,3 +74,10 @@ def cuts(texts: Texts, size: int) -> list[tuple[int, int]]:
     ends = np.unique(np.append(np.searchsorted(texts.offsets[1:n], marks), n))
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     return [(int(a), int(b)) for a, b in zip(starts, ends, strict=True) if b > a]
+
+
+def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with views as plain strings, which Arrow can filter."""
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    columns = [c.cast(plain[c.type]) if c.type in plain else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import arrow_of, texts_of
+from siftline.dedup.arrow import arrow_of, texts_of, without_views
 from siftline.dedup.engine import Clock, Deduplicated, Engine, gathered, ranks, spread
 from siftline.dedup.files import PieceWriter, Table, open_tables, read_pieces, with_columns
 from siftline.dedup.index import opened
@@ -382,18 +382,11 @@ def _plain(text: pa.Array) -> pa.Array:
     return text.dictionary_decode() if pa.types.is_dictionary(text.type) else text
 
 
-def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with views as plain strings, which Arrow can filter."""
-    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    columns = [c.cast(plain[c.type]) if c.type in plain else c for c in batch.columns]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
 def _extended(
     batch: pa.RecordBatch, rows: np.ndarray, added: list[Any], schema: pa.Schema
 ) -> pa.RecordBatch:
     """Some rows of a batch with more columns, as `schema` has them."""
-    plain = batch if rows.all() else _without_views(batch)
+    plain = batch if rows.all() else without_views(batch)
     part = plain if rows.all() else plain.filter(arrow_of(rows))
     arrays = [*part.columns, *map(arrow_of, added)]
     typed = [values.cast(kind) for values, kind in zip(arrays, schema.types, strict=True)]

@@ -89,7 +89,7 @@ def _inputs(
             for role, spec in recipe.sets.items()
             if role in wanted
         },
-        **({"budget": asdict(recipe.budget)} if stage.kind in SIZED else {}),
+        **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.kind in SIZED else {}),
         **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
         **({"canaries": [asdict(planted), recipe.seed]} if planted else {}),
     }
