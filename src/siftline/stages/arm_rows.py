@@ -70,18 +70,28 @@ def rows_of_arm(
         seed: Of the training run; another seed draws other rows.
         emit: Takes lines of progress.
     """
+    return drawn(offer(workspace, recipe, arm, emit), arm, draw, seed)
+
+
+def offer(workspace: Workspace, recipe: Recipe, arm: str, emit: Callable[[str], None]) -> ArmRows:
+    """The rows that an arm may take, whatever the seed; see `rows_of_arm`."""
     pool = Pool(workspace.pool(recipe.pool.name))
     rows = pool.all_rows(COLUMNS)
     said = f"pool {recipe.pool.name} {pool.version[:12]}"
-    if arm == "full":
-        return ArmRows(rows, said)
-    if arm != "random":
+    if arm in ("random_clean", "random_sampled"):
         rows = _without(rows, _unclean(workspace, recipe))
         said = f"{said}, deduplicated and decontaminated"
     if arm == "random_sampled":
         rows = pa.concat_tables([rows, _sampled(workspace, recipe, pool, emit)])
         said = f"{said}, with vanilla rejection sampling"
-    return ArmRows(_cut(rows, draw, seed), f"random rows of {said}")
+    return ArmRows(rows, said)
+
+
+def drawn(offered: ArmRows, arm: str, draw: Draw, seed: int) -> ArmRows:
+    """What the arm takes of its offer with this seed: all of the full pool, else a random part."""
+    if arm == "full":
+        return offered
+    return ArmRows(_cut(offered.rows, draw, seed), f"random rows of {offered.name}")
 
 
 def _cut(rows: pa.Table, draw: Draw, seed: int) -> pa.Table:

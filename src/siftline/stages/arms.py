@@ -19,11 +19,11 @@ from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
-from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, rows_of_arm
+from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import model_spec
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import FineTune, TrainResult, finetune
-from siftline.training.material import PUBLISHED_SOURCE
+from siftline.training.material import with_source
 from siftline.workspace import Workspace
 
 BASE, CURATED = "base", "curated"
@@ -55,9 +55,7 @@ def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table
             "materialize the curated version again"
         )
     files = sorted((folder / "data").glob("*.parquet"))
-    table = pa.concat_tables(shards.read_parquet(path) for path in files)
-    renamed = {PUBLISHED_SOURCE: "source"}
-    table = table.rename_columns([renamed.get(name, name) for name in table.column_names])
+    table = with_source(pa.concat_tables(shards.read_parquet(path) for path in files))
     return folder.name, table.select([name for name in COLUMNS if name in table.column_names])
 
 
@@ -90,12 +88,14 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
     dev = dev_rows(workspace, recipe)
     passes = max(1, round(training.epochs * len(sized.ids) / training.options.batch_rows))
     options = replace(training.options, loss_tokens=round(budget * training.epochs), steps=passes)
+    # Found once for all seeds: one of them asks the sampler.
+    offered = {a: offer(workspace, recipe, a, emit) for a in training.arms if a != CURATED}
     trained = []
     for seed in training.seeds:
         for arm in training.arms:
             given = ArmRows(curated, f"{recipe.name}/{version}")
             if arm != CURATED:
-                given = rows_of_arm(workspace, recipe, arm, draw, seed, emit)
+                given = drawn(offered[arm], arm, draw, seed)
             folder = _folder(
                 workspace, recipe, arm, seed, given.rows, options, spec.path, spec.template, dev
             )

@@ -49,8 +49,11 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
         tables.append(pq.read_table(path, columns=[name for name in known if name in names]))
     # One version may have tools or reasoning that another has not.
     table = pa.concat_tables(tables, promote_options="default")
-    if "source" in table.column_names or PUBLISHED_SOURCE not in table.column_names:
-        return table
+    return table if "source" in table.column_names else with_source(table)
+
+
+def with_source(table: pa.Table) -> pa.Table:
+    """A published table whose source column, if it has one, goes by the name it has in a pool."""
     renamed = {PUBLISHED_SOURCE: "source"}
     return table.rename_columns([renamed.get(name, name) for name in table.column_names])
 
