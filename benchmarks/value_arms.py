@@ -25,6 +25,11 @@ LEFT_OUT = (
     "duplicates", "decontamination", "verify", "likelihood", "diversity", "confidence",
     "rejection_sampling",
 )  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    # An eighth of the default: minutes a seed on a CPU, at noise of 0.03 in a cosine.
+    "less": {"gradients": {"dimensions": 1024}},
+}
+"""Of methods whose defaults are for larger machines."""
 Say = Callable[[str], None]
 
 
@@ -106,7 +111,8 @@ def variants(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def selecting(data: dict[str, Any], method: str, seed: int) -> dict[str, Any]:
     """A method on the deduplicated and decontaminated pool, and nothing else."""
-    stages = ["duplicates", "decontamination", {"select": {"method": method, "seed": seed}}]
+    chosen = {"method": method, "seed": seed, **OPTIONS.get(method, {})}
+    stages = ["duplicates", "decontamination", {"select": chosen}]
     return {**data, "stages": stages}
 
 

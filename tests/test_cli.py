@@ -14,7 +14,18 @@ from siftline.namespace import BUCKETS, NamespaceFolder
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 
-ROOTED = ("run", "demo", "status", "explain", "report", "audit", "ui", "cache ls", "cache gc")
+ROOTED = (
+    "run",
+    "plan",
+    "demo",
+    "status",
+    "explain",
+    "report",
+    "audit",
+    "ui",
+    "cache ls",
+    "cache gc",
+)
 VERBS = (*ROOTED, "score", "dedup", "select", "train", "eval", "cache")
 
 
@@ -270,3 +281,20 @@ def test_explain_of_what_nobody_knows(call, name, said):
 def test_refusals_name_the_value_and_the_remedy(call, tmp_path, arguments, said):
     assert said in refused(call(*arguments, root=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_says_what_the_rest_costs_and_draws_the_pilot_only(call):
+    code, out, _ = call("plan", "mini", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["stage"] == "rejection_sampling"
+    assert 0 <= found["draws"]["low"] <= found["draws"]["mean"] <= found["draws"]["high"]
+    assert found["seconds"] is None  # the pilot was in the store
+    code, out, _ = call("plan", "mini")
+    assert out.startswith("rejection_sampling: ")
+    assert "targets met" in out
+    code, _, err = call("plan", "mini", "--max-draws", "3")
+    assert code == 1
+    assert "ended the pilot" in err.splitlines()[-1]
+    none = call("plan", "mini", "--set", "stages=[duplicates]", "--max-draws", "9")
+    assert refused(none).strip() == "error: recipe 'mini' has no rejection_sampling stage to limit"

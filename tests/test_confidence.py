@@ -17,7 +17,7 @@ from siftline.selectors.confidence import (
 )
 from siftline.selectors.selection import select
 
-SCORES = {"id": pl.String, "consistency": pl.Float64, "reflection": pl.Float64}
+SCORES = {"id": pl.String, "agreement": pl.Float64, "reflection": pl.Float64}
 
 
 def frame(*rows):
@@ -46,9 +46,26 @@ def test_confidence_is_the_weighted_mean_of_what_is_there():
 
 def test_nan_counts_as_missing_and_weight_zero_as_absent():
     table = frame(("a", float("nan"), 0.8), ("b", 0.8, float("nan")))
-    result = select(ConfidenceGate(weight_consistency=1.0), table)
+    result = select(ConfidenceGate(weights={"agreement": 1.0, "reflection": 0.0}), table)
     assert result.kept.to_list() == ["b"]
     assert result.facts["no_confidence"] == ["a"]
+    assert result.facts["missing"] == {"agreement": 1}
+
+
+def test_parts_weigh_by_name_and_the_missing_ones_are_counted():
+    weights = {"perplexity": 2.0, "jaccard": 1.0, "nli": 1.0, "embedding": 0.0}
+    gate = ConfidenceGate(weights=weights)
+    assert gate.parts == ("jaccard", "nli", "perplexity")
+    columns = ("jaccard", "nli", "perplexity")
+    lines = [("a", 0.2, 0.6, 1.0), ("b", None, None, 0.4), ("c", 0.8, None, None)]
+    types = {"id": pl.String, **dict.fromkeys(columns, pl.Float64)}
+    result = select(gate, pl.DataFrame(lines, schema=types, orient="row"))
+    assert values(result) == {"a": pytest.approx(0.7), "b": 0.4, "c": 0.8}
+    assert result.facts["missing"] == {"jaccard": 1, "nli": 2, "perplexity": 1}
+    # A part's scale and the order in which the recipe names them do not matter.
+    turned = {name: 10 * w for name, w in reversed(weights.items())}
+    again = select(ConfidenceGate(weights=turned), pl.DataFrame(lines, schema=types, orient="row"))
+    assert values(again) == {k: pytest.approx(v) for k, v in values(result).items()}
 
 
 @pytest.mark.parametrize(
@@ -120,9 +137,13 @@ def test_split_and_shuffled_input_gives_the_same_decisions(data, threshold, cut,
 
 
 def test_bad_configuration_and_scores_are_refused():
-    for bad in ({"threshold": "mean"}, {"cut": 1.2}, {"weight_consistency": -0.1}):
+    for bad in ({"threshold": "mean"}, {"cut": 1.2}, {"weights": {"agreement": -0.1}}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ConfidenceGate(**bad)
+    with pytest.raises(ValueError, match="no part 'jacard': did you mean 'jaccard'"):
+        ConfidenceGate(weights={"jacard": 1.0})
+    with pytest.raises(ValueError, match="at least one part a weight above 0"):
+        ConfidenceGate(weights={"agreement": 0.0})
     with pytest.raises(ValueError, match="leave it out"):
         ConfidenceGate("median", 0.4)
     with pytest.raises(ValueError, match=r"1 rows have a score outside \[0, 1\], first b"):

@@ -12,7 +12,6 @@ from siftline.selectors.difficulty import (
     accept,
     difficulty,
     level_of,
-    plan_trials,
     prop2diff,
     tally,
     targets_for,
@@ -94,61 +93,6 @@ def test_tally_and_difficulty():
         difficulty(state(p=(1, 2, 2)))
     found = targets_for(state(a=(4, 4, 4), b=(4, 2, 2), c=(4, 1, 1)), "prop2diff", 6)
     assert found["target"].to_list() == [1, 4, 6]
-
-
-def test_plan_gives_expected_draws_and_stops():
-    targets = target_frame(new=3, easy=4, hard=192, done=2, tired=5, stuck=5, near=5)
-    now = state(
-        easy=(10, 5, 2), hard=(100, 4, 4), done=(9, 9, 2), tired=(100_000, 3, 3),
-        stuck=(25_000, 0, 0), near=(24_999, 0, 0),
-    )  # fmt: skip
-    plan = plan_trials(targets, now, cap=100_000, max_per_round=5000)
-    found = {r["prompt_id"]: (r["first_draw"], r["draws"], r["status"]) for r in plan.to_dicts()}
-    assert found == {
-        "new": (0, 6, "open"),  # 3 answers, Laplace rate 1/2
-        "easy": (10, 4, "open"),  # 2 missing at rate 1/2
-        "hard": (100, 4700, "open"),  # 188 missing at rate 4/100
-        "done": (9, 0, "met"),
-        "tired": (100_000, 0, "capped"),
-        "stuck": (25_000, 0, "unsolved"),
-        "near": (24_999, 1, "open"),
-    }
-    with pytest.raises(ValueError, match="unsolved_cap at most cap"):
-        plan_trials(targets, now, cap=5, max_per_round=5, unsolved_cap=6)
-
-
-def simulate(rates, k, cap, per_round):
-    """Rounds of plan, draw, tally until nothing is open, with draws fixed by (prompt, index)."""
-    targets = target_frame(**{f"p{i}": k for i in range(len(rates))})
-    draws, rounds = draw_frame(), 0
-    while True:
-        plan = plan_trials(targets, tally(draws), cap=cap, max_per_round=per_round)
-        if plan["draws"].sum() == 0:
-            return draws, targets, plan, rounds
-        new = []
-        for prompt, first, count, _ in plan.iter_rows():
-            p = rates[int(prompt[1:])]
-            for j in range(first, first + count):
-                ok = np.random.default_rng([int(prompt[1:]), j]).random() < p
-                new.append((prompt, j, bool(ok), f"key{j}"))
-        draws, rounds = pl.concat([draws, draw_frame(*new)]), rounds + 1
-
-
-def test_sampling_meets_targets_and_acceptance_ignores_round_size():
-    rates = [1.0, 0.5, 0.1, 0.0]
-    small, targets, plan, _ = simulate(rates, 10, 400, 8)
-    large, _, _, rounds = simulate(rates, 10, 400, 200)
-    assert plan["status"].to_list() == ["met", "met", "met", "unsolved"]
-    assert plan["first_draw"][3] == 100
-    assert rounds < 10
-    taken = [
-        accept(d, targets).filter("accepted").select("prompt_id", "draw") for d in (small, large)
-    ]
-    assert taken[0].equals(taken[1])
-    assert taken[0].height == 30
-    trials = dict(tally(small).select("prompt_id", "n_trials").iter_rows())
-    assert trials["p0"] == 10
-    assert 60 <= trials["p2"] <= 180  # 10 / 0.1 expected
 
 
 def plain_accept(rows, targets):

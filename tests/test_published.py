@@ -76,3 +76,90 @@ def test_the_trainer_takes_a_step_on_it(version, rows, tiny_model, tmp_path):
     assert result.global_step == 1
     assert 0 < result.training_loss < 20
     assert not before.equal(trainer.model.get_input_embeddings().weight.detach())
+
+
+def loaded(version, config, tmp_path):
+    from datasets import load_dataset
+
+    return load_dataset(str(version), config, split="train", cache_dir=str(tmp_path / "cache"))
+
+
+def trained(trainer_class, config_class, model, data, tmp_path, options, **arguments):
+    """One step of a TRL trainer on a config as it is."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from siftline.scoring.templates import QUESTION_ANSWER
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = QUESTION_ANSWER
+    settings = config_class(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        learning_rate=0.1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    trainer = trainer_class(
+        model=policy, args=settings, train_dataset=data, processing_class=tokenizer, **arguments
+    )
+    return trainer, trainer.train()
+
+
+def test_preference_pairs_hold_a_right_answer_against_a_wrong_one(version, tmp_path):
+    from siftline.scoring.verifiers import verify_math
+
+    pairs = loaded(version, "preferences", tmp_path)
+    assert len(pairs) > 0
+    for line in pairs:
+        assert [m["role"] for m in line["prompt"]] == ["user"]
+        chosen, rejected = line["chosen"][0], line["rejected"][0]
+        assert chosen["role"] == rejected["role"] == "assistant"
+        assert verify_math(chosen["content"], line["sift_answer"]).correct is True
+        assert verify_math(rejected["content"], line["sift_answer"]).correct is False
+    assert len(set(pairs["id"])) == len(pairs)
+
+
+def test_the_preference_trainer_takes_a_step_on_them(version, tiny_model, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = loaded(version, "preferences", tmp_path)
+    options = {"per_device_train_batch_size": 2, "max_length": 256}
+    _, result = trained(DPOTrainer, DPOConfig, tiny_model, pairs, tmp_path, options)
+    assert result.global_step == 1
+    assert result.training_loss == pytest.approx(0.6931, abs=1e-3)  # log 2: policy = reference
+
+
+def test_verifiable_prompts_are_solved_sometimes_and_train_by_their_verifier(
+    version, tiny_model, tmp_path
+):
+    from trl import GRPOConfig, GRPOTrainer
+
+    from siftline.training.rewards import verified
+
+    prompts = loaded(version, "rlvr", tmp_path)
+    assert len(prompts) > 0
+    assert all(0 < rate < 1 for rate in prompts["pass_rate"])
+    assert set(prompts["verifier"]) == {"math"}
+    asked = []
+
+    def watched(completions, answer, verifier, **columns):
+        asked.append((len(completions), set(verifier)))
+        right = [[{"role": "assistant", "content": f"#### {a}"}] for a in answer]
+        assert verified(right, answer, verifier) == [1.0] * len(answer)
+        return verified(completions, answer, verifier, **columns)
+
+    options = {
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+    }
+    _, result = trained(
+        GRPOTrainer, GRPOConfig, tiny_model, prompts, tmp_path, options, reward_funcs=watched
+    )
+    assert result.global_step == 1
+    assert asked == [(2, {"math"})]

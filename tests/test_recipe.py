@@ -400,21 +400,24 @@ PUBLIC = {
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed "
     "retained",
     "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
-    "reference_column lora_rank lora_alpha learning_rate epochs loss_tokens steps batch_rows "
+    "reference_column lora_rank lora_alpha learning_rate epochs phases loss_tokens steps batch_rows "
     "accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing bf16 "
     "packing save_steps eval_steps keep report_to",
     "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup "
     "weight_decay seed",
     "Duplicates": "threshold ngram num_perm numbers seed max_rows",
     "Decontamination": "ngram min_share common near shingle num_perm seed",
+    "QualityRules": "text languages keep min_language min_letters identify words scores",
     "Verify": "verifier no_final_answer",
     "LikelihoodOutliers": "max_drop tail cut length_bins min_group",
     "Shortlist": "size oversampling keep_rate clusters quota weight seed",
-    "Confidence": "samples temperature top_p max_new_tokens answers reflection "
-    "weight_consistency threshold cut seed",
-    "RejectionSampling": "target k pilot cap unsolved_cap max_per_round max_quantile temperature "
-    "top_p max_new_tokens verifier seed",
-    "Allocate": "size unit on_shortfall quota targets answers fit own_samples levels seed",
+    "Confidence": "samples temperature top_p max_new_tokens answers reflection questions "
+    "weight_consistency weights threshold cut seed",
+    "Correct": "folds confidence training max_new_tokens verifier seed",
+    "RejectionSampling": "target k target_scores difficulty pilot cap unsolved_cap max_quantile "
+    "max_similarity screen negatives max_draws max_tokens temperature top_p max_new_tokens "
+    "verifier seed",
+    "Allocate": "size unit on_shortfall quota targets answers fit own_samples mixture levels seed",
     "Select": "method options oversampling seed",
 }
 CLASSES = (

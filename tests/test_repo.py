@@ -218,16 +218,21 @@ def test_no_path_of_a_machine_and_no_package_index_in_any_file():
     assert not found, "\n".join(found)
 
 
+SANDBOXED = "scoring/verifiers/cell.py"
+"""Runs inside the sandbox, and only there: executing a response is what it is for."""
+
+
 def test_no_pickle_eval_or_shell_in_the_package():
     for path in MODULES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for name, _ in imports_of(path):
             assert name.partition(".")[0] not in ("pickle", "marshal", "shelve"), path
+        sandboxed = path.relative_to(PACKAGE).as_posix() == SANDBOXED
         for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and not sandboxed:
+                assert node.id not in ("eval", "exec"), f"{path}:{node.lineno}"
             if not isinstance(node, ast.Call):
                 continue
-            called = node.func.id if isinstance(node.func, ast.Name) else None
-            assert called not in ("eval", "exec"), f"{path}:{node.lineno}"
             for word in node.keywords:
                 shell = word.arg == "shell" and getattr(word.value, "value", True) is not False
                 assert not shell, f"{path}:{node.lineno}"

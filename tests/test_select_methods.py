@@ -27,7 +27,8 @@ SMALL = {
     "got_d": {"tolerance": 0.05},
     "dsir": {"scale": "mean"},
 }
-NAMES = [entry.name for entry in METHODS]
+NAMES = [entry.name for entry in METHODS if "training" not in entry.needs]
+"""Those that decide by themselves; the other trains models, see test_refining.py."""
 HASHED = ["random", "balanced_random", "dsir", "best_fit"]
 
 
@@ -140,7 +141,9 @@ def test_an_id_that_comes_twice_and_a_missing_target_are_refused(name):
                 select(made(name), pool, Budget(2), nothing)
 
 
-@pytest.mark.parametrize("name", [e.name for e in METHODS if "embeddings" in e.needs])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if {"embeddings", "gradients"} & set(find(n).needs)]
+)
 def test_bad_embeddings_are_refused_with_the_row(name):
     pool = frame(12)
     vectors = pool["embedding"].to_numpy().astype(np.float32).copy()
@@ -302,7 +305,7 @@ def test_groups_share_a_budget_within_one_row(labels, size, seed):
 
 
 def test_the_table_says_what_it_should():
-    assert len(set(NAMES)) == len(NAMES) == 15
+    assert len({entry.name for entry in METHODS}) == len(METHODS) == len(NAMES) + 1 == 17
     for entry in METHODS:
         assert entry.method.__dataclass_params__.frozen
         assert entry.limit >= 100_000
@@ -312,7 +315,7 @@ def test_the_table_says_what_it_should():
         build(entry.method, options, entry.name)
         document = entry.method.__doc__
         assert all(f"{option}: " in document for option in options), entry.name
-        wide = "embeddings" in entry.needs or "text" in entry.needs
+        wide = bool({"embeddings", "text", "gradients"} & set(entry.needs))
         assert entry.scope == ("global" if wide else "bucketed")
 
 

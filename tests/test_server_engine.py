@@ -355,6 +355,29 @@ def test_a_draw_that_fails_is_alone_in_it(fake, engine):
     assert engine.failed == 2
 
 
+def test_a_stream_keeps_its_connections_busy_and_names_each_draw(fake, engine):
+    fake.always[(7,)] = "500"
+    left = [(f"draw {seed}", [5, 6] if seed % 3 else [7], seed) for seed in range(9)]
+    flying, most = set(), []
+
+    def pull(free, idle):
+        assert idle == (not flying)
+        asked = [left.pop(0) for _ in range(min(free, len(left)))]
+        flying.update(name for name, _, _ in asked)
+        most.append(len(flying))
+        return asked
+
+    found = {}
+    for name, text in engine.stream(pull, Sampling(max_new_tokens=5)):
+        flying.remove(name)
+        found[name] = text
+    assert max(most) == min(engine.slots, 9)
+    failed = {f"draw {seed}" for seed in (0, 3, 6)}
+    assert {n for n, g in found.items() if isinstance(g, Failed)} == failed
+    assert {g.text for n, g in found.items() if n not in failed} == {"abcXd"}
+    assert engine.failed == 3
+
+
 # ---- faults ---------------------------------------------------------------------------------
 
 

@@ -125,6 +125,45 @@ def test_a_draw_depends_on_its_prompt_and_seed_only(engine):
     assert engine.generate(prompts[1:2], [[11]], sampling) == together[1:2]
 
 
+def pulled(wanted, slots, seen):
+    """Hands draws out as slots come free, and notes how many were under way."""
+    left, flying = list(wanted), [0]
+
+    def pull(free, idle):
+        assert idle == (flying[0] == 0)
+        asked = [left.pop(0) for _ in range(min(free, len(left)))]
+        flying[0] += len(asked)
+        seen.append(flying[0])
+        return asked
+
+    return pull, flying
+
+
+@needs_vllm
+def test_a_stream_draws_what_batches_draw_whatever_ends_first(engine, monkeypatch):
+    monkeypatch.setattr(engine, "slots", 3)
+    rows = random_rows(12, [5, 40, 20, 9])
+    sampling = Sampling(max_new_tokens=24, temperature=1.0)
+    wanted = [((i, j), rows[i], 50 + j) for i in range(4) for j in range(3)]
+    seen = []
+    pull, flying = pulled(wanted, 3, seen)
+    found = {}
+    for name, text in engine.stream(pull, sampling):
+        flying[0] -= 1
+        found[name] = text
+    expected = engine.generate(rows, [[50, 51, 52]] * 4, sampling)
+    assert found == {(i, j): expected[i][j] for i in range(4) for j in range(3)}
+    assert max(seen) == 3
+    # A stream that is left ends what is under way, and the engine goes on.
+    pull, _ = pulled(wanted, 3, [])
+    for _ in engine.stream(pull, sampling):
+        break
+    assert engine.generate(rows[:1], [[50]], sampling) == [expected[0][:1]]
+    with pytest.raises(ValueError, match="vocabulary"):
+        list(engine.stream(pulled([("bad", [5, 10_000], 1)], 3, [])[0], sampling))
+    assert engine.generate(rows[:1], [[50]], sampling) == [expected[0][:1]]
+
+
 @needs_vllm
 def test_stop_strings_and_ends_of_sequence(engine, reference):
     prompts = random_rows(7, [10, 20])

@@ -9,7 +9,7 @@ holds only what the recipe and the data determine: no date, no path, no version 
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -89,6 +89,7 @@ class CardInfo:
         how: Sentences on how the rows were chosen: models, methods, budget.
         columns: (name, meaning) of the `sift_` columns.
         funnel: The stages in order.
+        configs: (name, what it holds) of configs beside the rows and the removed ones.
     """
 
     name: str
@@ -99,6 +100,7 @@ class CardInfo:
     how: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     funnel: tuple[StageCount, ...] = ()
+    configs: tuple[tuple[str, str], ...] = ()
 
 
 def escape(text: str) -> str:
@@ -117,7 +119,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _header(info: CardInfo, rows: int, has_removed: bool) -> str:
+def _header(info: CardInfo, rows: int, further: Iterable[str]) -> str:
     configs = [
         {
             "config_name": "default",
@@ -125,9 +127,9 @@ def _header(info: CardInfo, rows: int, has_removed: bool) -> str:
             "data_files": [{"split": "train", "path": "data/train-*"}],
         }
     ]
-    if has_removed:
-        files = [{"split": "train", "path": "removed/removed-*"}]
-        configs.append({"config_name": "removed", "data_files": files})
+    for name in further:
+        files = [{"split": "train", "path": f"{name}/{name}-*"}]
+        configs.append({"config_name": name, "data_files": files})
     fields = {
         "license": info.license,
         "pretty_name": info.name,
@@ -164,7 +166,7 @@ def _columns(info: CardInfo, schema: pa.Schema) -> str:
     return _table(("column", "type", "meaning"), rows)
 
 
-def _loading(name: str, has_removed: bool) -> str:
+def _loading(name: str, further: Iterable[str]) -> str:
     # The recipe's name becomes a key of a JSON object and nothing else may come out of it.
     key = json.dumps(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "curated")
     tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
@@ -172,13 +174,15 @@ def _loading(name: str, has_removed: bool) -> str:
         f'{{{key}: {{"file_name": "FOLDER/data", "formatting": "sharegpt",\n'
         f'  "columns": {{"messages": "messages"}},\n  "tags": {json.dumps(tags)}}}}}'
     )
-    removed = '\nremoved = load_dataset(FOLDER, "removed", split="train")' if has_removed else ""
+    others = "".join(
+        f'\n{name} = load_dataset(FOLDER, "{name}", split="train")' for name in further
+    )
     return f"""`FOLDER` is the folder that holds this file. Reached through the link `latest`,
 resolve the link first: a new version may be published between two reads.
 
 ```python
 from datasets import load_dataset
-train = load_dataset(FOLDER, split="train"){removed}
+train = load_dataset(FOLDER, split="train"){others}
 
 import polars as pl
 frame = pl.scan_parquet(FOLDER + "/data/*.parquet")
@@ -198,7 +202,14 @@ LLaMA-Factory: in your own `dataset_info.json`, with FOLDER as an absolute path
 ```"""
 
 
-def render(info: CardInfo, *, rows: int, schema: pa.Schema, removed: int) -> str:
+def render(
+    info: CardInfo,
+    *,
+    rows: int,
+    schema: pa.Schema,
+    removed: int,
+    further: Mapping[str, int] | None = None,
+) -> str:
     """Renders the card.
 
     Args:
@@ -206,11 +217,14 @@ def render(info: CardInfo, *, rows: int, schema: pa.Schema, removed: int) -> str
         rows: Rows of the training split.
         schema: Schema of the training split.
         removed: Rows of the removed config; 0 leaves the config out.
+        further: Rows of each further config; `info.configs` says what they are.
 
     Returns:
         Markdown with the YAML header of the Hub.
     """
-    parts = [_header(info, rows, removed > 0), f"# {escape(info.name)}"]
+    further = further or {}
+    names = [*(["removed"] if removed else []), *further]
+    parts = [_header(info, rows, names), f"# {escape(info.name)}"]
     if info.description:
         parts.append(escape(info.description))
     counts = f"{rows:,} rows" + (
@@ -230,5 +244,8 @@ def render(info: CardInfo, *, rows: int, schema: pa.Schema, removed: int) -> str
             " value and the threshold that decided, the kept row it lost to (`matched_id`), and"
             " excerpts."
         )
-    parts += ["## Loading", _loading(info.name, removed > 0)]
+    meanings = dict(info.configs)
+    for name, count in further.items():
+        parts.append(f"The config `{name}` holds {count:,} {escape(meanings[name])}.")
+    parts += ["## Loading", _loading(info.name, names)]
     return "\n\n".join(parts) + "\n"

@@ -14,7 +14,15 @@ import click
 
 from siftline import __version__
 from siftline.commands import register
-from siftline.commands.options import json_option, named_recipe, root_option, say, set_option
+from siftline.commands.options import (
+    json_option,
+    limit_options,
+    limited,
+    named_recipe,
+    root_option,
+    say,
+    set_option,
+)
 from siftline.ledger import StageOutput
 from siftline.library import find, recipe_files
 from siftline.recipe import Recipe, Stage
@@ -40,6 +48,7 @@ register(cli)
 @set_option
 @click.option("--select", help="Dagster asset selection; by default everything.")
 @click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@limit_options
 @json_option
 def run(
     recipe: str,
@@ -47,13 +56,58 @@ def run(
     overrides: tuple[str, ...],
     select: str | None,
     workers: int,
+    max_draws: int | None,
+    max_tokens: int | None,
     as_json: bool,
 ) -> None:
     """Run RECIPE, a name or a YAML file, from raw rows to the report."""
-    workspace, loaded = _workspace(root), named_recipe(recipe, overrides)
-    _run(workspace, loaded, overrides, workers=workers, select=select)
+    changed = limited(recipe, overrides, max_draws, max_tokens)
+    workspace, loaded = _workspace(root), named_recipe(recipe, changed)
+    _run(workspace, loaded, changed, workers=workers, select=select)
     if select is None:
         _print_result(summary(workspace, loaded), as_json)
+
+
+@cli.command()
+@click.argument("recipe")
+@root_option
+@set_option
+@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@limit_options
+@json_option
+def plan(
+    recipe: str,
+    root: Path,
+    overrides: tuple[str, ...],
+    workers: int,
+    max_draws: int | None,
+    max_tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Say what RECIPE's rejection sampling will cost, from its pilot.
+
+    Runs the stages before it where they have not run, and draws the pilot; its draws are kept and
+    count. Without --max-draws and --max-tokens it says what meeting the targets takes.
+    """
+    from siftline.stages.planning import plan_stage, sampling_stages
+    from siftline.stages.run import outputs_so_far
+
+    changed = limited(recipe, overrides, max_draws, max_tokens)
+    workspace, loaded = _workspace(root), named_recipe(recipe, changed)
+    names = sampling_stages(loaded)
+    if not names:
+        raise ValueError(f"recipe {loaded.name!r} has no rejection_sampling stage to plan")
+    order = [stage.name for stage in loaded.stages]
+    before = order[: order.index(names[0])]
+    done = [stage.name for stage, _ in outputs_so_far(workspace, loaded)]
+    if before and before[-1] not in done:
+        select = f'+key:"{loaded.name}/{before[-1]}"'
+        _run(workspace, loaded, changed, workers=workers, select=select)
+    said = plan_stage(workspace, loaded, names[0], say)
+    if as_json:
+        click.echo(json.dumps({"stage": names[0], **said.as_json()}))
+        return
+    click.echo(f"{names[0]}: {said}")
 
 
 def _run(workspace: Workspace, recipe: Recipe, overrides: Sequence[str], **options: Any) -> None:

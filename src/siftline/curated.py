@@ -3,6 +3,7 @@
     root/<version>/README.md                         dataset card with `configs:`
                    data/train-00000-of-000NN.parquet nothing else in this folder
                    removed/removed-00000-of-….parquet left out when nothing was removed
+                   <config>/<config>-00000-of-….parquet further configs, if there are any
                    manifest.json                     files, hashes, identity; written last
     root/latest -> <version>                         swapped by one rename
 
@@ -21,7 +22,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ def publish(
     seed: int,
     identity: dict[str, Any],
     card: CardInfo,
+    configs: Mapping[str, pa.Table] | None = None,
     shard_bytes: int = SHARD_BYTES,
     row_group_bytes: int = ROW_GROUP_BYTES,
     ranges: int = 64,
@@ -129,6 +131,7 @@ def publish(
         identity: What made this, as JSON: recipe, its hash, the pool's manifest hash, version of
             the software. No dates, paths or host names: they would make equal data look different.
         card: What the recipe says about the data.
+        configs: Further tables by config name, in their order; those without rows are left out.
         shard_bytes: Upper bound of one shard in memory; a larger row gets a shard of its own.
         row_group_bytes: Upper bound of one row group in memory.
         ranges: Into how many ranges the rows are spooled; each must stay under 2 GiB.
@@ -152,9 +155,16 @@ def publish(
             scored = (_with_scores(table, scores, schema) for table in read_ordered(spooled))
             _write_shards(scored, tree / "data", "train", sizes)
             _write_shards(_removed_tables(removed), tree / "removed", "removed", sizes)
-            text = render_card(card, rows=spooled.rows, schema=schema, removed=removed.height)
+            further = {name: table for name, table in (configs or {}).items() if table.num_rows}
+            for name, table in further.items():
+                assert name not in ("data", "removed"), name
+                _write_shards([table], tree / name, name, sizes)
+            counts = {name: table.num_rows for name, table in further.items()}
+            text = render_card(
+                card, rows=spooled.rows, schema=schema, removed=removed.height, further=counts
+            )
             write_text(tree / "README.md", text)
-            manifest = _manifest(tree, schema, spooled.rows, removed, seed, identity)
+            manifest = _manifest(tree, schema, spooled.rows, removed, seed, identity, counts)
             write_json(tree / "manifest.json", manifest)
         path = root / manifest["version"]
         new = _move(scratch / "tree", path, manifest)
@@ -291,6 +301,7 @@ def _manifest(
     removed: pl.DataFrame,
     seed: int,
     identity: dict[str, Any],
+    configs: dict[str, int],
 ) -> dict[str, Any]:
     files = [
         {
@@ -313,6 +324,7 @@ def _manifest(
             "rows": rows,
             "removed": removed.height,
             "reasons": [{"stage": s, "reason": r, "rows": n} for s, r, n in reasons],
+            "configs": configs,
         },
     }
     # What a reader of the file gets, where identity may hold tuples.

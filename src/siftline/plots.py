@@ -271,6 +271,38 @@ def accuracy(
     return _draw(paint, dark=dark)
 
 
+def reliability(
+    low: np.ndarray,
+    high: np.ndarray,
+    confidence: np.ndarray,
+    right: np.ndarray,
+    rows: np.ndarray,
+    *,
+    dark: bool = False,
+) -> bytes:
+    """Reliability diagram: share right by mean confidence, beside the diagonal.
+
+    Args:
+        low: Lower edges of the bins, shape (k,).
+        high: Upper edges, shape (k,).
+        confidence: Mean confidence of each bin, NaN without rows, shape (k,).
+        right: Share right of each bin, NaN without rows, shape (k,).
+        rows: Rows of each bin, shape (k,).
+        dark: Colours for a dark page.
+    """
+    there = rows > 0
+
+    def paint(axes: Any, theme: Theme) -> None:
+        axes.bar(low[there], right[there], (high - low)[there], align="edge", color=theme.series[0])
+        axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1.0, linestyle=(0, (4, 2)))
+        axes.plot(confidence[there], right[there], "o", color=theme.kept, markersize=4.5)
+        for x, y, n in zip(confidence[there], right[there], rows[there], strict=True):
+            axes.annotate(f"{n:,}", (x, y), xytext=(0, 5), textcoords="offset points", ha="center")
+        axes.set(xlim=(0, 1), ylim=(0, 1.12), xlabel="confidence", ylabel="share right")
+
+    return _draw(paint, dark=dark, size=(5.2, 2.8))  # two stand side by side
+
+
 def funnel(
     stages: Sequence[str],
     kept: np.ndarray,

@@ -24,6 +24,7 @@ from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.rejection import RejectionSampling
+from siftline.scoring.s3ft import SelfAnswers
 from siftline.scoring.scorers import KINDS, models_of
 from siftline.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
 from siftline.selectors.allocate import Allocate
@@ -31,40 +32,55 @@ from siftline.selectors.chosen import Select
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.outliers import LikelihoodOutliers
+from siftline.selectors.quality_rules import QualityRules
 from siftline.selectors.shortlist import Shortlist
 from siftline.selectors.verify import Verify
 from siftline.shards import content_hash
+from siftline.training.correction import Correct
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
 
 STAGES: dict[str, type] = {
     "duplicates": Duplicates,
     "decontamination": Decontamination,
+    "quality_rules": QualityRules,
     "verify": Verify,
     "likelihood": LikelihoodOutliers,
     "diversity": Shortlist,
     "select": Select,
     "confidence": Confidence,
+    "correct": Correct,
     "rejection_sampling": RejectionSampling,
+    "s3ft": SelfAnswers,
     "allocate": Allocate,
 }
 STAGE_ROLES = {
     "duplicates": "gate",
     "decontamination": "gate",
+    "quality_rules": "gate",
     "verify": "gate",
     "likelihood": "gate",
     "diversity": "shortlist",
     "select": "shortlist",
     "confidence": "gate",
+    "correct": "adds",
     "rejection_sampling": "adds",
+    "s3ft": "adds",
     "allocate": "budget",
 }
 """What a stage may do: gates drop rows for a fault and know no budget; allocate alone spends it."""
 
-GATES = ("duplicates", "decontamination", "likelihood", "confidence")
+GATES = ("duplicates", "decontamination", "quality_rules", "likelihood", "confidence")
 """Gates that sampled rows are held to; verification is how they were accepted."""
+GATES_AGAIN = {
+    "rejection_sampling": GATES,
+    "s3ft": GATES,
+    # A verdict was their gate: `stages.confidence` says why confidence does not judge them.
+    "correct": tuple(kind for kind in GATES if kind != "confidence"),
+}
+"""Gates that the rows a stage adds are held to."""
 
-ROLES = ("target", "sampler", "judge", "embedder")
+ROLES = ("target", "sampler", "judge", "embedder", "nli")
 _OPTIONAL: dict[str, Any] = {
     "inputs": Inputs,
     "training": Training,
@@ -199,6 +215,7 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
     _check_scores(stages, scorers)
+    _check_nli(stages, raw.get("roles"))
     chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
     _check_retained(sets, chosen.get("evaluation"))
     return Recipe(
@@ -301,8 +318,10 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
         if "seed" in {f.name for f in fields(STAGES[kind])} and kind != "duplicates":
             options.setdefault("seed", seed)
         stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
-        if kind == "rejection_sampling":
-            gates = [s for s in stages if s.kind in GATES and s.scope == "all"]
+        if kind == "correct" and "confidence" not in [s.kind for s in stages]:
+            raise ValueError(f"stages.{name}: correct mends what confidence judged: put it after")
+        if kind in GATES_AGAIN:
+            gates = [s for s in stages if s.kind in GATES_AGAIN[kind] and s.scope == "all"]
             again = f"_{name}" if any(s.scope == "added" for s in stages) else ""
             added = [replace(s, name=f"{s.name}_added{again}", scope="added") for s in gates]
             stages += added
@@ -315,7 +334,12 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
 def scorers_read(stage: Stage) -> tuple[str, ...]:
     """Names of the recipe's scorers that a stage reads."""
     if isinstance(stage.options, Select):
-        return stage.options.scorers()
+        return (*stage.options.scorers(), *stage.options.asked())
+    if isinstance(stage.options, QualityRules):
+        return tuple(sorted(stage.options.scores))
+    if isinstance(stage.options, RejectionSampling):
+        named = stage.options.target_scores
+        return () if named is None else (named,)
     weight = getattr(stage.options, "weight", "uniform")
     return () if weight == "uniform" else (weight,)
 
@@ -338,6 +362,16 @@ def _check_scores(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:
             if name not in scorers:
                 hint = nearest(name, list(scorers)) if scorers else "add it to the recipe's scorers"
                 raise ValueError(f"stages.{stage.name}: no scorer {name!r}: {hint}")
+
+
+def _check_nli(stages: Sequence[Stage], roles: Any) -> None:
+    """A cross-encoder is no causal model: its role does not fall to the target model."""
+    for stage in stages:
+        if "nli" in getattr(stage.options, "more_roles", ()) and "nli" not in (roles or {}):
+            raise ValueError(
+                f"stages.{stage.name}: weights name nli, and roles have no nli: name the model "
+                "of a cross-encoder there"
+            )
 
 
 def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

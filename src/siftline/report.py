@@ -52,6 +52,14 @@ NOVELTY = {
     "contrast": pl.Float64,  # mean over its rows, nats a token
     "example": pl.String,
 }
+CALIBRATION = {
+    "stage": pl.String,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "confidence": pl.Float64,  # mean of the bin; null without rows, as is the share right
+    "right": pl.Float64,
+    "rows": pl.Int64,
+}
 EXAMPLES = {
     "id": pl.String,
     "stage": pl.String,
@@ -103,6 +111,8 @@ class Report:
         canaries: `CANARIES`, one line per gate and kind.
         novelty: `NOVELTY`, one line per cluster of the rows that a fine-tuned model finds far
             likelier than the model it came from.
+        calibration: `CALIBRATION`, the bins of each confidence gate whose rows are known to be
+            right or wrong.
         examples: `EXAMPLES`; `pick_examples` makes them.
         notes: What a reader must know before believing the numbers.
     """
@@ -120,6 +130,7 @@ class Report:
     planted: pl.DataFrame | None = None
     canaries: pl.DataFrame | None = None
     novelty: pl.DataFrame | None = None
+    calibration: pl.DataFrame | None = None
     examples: pl.DataFrame | None = None
     notes: tuple[str, ...] = ()
 
@@ -132,6 +143,7 @@ class Report:
             ("planted", PLANTED),
             ("canaries", CANARIES),
             ("novelty", NOVELTY),
+            ("calibration", CALIBRATION),
             ("examples", EXAMPLES),
         ):
             frame = getattr(self, name)
@@ -163,6 +175,7 @@ def render(report: Report) -> str:
         planted=None if report.planted is None else report.planted.to_dicts(),
         canaries=None if report.canaries is None else report.canaries.to_dicts(),
         novelty=None if report.novelty is None else report.novelty.to_dicts(),
+        calibration=_calibration(report.calibration),
         examples=_examples(report.examples),
     )
 
@@ -252,6 +265,26 @@ def _histogram(score: Histogram) -> dict[str, Any]:
     alt = f"histogram of {score.name} at {score.stage}"
     picture = _picture(alt, plots.histogram, score.values, score.thresholds, label=score.name)
     return {"score": score, "hidden": hidden, "rows": len(score.values), "picture": picture}
+
+
+def _calibration(frame: pl.DataFrame | None) -> list[dict[str, Any]] | None:
+    """One picture per gate, with its rows and its expected calibration error."""
+    if frame is None:
+        return None
+    shown = []
+    for stage in frame["stage"].unique(maintain_order=True):
+        bins = frame.filter((pl.col("stage") == stage) & (pl.col("rows") > 0))
+        arrays = [bins[name].to_numpy() for name in list(CALIBRATION)[1:]]
+        _, _, confidence, right, rows = arrays
+        shown.append(
+            {
+                "stage": stage,
+                "rows": int(rows.sum()),
+                "error": float(np.average(np.abs(confidence - right), weights=rows)),
+                "picture": _picture(f"reliability of {stage}", plots.reliability, *arrays),
+            }
+        )
+    return shown
 
 
 def _clusters(frame: pl.DataFrame | None) -> dict[str, Any] | None:

@@ -86,8 +86,7 @@ def _by_id(
             if recipe.pool.name != title:
                 continue
             told = True
-            stages = [(stage.name, output) for stage, output in done]
-            later = list(stage_chapters(row["id"], stages, pool.buckets))
+            later = list(_stages(row["id"], done, pool.buckets))
             later += _published(workspace, recipe, row["id"])
             yield f"recipe {recipe.name}, row {row['id']}", chapters + later
         if not told:
@@ -112,10 +111,23 @@ def _added(
             bucket = bucket_of(name.ljust(40, "0"), output.manifest.buckets)
             ids = output.added(bucket).column("id").to_pylist()
             for identity in [i for i in ids if i.startswith(name)]:
-                stages = [(stage.name, output) for stage, output in done]
-                chapters = list(stage_chapters(identity, stages, output.manifest.buckets))
+                chapters = list(_stages(identity, done, output.manifest.buckets))
                 chapters += _published(workspace, recipe, identity)
                 yield f"recipe {recipe.name}, row {identity}", chapters
+
+
+def _stages(
+    identity: str, done: list[tuple[Stage, StageOutput]], buckets: int
+) -> Iterator[Chapter]:
+    """What each stage said about a row, and what came of a candidate for its place."""
+    for stage, output in done:
+        yield from stage_chapters(identity, [(stage.name, output)], buckets)
+        table = output.table("corrections")
+        if table is None:
+            continue
+        for line in table.filter(pl.col("id") == identity).to_dicts():
+            detail = {k: line[k] for k in ("outcome", "verdict", "confidence", "new_id")}
+            yield Chapter(stage.name, "proposed", detail)
 
 
 def _frame(table: Any) -> pl.DataFrame:

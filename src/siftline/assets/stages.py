@@ -6,7 +6,7 @@ from siftline.assets import keys
 from siftline.assets.metadata import check_results, check_specs, stage_metadata
 from siftline.assets.resource import Siftline
 from siftline.recipe import Recipe, Stage, scorers_read
-from siftline.stages.run import models_used, run_stage, sets_used
+from siftline.stages.run import models_used, reads_likelihood, run_stage, sets_used
 
 
 def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
@@ -16,7 +16,7 @@ def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
     deps += [keys.pool(spec) for role, spec in recipe.sets.items() if role in roles]
     names = {recipe.roles.get(role, recipe.roles["target"]) for role in models}
     deps += [keys.model(n) for n in sorted(names) if recipe.models[n].pretrain is not None]
-    if "target" in models:
+    if reads_likelihood(recipe, stage):
         deps.append(keys.likelihood(recipe))
     return [*deps, *(keys.scorer(recipe, name) for name in scorers_read(stage))]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from siftline.commands.options import json_option, make_tracker
 
@@ -12,6 +13,20 @@ from siftline.commands.options import json_option, make_tracker
 @click.command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--text-column", default="text", show_default=True, help="Column that is compared.")
+@click.option(
+    "--prompt-column", help="Compare conversations: a row goes only where prompt and response do."
+)
+@click.option("--response-column", help="Column of the responses to --prompt-column.")
+@click.option("--messages-column", help="The conversations, as a list of messages.")
+@click.option(
+    "--answer-column",
+    help="Reference answers: conversations whose answers contradict never remove each other.",
+)
+@click.option(
+    "--numbers",
+    type=click.Choice(["exact", "any"]),
+    help="Compare only conversations with the same numbers, or any [default: exact]",
+)
 @click.option(
     "--threshold",
     type=float,
@@ -77,7 +92,16 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     reason, the row that each was removed for (as FILE:ROW, counted from 0) and their similarity. A
     row goes only for a kept row that it was verified similar to. With --index, changes.parquet
     lists rows of earlier runs whose decision these turned over.
+
+    With --prompt-column and --response-column, or --messages-column, rows are compared as the
+    duplicates gate of a recipe does, on character shingles: another response to a prompt is an
+    alternative and stays, marked with the same sift_prompt_group; prompts whose answers contradict
+    are listed in conflicts/.
     """
+    if any(given[name] for name in _CONVERSATION):
+        result = _conversations(files, given)
+        click.echo(json.dumps(result) if as_json else _text(result))
+        return
     from siftline.dedup.keep import Keep
     from siftline.dedup.run import Job, dedup_files
     from siftline.dedup.settings import Settings
@@ -100,17 +124,61 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     click.echo(json.dumps(result) if as_json else _text(result))
 
 
+_CONVERSATION = ("prompt_column", "response_column", "messages_column", "answer_column", "numbers")
+_OF_TEXTS = ("text_column", "unit", "bands", "target", "embeddings", "index")
+
+
+def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    from siftline.commands.dedup_conversations import Conversations, dedup_conversations
+    from siftline.dedup.keep import Keep
+    from siftline.selectors.duplicates import Duplicates
+
+    context = click.get_current_context()
+    for name in _OF_TEXTS:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for texts, not for conversations: leave it out")
+    named = {
+        "prompt": given["prompt_column"],
+        "completion": given["response_column"],
+        "messages": given["messages_column"],
+        "answer": given["answer_column"],
+    }
+    options = {"ngram": given["ngram"], "numbers": given["numbers"] or "exact"}
+    if given["threshold"] is not None:
+        options["threshold"] = given["threshold"]
+    if context.get_parameter_source("num_perm") == ParameterSource.COMMANDLINE:
+        options["num_perm"] = given["num_perm"]
+    job = Conversations(
+        files,
+        given["out"].absolute(),
+        {name: column for name, column in named.items() if column},
+        Duplicates(**options),
+        Keep.parse(given["keep"]),
+        given["rehydrate"],
+    )
+    return dedup_conversations(job, make_tracker)
+
+
 def _text(result: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in result["seconds"].items())
+    same = "the same conversation" if "prompts" in result else "byte for byte"
     lines = [
         f"rows      {result['rows']:>12,}",
         f"kept      {result['kept']:>12,}",
-        f"removed   {result['removed']:>12,}  {result['exact']:,} of them byte for byte",
+        f"removed   {result['removed']:>12,}  {result['exact']:,} of them {same}",
         f"clusters  {result['clusters']:>12,}",
         f"verified  {result['pairs_verified']:>12,}  pairs",
         f"seconds   {seconds}",
         f"out: {result['out']}",
     ]
+    if "prompts" in result:
+        said = f"{result['alternatives']:,} rows share a prompt with another kept row"
+        lines.insert(2, f"prompts   {result['prompts']:>12,}  {said}")
+        lines.insert(3, f"conflicts {result['conflicting_prompts']:>12,}  prompts")
+        faults = ", ".join(f"{count:,} {reason}" for reason, count in result["unreadable"].items())
+        if faults:
+            lines.insert(4, f"no conversation, so kept: {faults}")
     if "retracted" in result:
         said = f"{result['retracted']:,} kept ones lost now, {result['restored']:,} came back"
         lines.insert(1, f"before    {result['rows_before']:>12,}  rows in the index: {said}")

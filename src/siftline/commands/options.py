@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +23,37 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --max-draws and --max-tokens."""
+    for name, what in (("--max-tokens", "Most tokens generated"), ("--max-draws", "Most draws")):
+        command = click.option(
+            name, type=click.IntRange(1), help=f"{what} by rejection sampling, never passed."
+        )(command)
+    return command
+
+
+def limited(
+    name: str, overrides: Sequence[str], max_draws: int | None, max_tokens: int | None
+) -> tuple[str, ...]:
+    """The overrides of a recipe and, of each of its rejection sampling stages, the limits.
+
+    Raises:
+        ValueError: if there is a limit and no such stage.
+    """
+    limits = {"max_draws": max_draws, "max_tokens": max_tokens}
+    given = {key: value for key, value in limits.items() if value is not None}
+    if not given:
+        return tuple(overrides)
+    recipe = named_recipe(name, overrides)
+    stages = [stage.name for stage in recipe.stages if stage.kind == "rejection_sampling"]
+    if not stages:
+        raise ValueError(f"recipe {recipe.name!r} has no rejection_sampling stage to limit")
+    return (
+        *overrides,
+        *(f"stages.{stage}.{key}={value}" for stage in stages for key, value in given.items()),
+    )
 
 
 def make_tracker(label: str, total: int, unit: str) -> Tracker:

@@ -8,7 +8,7 @@ import click
 import numpy as np
 import polars as pl
 
-from siftline.commands.options import json_option, make_tracker
+from siftline.commands.options import json_option, make_tracker, say
 from siftline.commands.sources import reading_options, source_of
 
 _WHICH = ("transformers", "vllm", "server")
@@ -80,6 +80,29 @@ _SHOWN = (
     type=click.Choice(["entropy", "top1", "pooled"]),
     help="Also report this; may be given again.",
 )
+@click.option(
+    "--gradients",
+    type=click.IntRange(1),
+    metavar="DIM",
+    help="Write gradient features of this many dimensions a checkpoint instead of scores.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="FILE",
+    help="For --gradients: rows like those that are wanted; may be given again.",
+)
+@click.option(
+    "--warm-up",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="For --gradients: share of the rows that an adapter is trained on before; 0 for none.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="For --gradients: of warm-up and projection."
+)
 @reading_options
 @click.option(
     "--url", help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."
@@ -104,12 +127,18 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     Writes scores.parquet, one line per input row with its file and row number, and failed.parquet
     with the reason of every row that has no score, to the folder given by --out. The answers are
     kept in a store there: a second run computes nothing, a killed one is taken up where it was.
+    With --gradients it writes gradients.parquet, which siftline select less reads.
     FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads.
     """
     from siftline.commands.score_tables import FAILED, SCORES, score_files
     from siftline.scoring.likelihood import Likelihood
 
     out: Path = given["out"].absolute()
+    if given["gradients"] is not None:
+        _differentiate(files, given, out, as_json)
+        return
+    if given["targets"]:
+        raise ValueError("--target is for --gradients DIM: leave it out, or give both")
     asked = Likelihood(given["turns"], given["details"])
     sources = [source_of(path, given) for path in files]
     scored = score_files(sources, _spec(given), asked, out, make_tracker)
@@ -130,12 +159,56 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         scored.failed["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
     )
     click.echo(json.dumps(result) if as_json else _text(result, scored.scores, reasons))
-    if scored.failed.height > given["max_failed"] * rows:
-        most = ", ".join(f"{reason} {count}" for reason, count in reasons.head(3).iter_rows())
-        raise ValueError(
-            f"{scored.failed.height} of {rows} rows have no score ({most}), more than --max-failed "
-            f"{given['max_failed']:g}: see {out / FAILED}"
+    _check_failed(scored.failed, rows, "score", given["max_failed"], out / FAILED)
+
+
+def _check_failed(failed: pl.DataFrame, rows: int, what: str, most: float, where: Path) -> None:
+    if failed.height > most * rows:
+        reasons = (
+            failed["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
         )
+        first = ", ".join(f"{reason} {count}" for reason, count in reasons.head(3).iter_rows())
+        raise ValueError(
+            f"{failed.height} of {rows} rows have no {what} ({first}), more than --max-failed "
+            f"{most:g}: see {where}"
+        )
+
+
+def _differentiate(files: tuple[str, ...], given: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Makes gradient features, and says what was made."""
+    from siftline.commands.score_gradients import gradient_files
+    from siftline.commands.score_tables import FAILED, GRADIENTS
+    from siftline.selectors.less import Gradients
+
+    if given["engine"] != "transformers" or given["turns"] != "last" or given["details"]:
+        raise ValueError(
+            "--gradients goes with --engine transformers and --turns last, without --detail"
+        )
+    if not given["targets"]:
+        raise ValueError("--gradients needs --target FILE: rows like those that are wanted")
+    asked = Gradients(dimensions=given["gradients"], share=given["warm_up"])
+    made = gradient_files(
+        [source_of(path, given) for path in files],
+        [source_of(path, given) for path in given["targets"]],
+        _spec(given),
+        asked,
+        given["seed"],
+        out,
+        make_tracker,
+        say,
+    )
+    counts = {name: value for name, value in vars(made).items() if name != "failed"}
+    result = {
+        "gradients": str(out / GRADIENTS),
+        "failed": str(out / FAILED),
+        **counts,
+        "failed_rows": made.failed.height,
+        "seconds": round(made.seconds, 3),
+    }
+    shown = "\n".join(f"{name:<12} {value}" for name, value in result.items())
+    click.echo(json.dumps(result) if as_json else shown)
+    rows = made.rows + made.target_rows + made.failed.height
+    _check_failed(made.failed, rows, "gradient", given["max_failed"], out / FAILED)
 
 
 def _spec(given: dict[str, Any]) -> Any:

@@ -33,6 +33,8 @@ from siftline.store import BUCKETS
 MARK = ".siftline-score"
 """Says that a folder is ours, and is locked by the process that writes it."""
 SCORES, FAILED, STORE, ROWS = "scores.parquet", "failed.parquet", "store", ".rows"
+GRADIENTS, WARM_UP, TARGET = "gradients.parquet", "models", ".target"
+"""What `--gradients` leaves: features, warm-ups, and the target's rows while they are needed."""
 _COLUMNS = {
     "id": pa.string(),
     "file": pa.string(),
@@ -96,17 +98,17 @@ def score_files(
     check_directory(spec)
     for source in sources:
         source_files(source)
-    with _claimed(out):
-        pool = _ingested(out, sources, make_tracker)
+    with claimed(out):
+        pool = ingested(out / ROWS, sources, make_tracker)
         scored = _score(pool, spec, asked, out / STORE, make_tracker)
-        write_parquet(scored.failed.to_arrow().cast(_FAILED), out / FAILED)
+        write_failed(scored.failed, out)
         write_parquet(_with_vectors(scored.scores, asked), out / SCORES)
         shutil.rmtree(out / ROWS)
     return scored
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[None]:
+def claimed(out: Path) -> Iterator[None]:
     """Holds the output folder.
 
     Raises:
@@ -114,9 +116,9 @@ def _claimed(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder")
-    mine = (MARK, SCORES, FAILED, STORE, ROWS)
+    mine = (MARK, SCORES, FAILED, STORE, ROWS, GRADIENTS, WARM_UP, TARGET)
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    written = tuple(f".{name}." for name in (SCORES, FAILED))  # by a killed run
+    written = tuple(f".{name}." for name in (SCORES, FAILED, GRADIENTS))  # by a killed run
     other = [name for name in there if name not in mine and not name.startswith(written)]
     if other or (there and MARK not in there):
         raise ValueError(f"{out} holds {(other or there)[0]}, not from here: name an empty folder")
@@ -132,21 +134,21 @@ def _claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def _ingested(out: Path, sources: Sequence[Source], make_tracker: MakeTracker) -> Pool:
+def ingested(folder: Path, sources: Sequence[Source], make_tracker: MakeTracker) -> Pool:
     """The rows of all files, in as many buckets as the store has."""
     spec = PoolSpec("input", tuple(sources), buckets=BUCKETS, max_quarantine=1.0)
     tracker = make_tracker("read", 0, "rows")
     try:
-        build_pool(out / ROWS, spec, tracker.advance)
+        build_pool(folder, spec, tracker.advance)
     finally:
         tracker.close()
-    return Pool(out / ROWS)
+    return Pool(folder)
 
 
 def _score(
     pool: Pool, spec: ModelSpec, asked: Likelihood, store: Path, make_tracker: MakeTracker
 ) -> Scored:
-    scores, failed = [], [_unreadable(pool)]
+    scores, failed = [], [unreadable(pool)]
     total_rows = 2 * pool.manifest.rows("rows")
 
     def work(
@@ -197,7 +199,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame
 
 
-def _unreadable(pool: Pool) -> pl.DataFrame:
+def unreadable(pool: Pool) -> pl.DataFrame:
     """Input rows that became none."""
     lines = _frame(pool.read(QUARANTINE, 0, ["file", "line", "reason"]))
     return lines.select(
@@ -205,19 +207,35 @@ def _unreadable(pool: Pool) -> pl.DataFrame:
     )
 
 
+def places_of(pool: Pool, bucket: int) -> pl.DataFrame:
+    """Id, file and row (from 1) of every place that rows of a bucket were read from."""
+    return _frame(pool.read(PROVENANCE, bucket, ["id", "file", "line"])).rename({"line": "row"})
+
+
 def _by_place(
     pool: Pool, bucket: int, lines: pl.DataFrame, reasons: dict[str, str], asked: Likelihood
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Scores and failures of a bucket, once for every place a row was read from."""
-    places = _frame(pool.read(PROVENANCE, bucket, ["id", "file", "line"])).rename({"line": "row"})
+    places = places_of(pool, bucket)
+    lost = lost_places(places, reasons)
+    more = [_DETAILS[detail] for detail in asked.details if detail in _DETAILS]
+    more += ["pooled"] if "pooled" in asked.details else []
+    found = places.join(lines.rename({"n_tokens": "n_response_tokens"}), on="id")
+    return found.select(*_COLUMNS, *more), lost
+
+
+def lost_places(places: pl.DataFrame, reasons: dict[str, str]) -> pl.DataFrame:
+    """Lines of the table of failures for rows by id: one for every place each was read from."""
     lost = pl.DataFrame(
         {"id": list(reasons), "reason": list(reasons.values())},
         schema={"id": pl.String, "reason": pl.String},
     )
-    more = [_DETAILS[detail] for detail in asked.details if detail in _DETAILS]
-    more += ["pooled"] if "pooled" in asked.details else []
-    found = places.join(lines.rename({"n_tokens": "n_response_tokens"}), on="id")
-    return found.select(*_COLUMNS, *more), places.join(lost, on="id").select(_FAILED.names)
+    return places.join(lost, on="id").select(_FAILED.names)
+
+
+def write_failed(failed: pl.DataFrame, out: Path) -> None:
+    """Writes the table of failures."""
+    write_parquet(failed.to_arrow().cast(_FAILED), out / FAILED)
 
 
 def _with_vectors(scores: pl.DataFrame, asked: Likelihood) -> pa.Table:

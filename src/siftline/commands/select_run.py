@@ -29,6 +29,7 @@ from siftline.progress import Tracker
 from siftline.selectors.chosen import LIKELIHOODS
 from siftline.selectors.method import RANKS
 from siftline.selectors.registry import Entry, find
+from siftline.selectors.rounds import RECIPES_ONLY
 from siftline.selectors.spending import Budget
 from siftline.shards import building, write_json, write_parquet
 
@@ -107,6 +108,13 @@ def configured(entry: Entry, request: Request) -> Any:
 
 def _check(entry: Entry, request: Request) -> None:
     """Refuses what can be told before any file is read."""
+    if "training" in entry.needs:
+        raise ValueError(RECIPES_ONLY)
+    if "gradients" in entry.needs and request.embeddings is None:
+        raise ValueError(
+            f"{entry.name} needs gradient features: make them with siftline score --gradients, "
+            "and give its folder as --embeddings DIR"
+        )
     wants = "embeddings" in entry.needs and ":" not in entry.name
     if wants and request.embeddings is None and request.embedder is None:
         raise ValueError(
@@ -153,7 +161,7 @@ class _Offered:
         self.missing: dict[str, str] = {}
 
     def _vectors(self, folder: Path, make_tracker: MakeTracker) -> Embeddings | None:
-        if not {"embeddings", "target embeddings"} & set(self.entry.needs):
+        if not {"embeddings", "target embeddings", "gradients"} & set(self.entry.needs):
             return None
         if self.request.embedder is not None:
             pools = [pool for pool in (self.pool, self.target) if pool is not None]
@@ -194,7 +202,9 @@ class _Offered:
         return rows
 
     def _lacking(self, name: str, lost: pl.DataFrame) -> str:
-        if name == "embedding":
+        if name == "embedding" and "gradients" in self.entry.needs:
+            remedy = "run siftline score --gradients on these files (its failed.parquet says why)"
+        elif name == "embedding":
             remedy = "embed them too, or use --embedder"
         elif self.request.scores is not None and name in LIKELIHOODS:
             remedy = "run siftline score on these files"
@@ -220,9 +230,12 @@ class _Offered:
         rows = pl.concat(parts)
         if "embedding" in rows.columns and rows["embedding"].null_count():
             first = rows.filter(pl.col("embedding").is_null())["id"][0]
+            remedy = "add them to --embeddings, or use --embedder"
+            if "gradients" in self.entry.needs:
+                remedy = "give siftline score --gradients the same --target"
             raise ValueError(
                 f"{rows['embedding'].null_count()} target rows have no embedding, first {first}: "
-                "add them to --embeddings, or use --embedder"
+                f"{remedy}"
             )
         return rows
 

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +14,17 @@ import pyarrow.parquet as pq
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""
 PIECE_ROWS = 1 << 16
-ADDED = ("sift_cluster_size", "sift_weight", "sift_reason", "sift_matched_row", "sift_similarity")
+ADDED = (
+    "sift_cluster_size",
+    "sift_weight",
+    "sift_prompt_group",
+    "sift_reason",
+    "sift_matched_row",
+    "sift_similarity",
+)
 _JSONL = (".jsonl", ".ndjson")
 _PACKED = (".gz", ".zst")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,14 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
     """Opens every file and checks it before anything is computed.
 
     Args:
-        names: Paths of Parquet or JSONL files, the latter also packed with gzip or zstd.
+        names: Paths of Parquet or JSONL files, the latter also packed with gzip or zstd; all JSONL
+            files get one schema.
         columns: Columns that each must have.
         scratch: Where JSONL is converted to.
 
     Raises:
         ValueError: if a file is missing, unreadable, given twice, of another format, or lacks a
-            column.
+            column, or two JSONL files disagree about one.
     """
     real = [os.path.realpath(name) for name in names]
     for name, path in zip(names, real, strict=True):
@@ -53,17 +64,32 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
     for name in names:
         if not Path(name).is_file():
             raise ValueError(f"{name} is not a file: name Parquet or JSONL files")
-    return [_open(name, columns, scratch / f"{k:05d}.parquet") for k, name in enumerate(names)]
+    for name in names:
+        if not _is_jsonl(name) and Path(name).suffix != ".parquet":
+            raise ValueError(f"{name} is neither .parquet nor .jsonl: convert or rename it")
+    paths = {name: Path(name) for name in names}
+    lines = [path for name, path in paths.items() if _is_jsonl(name)]
+    if lines:
+        from siftline.dedup.jsonl import one_schema, schemas_of, to_parquet
+
+        schemas = schemas_of(lines)
+        for path, found in zip(lines, schemas, strict=True):
+            _check_columns(str(path), found.names(), columns)  # one schema would hide its absence
+        schema = one_schema(lines, schemas)
+        for k, name in enumerate(names):
+            if _is_jsonl(name):
+                paths[name] = scratch / f"{k:05d}.parquet"
+                to_parquet(Path(name), paths[name], schema)
+    return [_open(name, path, columns) for name, path in paths.items()]
 
 
-def _open(name: str, columns: Sequence[str], scratch: Path) -> Table:
+def _is_jsonl(name: str) -> bool:
     path = Path(name)
     plain = path.stem if path.suffix in _PACKED else path.name
-    if Path(plain).suffix in _JSONL:
-        _convert(path, scratch)
-        path = scratch
-    elif path.suffix != ".parquet":
-        raise ValueError(f"{name} is neither .parquet nor .jsonl: convert or rename it")
+    return Path(plain).suffix in _JSONL
+
+
+def _open(name: str, path: Path, columns: Sequence[str]) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
@@ -73,35 +99,19 @@ def _open(name: str, columns: Sequence[str], scratch: Path) -> Table:
         ) from error
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"{name} has two columns of one name: rename one")
-    for column in columns:
-        if column not in schema.names:
-            raise ValueError(
-                f"{name} has no column {column!r}, only {', '.join(schema.names)}: name another"
-            )
+    _check_columns(name, schema.names, columns)
     for column in ADDED:
         if column in schema.names:
             raise ValueError(f"{name} already has a column {column}: drop or rename it")
     return Table(name, path, rows, schema)
 
 
-def _convert(source: Path, target: Path) -> None:
-    import polars as pl
-
-    if source.stat().st_size == 0:
-        raise ValueError(f"{source} is empty: leave it out")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # All rows are read for their types, so that a late column is not lost.
-        pl.scan_ndjson(source, infer_schema_length=None).sink_parquet(target, compression="lz4")
-    except pl.exceptions.PolarsError as error:
-        if "no child field" in str(error):
+def _check_columns(name: str, there: Sequence[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in there:
             raise ValueError(
-                f"{source} has a column of empty objects alone, which no table can hold: drop it"
-            ) from error
-        raise ValueError(
-            f"{source} is not JSON lines that fit one table ({_line(error)}): correct the line, "
-            "or convert it to Parquet"
-        ) from error
+                f"{name} has no column {column!r}, only {', '.join(there)}: name another"
+            )
 
 
 def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -118,6 +128,16 @@ def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[
         raise ValueError(
             f"{table.name} is damaged ({_line(error)}): write it again and run again"
         ) from error
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        last = object()
+        future = pool.submit(next, items, last)
+        while (item := future.result()) is not last:
+            future = pool.submit(next, items, last)
+            yield item  # type: ignore[misc]
 
 
 def _piece_rows(file: pq.ParquetFile) -> int:

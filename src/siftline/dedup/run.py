@@ -5,22 +5,21 @@ share a key, the third copies rows to the output. So memory holds a few numbers 
 texts. The output folder is built under a dot-name and appears whole.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import arrow_of, texts_of, without_views
+from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Clock, Deduplicated, Engine, gathered, ranks, spread
-from siftline.dedup.files import PieceWriter, Table, open_tables, read_pieces, with_columns
+from siftline.dedup.files import Table, ahead, open_tables, read_pieces
 from siftline.dedup.index import opened
 from siftline.dedup.keep import Keep
-from siftline.dedup.rehydrate import published
+from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.settings import Settings
 from siftline.dedup.spill import Keys, values_room
 from siftline.kernels.rows import Texts
@@ -29,9 +28,7 @@ from siftline.shards import building, write_parquet
 
 TEXTS_IN_MEMORY = 256 << 20
 """Bytes of text above which files are read a second time rather than held."""
-DATA, REMOVED, CHANGED, SCRATCH = "data", "removed", "changes.parquet", ".scratch"
-MakeTracker = Callable[[str, int, str], Tracker]
-Item = TypeVar("Item")
+CHANGED, SCRATCH = "changes.parquet", ".scratch"
 
 
 @dataclass(frozen=True)
@@ -118,51 +115,6 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
     return {"out": str(job.out), **facts, "seconds": seconds}
 
 
-def claim(out: Path) -> None:
-    """Checks that a folder can be written to.
-
-    Raises:
-        ValueError: if it holds anything, or is a file.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: name a folder")
-    if out.exists():
-        if any(out.iterdir()):
-            raise ValueError(f"{out} is not empty: name a new folder, or empty this one")
-        out.rmdir()
-
-
-def summary(result: Deduplicated, rows: np.ndarray | None = None) -> dict[str, Any]:
-    """The facts of a run, as the command line prints them; of some rows only, where given."""
-    kept = result.kept if rows is None else result.kept[rows]
-    exact = result.exact if rows is None else result.exact[rows]
-    return {
-        "rows": len(kept),
-        "kept": int(kept.sum()),
-        "removed": int((~kept).sum()),
-        "exact": int(exact.sum()),
-        "clusters": result.clusters,
-        "pairs_verified": result.pairs,
-    }
-
-
-def first_rows(tables: Sequence[Table]) -> np.ndarray:
-    """Number of each table's first row, and of all rows; int64, shape (tables + 1,)."""
-    return np.cumsum([0, *(table.rows for table in tables)]).astype(np.int64)
-
-
-def row_names(tables: Sequence[Table], starts: np.ndarray) -> Callable[[np.ndarray], list[str]]:
-    """Names rows by file and 0-based row number."""
-
-    def named(rows: np.ndarray) -> list[str]:
-        where = np.searchsorted(starts, rows, side="right") - 1
-        numbers = rows - starts[where]
-        pairs = zip(where.tolist(), numbers.tolist(), strict=True)
-        return [f"{tables[t].name}:{number}" for t, number in pairs]
-
-    return named
-
-
 def read_all(
     job: Job, tables: Sequence[Table], tracker: Tracker
 ) -> Iterator[tuple[Texts, int, np.ndarray]]:
@@ -180,72 +132,6 @@ def read_all(
             yield texts, at, priority
             at += batch.num_rows
             tracker.advance(batch.num_rows)
-
-
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, the next one made while the last is used."""
-    with ThreadPoolExecutor(1) as pool:
-        last = object()
-        future = pool.submit(next, items, last)
-        while (item := future.result()) is not last:
-            future = pool.submit(next, items, last)
-            yield item  # type: ignore[misc]
-
-
-def write_out(
-    folder: Path,
-    tables: Sequence[Table],
-    starts: np.ndarray,
-    result: Deduplicated,
-    named: Callable[[np.ndarray], list[str]],
-    make_tracker: MakeTracker,
-    rehydrate: bool = False,
-) -> None:
-    """Writes `data/` and `removed/`, one file of each for every table.
-
-    Args:
-        folder: Where to.
-        tables: Input files.
-        starts: Number of each one's first row in `result`.
-        result: Decisions.
-        named: Names rows of `result`.
-        make_tracker: Takes label, total and unit of a step.
-        rehydrate: Also write how often to repeat a row.
-    """
-    tracker = make_tracker("write", sum(table.rows for table in tables), "rows")
-    names = ["sift_cluster_size", *(["sift_weight"] if rehydrate else [])]
-    clusters = [pa.field(name, pa.int64()) for name in names]
-    facts = [
-        pa.field("sift_reason", pa.string()),
-        pa.field("sift_matched_row", pa.string()),
-        pa.field("sift_similarity", pa.float64()),
-    ]
-    for name in (DATA, REMOVED):
-        (folder / name).mkdir()
-    try:
-        for k, table in enumerate(tables):
-            file = f"part-{k:05d}.parquet"
-            kept_schema = with_columns(table.schema, clusters)
-            gone_schema = with_columns(table.schema, facts)
-            with (
-                PieceWriter(folder / DATA / file, kept_schema) as kept,
-                PieceWriter(folder / REMOVED / file, gone_schema) as gone,
-            ):
-                at = int(starts[k])
-                for batch in ahead(read_pieces(table)):
-                    rows = np.arange(at, at + batch.num_rows)
-                    at += batch.num_rows
-                    stays = result.kept[rows]
-                    sizes = result.cluster_size[rows[stays]]
-                    added = [sizes, *([published(sizes)] if rehydrate else [])]
-                    kept.add(_extended(batch, stays, added, kept.schema))
-                    lost = rows[~stays]
-                    if len(lost):
-                        why = _reasons(result, lost, named)
-                        gone.add(_extended(batch, ~stays, why, gone.schema))
-                    tracker.advance(batch.num_rows)
-    finally:
-        tracker.close()
 
 
 def _with_index(
@@ -380,21 +266,3 @@ def _stored(path: Path) -> np.ndarray:
 
 def _plain(text: pa.Array) -> pa.Array:
     return text.dictionary_decode() if pa.types.is_dictionary(text.type) else text
-
-
-def _extended(
-    batch: pa.RecordBatch, rows: np.ndarray, added: list[Any], schema: pa.Schema
-) -> pa.RecordBatch:
-    """Some rows of a batch with more columns, as `schema` has them."""
-    plain = batch if rows.all() else without_views(batch)
-    part = plain if rows.all() else plain.filter(arrow_of(rows))
-    arrays = [*part.columns, *map(arrow_of, added)]
-    typed = [values.cast(kind) for values, kind in zip(arrays, schema.types, strict=True)]
-    return pa.RecordBatch.from_arrays(typed, schema=schema)
-
-
-def _reasons(
-    result: Deduplicated, lost: np.ndarray, named: Callable[[np.ndarray], list[str]]
-) -> list[Any]:
-    reason = np.where(result.exact[lost], "exact_duplicate", result.reason).tolist()
-    return [reason, named(result.matched[lost]), result.similarity[lost]]

@@ -120,7 +120,7 @@ def score_rewards(
             tokens[row["id"]] = _conversation(classifier.tokenizer, row)
         except UnscorableRow as error:
             failed[row["id"]] = error.reason
-    logits, lacking = _logits(recorder, bucket, tokens)
+    logits, lacking = ask_logits(recorder, bucket, tokens)
     return {i: float(line[0]) for i, line in logits.items()}, failed | lacking
 
 
@@ -159,7 +159,7 @@ def score_classes(
             tokens[row["id"]] = read
         except UnscorableRow as error:
             failed[row["id"]] = error.reason
-    logits, lacking = _logits(recorder, bucket, tokens)
+    logits, lacking = ask_logits(recorder, bucket, tokens)
     return {i: weigh(line) for i, line in logits.items()}, failed | lacking
 
 
@@ -249,10 +249,10 @@ def _conversation(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     return response_span(tokenizer, messages)[0]
 
 
-def _logits(
+def ask_logits(
     recorder: Recorder, bucket: int, tokens: Mapping[str, list[int]]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Raw outputs by id, and reasons by id."""
+    """Raw outputs of a classifier for the rows of one store bucket, and reasons, by id."""
     classifier = recorder.engine
     keys: dict[str, str] = {}
     failed: dict[str, str] = {}

@@ -5,35 +5,59 @@ from typing import Literal
 
 from siftline.scoring.engines import Sampling
 
+JUDGE = "judge"
+"""Verifier that asks the recipe's judge whether draw and reference come to the same answer."""
+
 
 @dataclass(frozen=True)
 class RejectionSampling:
     """Draws answers from the sampler and keeps the first k distinct verified ones per prompt.
 
     Attributes:
-        target: "prop2diff" wants more answers where the sampler fails more, "uniform" k everywhere
-            (DART-Math, arXiv 2407.13690).
+        target: "prop2diff" wants more answers where the model fails more, "uniform" k everywhere
+            (DART-Math, arXiv 2407.13690), "vanilla" all that k draws of every prompt give, and
+            "scores" what the scorer `target_scores` says of the prompt, at most k.
         k: Answers of a prompt, of the hardest one under prop2diff (DART-Math 40 and 192; smaller
-            here because the budget decides what is used).
+            here because the budget decides what is used); draws of a prompt under vanilla.
+        target_scores: Scorer of the recipe whose highest score among a prompt's rows, rounded, is
+            its target under "scores". A prompt without a score, or with one below 1, gets none.
+        difficulty: Whose pass rate sets the targets: the "target" model's, which learns from the
+            answers, or the "sampler"'s. Cost is always the sampler's. One pilot does for both where
+            they are one model.
         pilot: Draws of every prompt that measure its pass rate; they count.
         cap: Most draws of a prompt.
-        unsolved_cap: Most draws of a prompt never solved; None means a quarter of the cap.
-        max_per_round: Most draws of a prompt between two looks at the results.
+        unsolved_cap: Most draws of a prompt never solved; None gives it up as soon as the draws
+            that its target is expected to cost pass the cap.
         max_quantile: Quantile of the difficulties that counts as the hardest.
+        max_similarity: Jaccard similarity of words from which an answer counts as a copy of one
+            that the prompt has already; 1 takes only the same text for a copy.
+        screen: Also refuse cut, repetitive and wrong-language answers; see `scoring.degenerate`.
+        negatives: Refuted answers of a prompt that are kept for preference pairs.
+        max_draws: Most draws in all; null sets no limit. When they run out, the trials that are
+            cheapest to finish have been finished first.
+        max_tokens: Most tokens generated in all.
         temperature: Of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its sampler).
         top_p: Of the draws (DART-Math 0.95).
         max_new_tokens: Of the draws.
-        verifier: Checks a draw against the prompt's independent answer.
+        verifier: Checks a draw against the prompt's independent answer: a name that `get_verifier`
+            knows, or "judge" for the recipe's judge, asked in both orders; a judge errs, so such
+            draws make no set of verifiable prompts.
         seed: The recipe's seed.
     """
 
-    target: Literal["uniform", "prop2diff"] = "prop2diff"
+    target: Literal["uniform", "prop2diff", "vanilla", "scores"] = "prop2diff"
     k: int = 4
+    target_scores: str | None = None
+    difficulty: Literal["target", "sampler"] = "target"
     pilot: int = 4
     cap: int = 64
     unsolved_cap: int | None = None
-    max_per_round: int = 16
     max_quantile: float = 1.0
+    max_similarity: float = 1.0
+    screen: bool = True
+    negatives: int = 4
+    max_draws: int | None = None
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 0.95
     max_new_tokens: int = 256
@@ -41,12 +65,33 @@ class RejectionSampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k", "pilot", "cap", "max_per_round"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("k", "pilot", "cap", "unsolved_cap", "max_draws", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.pilot > self.cap:
             raise ValueError(f"pilot {self.pilot} is above cap {self.cap}: raise the cap")
+        if self.unsolved_cap is not None and self.unsolved_cap > self.cap:
+            raise ValueError(
+                f"unsolved_cap {self.unsolved_cap} is above cap {self.cap}: raise the cap"
+            )
+        if (self.target == "scores") != (self.target_scores is not None):
+            raise ValueError(
+                "target scores needs target_scores, a scorer of the recipe; other targets take none"
+            )
+        if not 0 < self.max_similarity <= 1:
+            raise ValueError(
+                f"max_similarity is {self.max_similarity}: give a number above 0, at most 1"
+            )
+        if self.negatives < 0:
+            raise ValueError(f"negatives is {self.negatives}: it must be 0 or more")
         self.sampling  # noqa: B018  its own checks
+
+    @property
+    def more_roles(self) -> tuple[str, ...]:
+        """Models it asks besides the sampler."""
+        driven = self.target == "prop2diff" and self.difficulty == "target"
+        return (*(["target"] if driven else []), *(["judge"] if self.verifier == JUDGE else []))
 
     @property
     def sampling(self) -> Sampling:

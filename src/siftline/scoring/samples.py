@@ -14,8 +14,9 @@ import pyarrow as pa
 from siftline.kernels.draws import hash64
 from siftline.scoring.engines import Failed, Sampling
 from siftline.scoring.recorder import Recorder
-from siftline.store import score_key
+from siftline.store import Namespace, Store, score_key
 
+SCORER = "samples"
 VERSION = 1
 RECORD = pa.schema(
     [
@@ -32,6 +33,17 @@ COLUMNS = {
     "n_tokens": pl.Int32,
     "finish_reason": pl.String,
 }
+
+
+def seed_of(seed: int, prompt: str, draw: int) -> int:
+    """Seed of one draw, whoever asks for it."""
+    return hash64(seed, prompt, draw)
+
+
+def sample_store(recorder: Recorder, sampling: Sampling) -> Store:
+    """Where draws of this model made so are kept."""
+    fingerprint = recorder.engine.fingerprint()
+    return Store(recorder.root, Namespace(SCORER, VERSION, fingerprint, asdict(sampling)), RECORD)
 
 
 def draw_samples(
@@ -61,7 +73,7 @@ def draw_samples(
     order: dict[str, str] = {}
     for prompt, indices in draws.items():
         for j in indices:
-            draw_seed = hash64(seed, prompt, j)
+            draw_seed = seed_of(seed, prompt, j)
             key = score_key(prompts[prompt], draw_seed)
             length = len(prompts[prompt]) + sampling.max_new_tokens
             questions[key] = (length, (prompt, prompts[prompt], draw_seed))
@@ -72,7 +84,7 @@ def draw_samples(
         return _generate(recorder.engine, batch, sampling)
 
     records, reasons = recorder.ask(
-        "samples", VERSION, asdict(sampling), RECORD, bucket, questions, answer, order
+        SCORER, VERSION, asdict(sampling), RECORD, bucket, questions, answer, order
     )
     by_key = {r["key"]: r for r in records.to_dicts()}
     lines = [

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -88,7 +89,7 @@ class Counts:
 
 
 @dataclass
-class _Call:
+class Call:
     """State of one call: how patient it is, and since when nothing answers."""
 
     tries: int
@@ -150,7 +151,7 @@ class Client:
         """
 
         async def work() -> Any:
-            call = _Call(self.server.tries, min(START_S, self.server.patience_s))
+            call = Call(self.server.tries, min(START_S, self.server.patience_s))
             for attempt in range(1, call.tries + 1):
                 try:
                     return await self._send("GET", url, None, call)
@@ -181,7 +182,7 @@ class Client:
             Unreachable: if no connection was taken for that long.
             RuntimeError: if the server refuses the key or no longer has the model.
         """
-        call = _Call(tries or self.server.tries, patience_s or self.server.patience_s)
+        call = Call(tries or self.server.tries, patience_s or self.server.patience_s)
 
         async def work() -> list[Answer | Failed]:
             try:
@@ -194,6 +195,25 @@ class Client:
 
         answers = self._run(work())
         return answers, call.counts
+
+    def start(self, place: int, job: Job[Answer], call: Call) -> Future[Answer | Failed]:
+        """Posts one job while others are under way.
+
+        Args:
+            place: The job's number in its call, which spreads its waits.
+            job: What is asked.
+            call: What jobs of one stream share; see `begin`.
+
+        Returns:
+            Its answer to come; raises what `ask` would. Cancelling it ends the request.
+        """
+        if self._loop.is_closed():
+            raise ValueError(f"the engine of {self.url} is closed: open a new one")
+        return asyncio.run_coroutine_threadsafe(self._ask(place, job, call), self._loop)
+
+    def begin(self) -> Call:
+        """What the jobs of one stream share: patience and counts."""
+        return Call(self.server.tries, self.server.patience_s)
 
     def close(self) -> None:
         """Closes all connections and ends the thread; twice is fine."""
@@ -223,7 +243,7 @@ class Client:
             future.cancel()  # Ctrl-C in this thread must not leave the requests running
             raise
 
-    async def _ask(self, place: int, job: Job[Any], call: _Call) -> Any:
+    async def _ask(self, place: int, job: Job[Any], call: Call) -> Any:
         """One job to its end. A row that waits keeps its slot: a struggling server gets less."""
         async with self._slots:
             attempt = 0
@@ -240,7 +260,7 @@ class Client:
                     call.counts.retries += 1
                     await asyncio.sleep(max(delay(attempt, place), error.wait_s))
 
-    async def _send(self, method: str, url: str, body: Any, call: _Call) -> Any:
+    async def _send(self, method: str, url: str, body: Any, call: Call) -> Any:
         """Sends one request as soon as there is a connection and returns the parsed answer."""
         waited = 0
         while True:
@@ -261,7 +281,7 @@ class Client:
             call.down_since = None
             return _parsed(response)
 
-    async def _wait_for_server(self, call: _Call, waited: int, error: Exception) -> None:
+    async def _wait_for_server(self, call: Call, waited: int, error: Exception) -> None:
         now = time.monotonic()
         if call.down_since is None:
             call.down_since = now

@@ -9,7 +9,8 @@ with `--no-enable-prefix-caching`.
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,7 @@ from siftline.scoring.server_client import (
     START_S,
     Answer,
     Client,
+    Counts,
     Job,
     NoAnswer,
     Unreachable,
@@ -55,6 +57,7 @@ from siftline.scoring.server_replies import (
     read_draw,
 )
 from siftline.scoring.spans import encode, start_token, stop_tokens
+from siftline.scoring.streaming import Pull
 from siftline.scoring.templates import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -103,6 +106,11 @@ class ServerEngine:
                 raise ValueError(f"can't use {self._client.url}: {_words(error)}") from error
             raise
         logger.info("%s scores by %s on %s", self._client.url, self.road.name, self._kind)
+
+    @property
+    def slots(self) -> int:
+        """Draws of a stream that are under way at a time: the server's concurrency."""
+        return self._client.server.concurrency
 
     @property
     def details(self) -> frozenset[Detail]:
@@ -176,19 +184,47 @@ class ServerEngine:
         """
         check_rows(prompts, self.max_length, room=1)
         jobs = [
-            Job(
-                {
-                    "model": self.model,
-                    "prompt": list(map(int, prompt)),
-                    **draw_body(sampling, int(seed), self._ends, self.max_length - len(prompt)),
-                },
-                lambda reply: self._generation(read_draw(reply), sampling.stop),
-            )
+            self._draw_job(prompt, seed, sampling)
             for prompt, own in zip(prompts, seeds, strict=True)
             for seed in own
         ]
         drawn = self._ask(jobs)
         return by_prompt(drawn, seeds)
+
+    def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
+        """Draws what `pull` gives as connections come free. See `streaming.Streaming`.
+
+        Raises:
+            ValueError: if a prompt leaves no room for an answer.
+            RuntimeError: as `score`.
+        """
+        call, begun = self._client.begin(), 0
+        flying: dict[Future[Generation | Failed], Any] = {}
+        try:
+            while True:
+                asked = pull(self.slots - len(flying), not flying)
+                if not asked and not flying:
+                    return
+                check_rows([tokens for _, tokens, _ in asked], self.max_length, room=1)
+                for name, tokens, seed in asked:
+                    job = self._draw_job(tokens, seed, sampling)
+                    flying[self._client.start(begun, job, call)] = name
+                    begun += 1
+                ended, _ = wait(flying, return_when=FIRST_COMPLETED)
+                for future in sorted(ended, key=flying.__getitem__):
+                    yield flying.pop(future), future.result()
+        finally:
+            for future in flying:
+                future.cancel()
+            self._count(call.counts, begun)
+
+    def _draw_job(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Job[Generation]:
+        room = self.max_length - len(prompt)
+        body = draw_body(sampling, int(seed), self._ends, room)
+        return Job(
+            {"model": self.model, "prompt": list(map(int, prompt)), **body},
+            lambda reply: self._generation(read_draw(reply), sampling.stop),
+        )
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Refuses: no endpoint pools hidden states with RDS+'s weights by position."""
@@ -273,6 +309,10 @@ class ServerEngine:
     def _ask(self, jobs: Sequence[Job[Answer]]) -> list[Answer | Failed]:
         """Asks, adds up what it took, and says so if anything went wrong."""
         answers, counts = self._client.ask(jobs)
+        self._count(counts, len(jobs))
+        return answers
+
+    def _count(self, counts: Counts, jobs: int) -> None:
         failed = counts.failed.total()
         self.requests += counts.requests
         self.retries += counts.retries
@@ -282,13 +322,12 @@ class ServerEngine:
                 "%s: %d of %d rows failed %s; %d requests, %d of them retries%s",
                 self._client.url,
                 failed,
-                len(jobs),
+                jobs,
                 dict(sorted(counts.failed.items())),
                 counts.requests,
                 counts.retries,
                 f"; it said: {counts.said}" if counts.said else "",
             )
-        return answers
 
     def _generation(self, draw: Draw, stop: tuple[str, ...]) -> Generation:
         """Cuts the text as the other engines do, from the tokens where the server gives them."""

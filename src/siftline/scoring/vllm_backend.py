@@ -74,6 +74,7 @@ class VllmBackend:
         self.max_length = max_length
         self.release = release
         self.asked_again = 0
+        self._under_way: set[str] = set()
         self.road = "prompt_logprob_token_ids" if self._scores_token_ids() else "prompt_logprobs"
 
     def facts(self) -> dict[str, Any]:
@@ -81,7 +82,10 @@ class VllmBackend:
         return {"version": self.release, "road": self.road, "pid": os.getpid()}
 
     def handle(self, request: Frame) -> Frame:
-        """Answers "score", "next" and "generate"; see `vllm_engine` for their columns."""
+        """Answers the requests of `vllm_engine`; their columns stand there."""
+        if request.kind == "drop":
+            self.drop()
+            return Frame("reply")
         before = self.asked_again
         rows = request.lists("tokens")
         self._check_ids(rows)
@@ -94,13 +98,15 @@ class VllmBackend:
             self._check_ids([request.facts["targets"]])
             values = self.next_tokens(rows, request.facts["targets"])
             columns = {"values": list_column(values, pa.float32())}
+        elif request.kind == "advance":
+            names, seeds = request.columns["name"].to_pylist(), request.columns["seed"].to_pylist()
+            ended = self.advance(names, rows, seeds, request.facts)
+            columns = {"name": pa.array([name for name, _, _ in ended], pa.int64())}
+            columns |= _drawn_columns([(tokens, why) for _, tokens, why in ended])
         else:
             assert request.kind == "generate", request.kind
             drawn = self.generate(rows, request.lists("seeds"), request.facts)
-            columns = {
-                "tokens": list_column([np.array(t, np.int32) for t, _ in drawn], pa.int32()),
-                "finish": pa.array([reason for _, reason in drawn], pa.string()),
-            }
+            columns = _drawn_columns(drawn)
         return Frame("reply", {"asked_again": self.asked_again - before}, columns)
 
     def score(
@@ -145,24 +151,61 @@ class VllmBackend:
         for row, own in zip(rows, seeds, strict=True):
             for seed in own:
                 prompts.append(row)
-                params.append(
-                    self._params(
-                        seed=seed,
-                        temperature=how["temperature"],
-                        top_p=how["top_p"],
-                        max_tokens=min(how["max_new_tokens"], self.max_length - len(row)),
-                        stop=how["stop"],
-                        stop_token_ids=how["ends"],
-                        detokenize=bool(how["stop"]),
-                    )
-                )
-        drawn = []
-        for output in self._run(prompts, params):
-            text = output.outputs[0]
-            if text.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM ended a draw for {text.finish_reason!r}")
-            drawn.append((list(text.token_ids), text.finish_reason))
-        return drawn
+                params.append(self._draw_params(row, seed, how))
+        return [_drawn(output) for output in self._run(prompts, params)]
+
+    def advance(
+        self,
+        names: Sequence[int],
+        rows: Sequence[list[int]],
+        seeds: Sequence[int],
+        how: Mapping[str, Any],
+    ) -> list[tuple[int, list[int], str]]:
+        """Begins draws, and runs until one of those under way has ended.
+
+        Args:
+            names: What to call each new draw; not used by one under way.
+            rows: Its prompt.
+            seeds: Its seed.
+            how: Sampling and ends.
+
+        Returns:
+            Name, tokens and "stop" or "length" of each that ended; nothing when none is under way.
+        """
+        params = [self._draw_params(row, seed, how) for row, seed in zip(rows, seeds, strict=True)]
+        engine = self.llm.llm_engine
+        for name, row, own in zip(names, rows, params, strict=True):
+            try:
+                engine.add_request(str(name), {"prompt_token_ids": row}, own)
+            except self.refusals as error:
+                self.drop()
+                raise ValueError(f"vLLM refuses the request: {error}") from error
+            self._under_way.add(str(name))
+        ended: list[tuple[int, list[int], str]] = []
+        while self._under_way and not ended:
+            for output in engine.step():
+                if output.finished:
+                    self._under_way.remove(output.request_id)
+                    ended.append((int(output.request_id), *_drawn(output)))
+        return ended
+
+    def drop(self) -> None:
+        """Ends the draws under way without an answer."""
+        self.llm.llm_engine.abort_request(sorted(self._under_way))
+        self._under_way.clear()
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+
+    def _draw_params(self, row: Sequence[int], seed: int, how: Mapping[str, Any]) -> Any:
+        return self._params(
+            seed=seed,
+            temperature=how["temperature"],
+            top_p=how["top_p"],
+            max_tokens=min(how["max_new_tokens"], self.max_length - len(row)),
+            stop=how["stop"],
+            stop_token_ids=how["ends"],
+            detokenize=bool(how["stop"]),
+        )
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Refuses unknown ids: inside vLLM they raise half-way and leave it looping for good."""
@@ -233,6 +276,21 @@ class VllmBackend:
         except (TypeError, ValueError):
             return False
         return _read_token_ids(output, row, 1) is not None
+
+
+def _drawn(output: Any) -> tuple[list[int], str]:
+    """Tokens of an ended draw, and why it ended."""
+    text = output.outputs[0]
+    if text.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a draw for {text.finish_reason!r}")
+    return list(text.token_ids), text.finish_reason
+
+
+def _drawn_columns(drawn: Sequence[tuple[list[int], str]]) -> dict[str, pa.Array]:
+    return {
+        "tokens": list_column([np.array(t, np.int32) for t, _ in drawn], pa.int32()),
+        "finish": pa.array([reason for _, reason in drawn], pa.string()),
+    }
 
 
 _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}

@@ -6,6 +6,8 @@ ends of sequence, and cut texts alike. This module never imports vllm. Calls and
     score     tokens, start; facts: ranks          -> values: log p of tokens[start:]; ranks
     next      tokens; facts: targets               -> values: log p of each target after tokens
     generate  tokens, seeds; facts: Sampling, ends -> tokens, finish; one a seed, prompts first
+    advance   name, tokens, seed; same facts       -> name, tokens, finish of draws that ended
+    drop      nothing                              -> nothing; ends what `advance` began
 
 A null in values is a row without scores. A row is sent only up to the end of its span: what
 follows cannot change its scores.
@@ -15,9 +17,10 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +46,7 @@ from siftline.scoring.engines import (
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.pipe import Frame, list_column
 from siftline.scoring.spans import stop_tokens
+from siftline.scoring.streaming import Pull
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.worker_process import WorkerProcess
 
@@ -53,6 +57,8 @@ VERSION = 1
 """Reason of a row that vLLM returns without scores however often it is asked."""
 MOST_TARGETS = 128
 """vLLM's limit on logprob_token_ids."""
+SLOTS = 256
+"""Draws under way at a time: vLLM's own default of max_num_seqs on most cards."""
 
 
 class VllmEngine:
@@ -60,7 +66,10 @@ class VllmEngine:
 
     Attributes:
         asked_again: Rows that vLLM returned without scores and that were asked again.
+        slots: Draws of a stream that are under way at a time.
     """
+
+    slots = SLOTS
 
     def __init__(self, spec: ModelSpec) -> None:
         """Starts the worker and loads the model in it.
@@ -200,6 +209,43 @@ class VllmEngine:
         finish = reply.columns["finish"].to_pylist()
         drawn = zip(reply.lists("tokens"), finish, strict=True)
         return by_prompt((self._generation(t, why, sampling.stop) for t, why in drawn), seeds)
+
+    def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
+        """Draws what `pull` gives as slots come free. See `streaming.Streaming`.
+
+        Raises:
+            ValueError: if a prompt leaves no room for an answer or has an unknown token, or vLLM
+                refuses the sampling.
+        """
+        facts = {**dataclasses.asdict(sampling), "ends": self._ends}
+        flying: dict[int, Any] = {}
+        begun = 0
+        try:
+            while True:
+                asked = pull(self.slots - len(flying), not flying)
+                if not asked and not flying:
+                    return
+                check_rows([tokens for _, tokens, _ in asked], self.max_length, room=1)
+                numbers = range(begun, begun + len(asked))
+                begun += len(asked)
+                flying |= {n: name for n, (name, _, _) in zip(numbers, asked, strict=True)}
+                columns = {
+                    "name": pa.array(numbers, pa.int64()),
+                    "tokens": _token_column([tokens for _, tokens, _ in asked]),
+                    "seed": pa.array([seed for _, _, seed in asked], pa.int64()),
+                }
+                reply = self._worker.call(Frame("advance", facts, columns))
+                found = zip(
+                    reply.columns["name"].to_pylist(),
+                    reply.lists("tokens"),
+                    reply.columns["finish"].to_pylist(),
+                    strict=True,
+                )
+                for number, drawn, why in found:
+                    yield flying.pop(number), self._generation(drawn, why, sampling.stop)
+        finally:
+            if flying and not self._worker.closed:
+                self._worker.call(Frame("drop"))
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Refuses: vLLM pools by CLS, last or plain mean, not with RDS+'s weights by position."""

@@ -54,6 +54,11 @@ class WorkerProcess:
         self._lock = threading.RLock()
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
     def call(self, request: Frame) -> Frame:
         """Sends a request and waits for its answer; one at a time, whichever thread asks.
 

@@ -7,7 +7,7 @@ are taken is drawn by hash, so a pool grown by 1 % keeps about 99 % of its selec
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import polars as pl
 from siftline.kernels.draws import uniforms
 from siftline.kernels.quotas import largest_remainder
 from siftline.selectors.difficulty import level_of, prop2diff, uniform
+from siftline.selectors.mixture import check_mixture, group_of, split
 from siftline.selectors.selection import Selection, decisions
 
 MAX_ROWS = 100_000_000
@@ -49,6 +50,8 @@ class Allocate:
         answers: Most answers per prompt: k_u or k_p. Default 1, GRAPE's one per instruction.
         fit: Which answers: "likelihood" (GRAPE), or "random", its control.
         own_samples: Let samples of the target model compete. Off: GRAPE lost 4 to 7 points by it.
+        mixture: Budget by source, as weights; `*` is every source not named, and a source without a
+            weight is not asked. Empty asks all alike. What a source lacks goes to the others.
         levels: Difficulty levels in the reports (MATH has 5).
         seed: The recipe's seed.
     """
@@ -61,6 +64,7 @@ class Allocate:
     answers: int = 1
     fit: Literal["likelihood", "random"] = "likelihood"
     own_samples: bool = False
+    mixture: dict[str, float] = field(default_factory=dict)
     levels: int = 5
     seed: int = 0
 
@@ -77,10 +81,17 @@ class Allocate:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {choices}")
+        if self.mixture:
+            check_mixture(self.mixture, "mixture")
 
     def summarise(self, bucket: pl.DataFrame) -> pl.DataFrame:
-        """The narrow columns of one bucket, checked, with what bars a row from competing."""
-        rows = bucket.select(pl.col(name).cast(dtype) for name, dtype in COLUMNS.items())
+        """The narrow columns of one bucket, checked, with what bars a row from competing.
+
+        A mixture reads the column `source` too.
+        """
+        part = group_of(self.mixture) if self.mixture else pl.lit(None, pl.String)
+        narrow = [pl.col(name).cast(dtype) for name, dtype in COLUMNS.items()]
+        rows = bucket.select(*narrow, part.alias("part"))
         rows = rows.with_columns(pl.col("cluster").fill_null(-1), bar=self._bar())
         score = pl.col("logprob_mean")
         if self.fit == "random":
@@ -109,9 +120,12 @@ class Allocate:
         prompts = self._prompts(rows)
         ranked = _rank(rows, prompts)
         offers = ranked.filter(pl.col("rank") <= pl.col("target"))
-        clusters = self._quotas(prompts, offers)
-        spent = _spend(offers, clusters, self.unit, self.size)
-        plan = self._plan(prompts, ranked, spent, clusters)
+        if self.mixture:
+            parts, clusters, spent = self._mixed(prompts, offers)
+        else:
+            parts, clusters = None, self._quotas(prompts, offers, self.size)
+            spent = _spend(offers, clusters, self.unit, self.size)
+        plan = self._plan(prompts, ranked, spent, clusters, parts)
         if plan.facts["shortfall"] and self.on_shortfall == "error":
             raise ValueError(_complaint(self, plan))
         if plan.facts["rows"] == 0 and not spent.is_empty():
@@ -146,11 +160,14 @@ class Allocate:
 
     def _bar(self) -> pl.Expr:
         """Why a row may not compete, or null; a verified answer bars the unproven beside it."""
-        asked = (pl.col("origin") != "target") | pl.lit(self.own_samples)
+        wanted = pl.col("part").is_not_null() | pl.lit(not self.mixture)
+        asked = ((pl.col("origin") != "target") | pl.lit(self.own_samples)) & wanted
         proven = (asked & pl.col("verified").fill_null(False)).any().over("prompt_id")
         unproven = ~pl.col("verified").fill_null(~proven)
         return (
-            pl.when(~asked)
+            pl.when(~wanted)
+            .then(pl.lit("source_not_in_mixture"))
+            .when(~asked)
             .then(pl.lit("own_sample_not_asked"))
             .when(unproven)
             .then(pl.lit("not_verified"))
@@ -187,9 +204,37 @@ class Allocate:
             pl.Series("u", uniforms(self.seed, "allocate", prompts["prompt_id"].to_list())),
         )
 
-    def _quotas(self, prompts: pl.DataFrame, offers: pl.DataFrame) -> pl.DataFrame:
-        """Splits the size over clusters by the answers their prompts should get."""
-        amount = pl.col("n_tokens").sum() if self.unit == "loss_tokens" else pl.len().cast(pl.Int64)
+    def _amount(self) -> pl.Expr:
+        return pl.col("n_tokens").sum() if self.unit == "loss_tokens" else pl.len().cast(pl.Int64)
+
+    def _mixed(
+        self, prompts: pl.DataFrame, offers: pl.DataFrame
+    ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+        """Spends each source's part as if it were the whole; then what rows' edges left over.
+
+        A prompt with answers of two sources counts in the quotas of both.
+        """
+        have = offers.group_by("part").agg(self._amount().alias("capacity"))
+        parts = split(self.mixture, self.size, dict(have.iter_rows()))
+        clusters, spent = [], []
+        for name, quota in parts.select("source", "quota").iter_rows():
+            mine = offers.filter(pl.col("part") == name)
+            asked = prompts.filter(pl.col("prompt_id").is_in(mine["prompt_id"].to_list()))
+            clusters.append(self._quotas(asked, mine, quota))
+            spent.append(_spend(mine, clusters[-1], self.unit, quota))
+        bought = _filled(pl.concat(spent).sort("u", "prompt_id", "rank"), self.size)
+        summed = pl.concat(clusters).group_by("cluster").agg(pl.all().sum()).sort("cluster")
+        chosen = (
+            bought.filter("chosen")
+            .group_by("part")
+            .agg(chosen=pl.len().cast(pl.Int64), chosen_tokens=pl.col("n_tokens").sum())
+        )
+        parts = parts.join(chosen, left_on="source", right_on="part", how="left")
+        return parts.sort("source").fill_null(0), summed, bought
+
+    def _quotas(self, prompts: pl.DataFrame, offers: pl.DataFrame, size: int) -> pl.DataFrame:
+        """Splits a size over clusters by the answers their prompts should get."""
+        amount = self._amount()
         have = offers.group_by("cluster").agg(amount.alias("capacity"), pl.len().alias("n"))
         table = prompts.group_by("cluster").agg(wanted=pl.col("target").sum())
         table = table.join(have, on="cluster", how="left").sort("cluster").fill_null(0)
@@ -201,8 +246,8 @@ class Allocate:
         if self.quota == "equal":
             weights = np.ones(len(weights))
         return table.select("cluster", "capacity").with_columns(
-            pl.Series("share", largest_remainder(weights, self.size), dtype=pl.Int64),
-            pl.Series("quota", largest_remainder(weights, self.size, capacity), dtype=pl.Int64),
+            pl.Series("share", largest_remainder(weights, size), dtype=pl.Int64),
+            pl.Series("quota", largest_remainder(weights, size, capacity), dtype=pl.Int64),
         )
 
     def _plan(
@@ -211,6 +256,7 @@ class Allocate:
         ranked: pl.DataFrame,
         spent: pl.DataFrame,
         clusters: pl.DataFrame,
+        parts: pl.DataFrame | None,
     ) -> "Plan":
         """Gathers decisions by row, and the reports."""
         chosen = spent.filter("chosen")
@@ -241,6 +287,9 @@ class Allocate:
         }
         levels = _levels(prompts, spent)
         tables = {"clusters": _by_cluster(clusters, levels), "levels": levels}
+        if parts is not None:
+            tables["mixture"] = parts
+            facts["mixture_shortfall"] = int(parts["shortfall"].sum())
         vacuous = chosen.height == ranked.height == spent.height
         return Plan(rows, facts, tables, vacuous)
 
@@ -251,7 +300,8 @@ class Plan:
 
     `tables["clusters"]` and `tables["levels"]` give rows wanted (the targets), offered and chosen;
     `missing` is wanted less offered. A cluster's `share` is its part of the size before capacities,
-    `quota` after, `shortfall` what it had too little of, in the budget's unit.
+    `quota` after, `shortfall` what it had too little of, in the budget's unit. With a mixture,
+    `tables["mixture"]` says the same of its sources (`mixture.split`), and what was chosen.
     """
 
     rows: pl.DataFrame
@@ -275,12 +325,17 @@ def _spend(offers: pl.DataFrame, clusters: pl.DataFrame, unit: str, size: int) -
     quota rarely ends on a row's edge; what is left over goes to the first offers, in drawn order
     over all clusters, that still fit. There a short answer may pass a better one that is too long.
     """
-    amount = pl.col("n_tokens") if unit == "loss_tokens" else pl.lit(1, dtype=pl.Int64)
     ordered = offers.join(clusters.select("cluster", "quota"), on="cluster", how="left")
+    amount = pl.col("n_tokens") if unit == "loss_tokens" else pl.lit(1, dtype=pl.Int64)
     ordered = ordered.sort("u", "prompt_id", "rank").with_columns(amount.alias("amount"))
     ordered = ordered.with_columns(spent=pl.col("amount").cum_sum().over("cluster"))
-    amounts = ordered["amount"].to_numpy()
-    chosen = (ordered["spent"] <= ordered["quota"]).to_numpy().copy()
+    ordered = ordered.with_columns(chosen=pl.col("spent") <= pl.col("quota"))
+    return _filled(ordered, size)
+
+
+def _filled(ordered: pl.DataFrame, size: int) -> pl.DataFrame:
+    """Chooses further offers, in the order given, as long as they fit into the size."""
+    amounts, chosen = ordered["amount"].to_numpy(), ordered["chosen"].to_numpy().copy()
     room = size - int(amounts[chosen].sum())
     assert room >= 0, f"{-room} over the budget"
     waiting = np.flatnonzero(~chosen)
@@ -291,7 +346,7 @@ def _spend(offers: pl.DataFrame, clusters: pl.DataFrame, unit: str, size: int) -
         if cost <= room:
             chosen[i] = True
             room -= cost
-    return ordered.with_columns(chosen=pl.Series(chosen, dtype=pl.Boolean)).drop("amount")
+    return ordered.with_columns(chosen=pl.Series(chosen, dtype=pl.Boolean))
 
 
 def _levels(prompts: pl.DataFrame, spent: pl.DataFrame) -> pl.DataFrame:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from siftline.config import build
+from siftline.selectors.less import Gradients
 from siftline.selectors.registry import Entry, find
+from siftline.selectors.rounds import PERPLEXITY
 
 LIKELIHOODS = (
     "n_tokens",
@@ -31,17 +33,22 @@ class Select:
         options: Its options; those left out have the method's own defaults.
         oversampling: What it may keep, as a multiple of the recipe's budget. More than 1 where
             gates follow.
+        gradients: How gradient features are made, for methods that read them; None is all
+            defaults.
         seed: The recipe's seed, for methods that draw.
     """
 
     method: str = "random"
     options: dict[str, Any] = field(default_factory=dict)
     oversampling: float = 1.0
+    gradients: Gradients | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.oversampling > 0:
             raise ValueError(f"oversampling is {self.oversampling}: it must be above 0")
+        if self.gradients is not None and not self.differentiates:
+            raise ValueError(f"{self.method} reads no gradients: leave gradients out")
         self.configured()
 
     @property
@@ -67,6 +74,21 @@ class Select:
     def scorers(self) -> tuple[str, ...]:
         """Those of them that only a quality scorer can give."""
         return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED))
+
+    def asked(self) -> tuple[str, ...]:
+        """The quality scorer that rows are asked for while the method runs, if there is one."""
+        compare = getattr(self.configured(), "compare", PERPLEXITY) if self.trains else PERPLEXITY
+        return () if compare == PERPLEXITY else (compare,)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it reads gradient features."""
+        return "gradients" in self.entry.needs
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains models between its rounds."""
+        return "training" in self.entry.needs
 
     @property
     def embeds(self) -> bool:

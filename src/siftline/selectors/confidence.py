@@ -1,43 +1,80 @@
 """The confidence gate (CLEAR, arXiv 2403.12776): drops responses the base model does not trust.
 
-Confidence follows BSDetector (arXiv 2308.16175): how often sampled answers agree with the row's
-own, and what the model says when asked whether the answer is right. This module holds the numbers
-only; sampling and asking are in scoring. `auroc` tells whether the second part says anything: an
-interval that reaches 0.5 means it deserves no weight.
+Confidence follows BSDetector (arXiv 2308.16175) and its successor cleanlab/tlm: how well sampled
+answers agree with the row's own, by one or several similarities, what the model says when asked
+whether the answer is right, and how likely it finds the response. This module holds the numbers
+only; sampling and asking are in scoring. `auroc` tells whether a part says anything: an interval
+that reaches 0.5 means it deserves no weight.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 
+from siftline.config import nearest
 from siftline.selectors.selection import Selection, decisions
+
+PARTS = ("agreement", "jaccard", "embedding", "nli", "reflection", "perplexity")
+"""What confidence may be made of, each a number in [0, 1]: the share of samples with the row's own
+final answer; mean word overlap, cosine and lack of contradiction with them; the judge's verdict;
+the mean probability of the response's tokens under the target model."""
+BSDETECTOR = {"agreement": 0.7, "reflection": 0.3}
+"""BSDetector's beta of 0.7 for consistency, the rest for reflection."""
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuses weights that are no weights.
+
+    Raises:
+        ValueError: naming the part that is unknown or negative, or if no part has a weight.
+    """
+    for part, weight in weights.items():
+        if part not in PARTS:
+            raise ValueError(f"weights: no part {part!r}: {nearest(part, PARTS)}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weights: {part} has {weight}: give a number from 0 up")
+    if not any(weights.values()):
+        raise ValueError(f"weights are {dict(weights)}: give at least one part a weight above 0")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one bucket tells the gate: 8 bytes a row, because exact quantiles need all of them.
+
+    Attributes:
+        confidence: NaN where a row has no part, shape (n,).
+        missing: Rows that lack a part, by part.
+    """
+
+    confidence: np.ndarray
+    missing: dict[str, int]
 
 
 @dataclass(frozen=True)
 class ConfidenceGate:
     """Keeps rows whose confidence is at or above a threshold (so ties stay).
 
-    Buckets hold `id`, `consistency` (null where no answer was sampled) and `reflection` (null
-    where it was not asked), both in [0, 1]. Confidence is their weighted mean over the parts a row
-    has, weights renormalised (cleanlab/tlm). A row without any part is not kept, with reason
-    `no_confidence`, and listed in the facts: it failed rather than lost.
+    Buckets hold `id` and one column for each part of positive weight (see `PARTS`), in [0, 1], null
+    where the row lacks it. Confidence is their weighted mean over the parts a row has, weights
+    renormalised (cleanlab/tlm); the facts count how many rows lacked which. A row without any part
+    is not kept, with reason `no_confidence`, and listed in the facts: it failed rather than lost.
 
     Attributes:
         threshold: "absolute" keeps confidence >= cut; "quantile" drops about the share `cut` of
             the scored rows, never more; "median" is CLEAR's own rule, quantile 0.5. The last two
             drop clean rows too.
         cut: Default 0.5: more likely right than wrong.
-        weight_consistency: Weight of consistency (BSDetector's beta, 0.7); reflection has the
-            rest. Use 1.0 where `auroc` finds reflection uninformative.
+        weights: Weight by part; see `BSDETECTOR`. Give a part no weight where `auroc` finds it
+            uninformative.
     """
 
     threshold: Literal["absolute", "quantile", "median"] = "absolute"
     cut: float = 0.5
-    weight_consistency: float = 0.7
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(BSDETECTOR))
 
     def __post_init__(self) -> None:
         if self.threshold not in ("absolute", "quantile", "median"):
@@ -48,17 +85,19 @@ class ConfidenceGate:
             raise ValueError(f"cut is {self.cut}: give a number from 0 to 1")
         if self.threshold == "median" and self.cut != 0.5:
             raise ValueError(f"cut is {self.cut} with 'median': leave it out, or use 'quantile'")
-        if not 0 <= self.weight_consistency <= 1:
-            raise ValueError(
-                f"weight_consistency is {self.weight_consistency}: give a number from 0 to 1"
-            )
+        check_weights(self.weights)
 
-    def summarise(self, bucket: pl.DataFrame) -> np.ndarray:
-        """Confidences of one bucket, 8 bytes a row: exact quantiles need all of them."""
-        return self._confidence(bucket)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts with a weight, in one order whatever the recipe's."""
+        return tuple(part for part in PARTS if self.weights.get(part, 0.0) > 0)
 
-    def decide(self, states: Sequence[np.ndarray]) -> "Plan":
-        pooled = np.concatenate([np.zeros(0), *states])
+    def summarise(self, bucket: pl.DataFrame) -> Scored:
+        lacking = {part: bucket[part].fill_nan(None).null_count() for part in self.parts}
+        return Scored(self._confidence(bucket), lacking)
+
+    def decide(self, states: Sequence[Scored]) -> "Plan":
+        pooled = np.concatenate([np.zeros(0), *(state.confidence for state in states)])
         scored = np.sort(pooled[~np.isnan(pooled)])
         at = self.cut
         if self.threshold != "absolute":
@@ -70,6 +109,7 @@ class ConfidenceGate:
             "scored": len(scored),
             "threshold": at,
             "below": int((scored < at).sum()),
+            "missing": {part: sum(s.missing[part] for s in states) for part in self.parts},
             "histogram": np.histogram(scored, bins=20, range=(0.0, 1.0))[0].tolist(),
         }
         return Plan(at, facts)
@@ -90,18 +130,14 @@ class ConfidenceGate:
         return Selection(decided, {**plan.facts, **failed}, vacuous=plan.facts["scored"] == 0)
 
     def _confidence(self, bucket: pl.DataFrame) -> np.ndarray:
-        parts = np.stack(
-            [bucket[name].cast(pl.Float64).to_numpy() for name in ("consistency", "reflection")],
-            axis=1,
-        )
+        parts = np.stack([bucket[name].cast(pl.Float64).to_numpy() for name in self.parts], axis=1)
         bad = np.flatnonzero(((parts < 0) | (parts > 1)).any(axis=1))
         if len(bad):
             raise ValueError(
                 f"{len(bad)} rows have a score outside [0, 1], first {bucket['id'][int(bad[0])]}: "
                 f"{parts[bad[0]].tolist()}; rescale it"
             )
-        weights = np.array([self.weight_consistency, 1.0 - self.weight_consistency])
-        return weighted_mean(parts, weights)
+        return weighted_mean(parts, np.array([self.weights[name] for name in self.parts]))
 
 
 @dataclass(frozen=True)

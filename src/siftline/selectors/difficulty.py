@@ -1,7 +1,7 @@
 """Difficulty-aware rejection sampling (DART-Math, arXiv 2407.13690): pass rates, targets, draws.
 
-Pure bookkeeping around a sampler: how many verified answers a prompt should get, how many draws to
-make next, which draws count. Three faults of the released code are put right: a target of k
+Pure bookkeeping around a sampler: how many verified answers a prompt should get, and which draws
+count (`trials` says which to make). Three faults of the released code are put right: a target of k
 collects k, not k + 1; copies of an answer do not count; sampling stops at a cap and says so.
 """
 
@@ -104,65 +104,6 @@ def prop2diff(
     # Rounded first: 192 * 0.25 / 0.96 must not become 51 by float noise.
     scaled = np.ceil(np.round(k * np.minimum(np.nan_to_num(d) / top, 1.0), 9))
     return np.maximum(least, scaled.astype(np.int64))
-
-
-def plan_trials(
-    targets: pl.DataFrame,
-    state: pl.DataFrame,
-    *,
-    cap: int,
-    max_per_round: int,
-    unsolved_cap: int | None = None,
-) -> pl.DataFrame:
-    """Plans the next round of draws.
-
-    A prompt that lacks r distinct answers is given its expected r / (1 - d) draws. One not solved
-    yet is given r (n_trials + 2), Laplace's rule, up to a smaller cap: an unlimited search
-    mostly feeds mislabelled prompts.
-
-    Args:
-        targets: `prompt_id`, `target`.
-        state: Pass rates so far (`PASS_RATES`); a prompt not in it has no draws.
-        cap: Most draws a prompt ever gets (DART-Math's examples: 2048).
-        max_per_round: Most draws a prompt gets in one round.
-        unsolved_cap: Most draws for a prompt never solved; None means a quarter of `cap`.
-
-    Returns:
-        `prompt_id`, `first_draw` (index of the next draw), `draws`, `status`: "met", "open",
-        "capped" or "unsolved" (stopped without one correct answer); sorted by prompt id.
-    """
-    stop = max(1, cap // 4) if unsolved_cap is None else unsolved_cap
-    if cap < 1 or max_per_round < 1 or not 1 <= stop <= cap:
-        raise ValueError(
-            f"cap {cap}, max_per_round {max_per_round}, unsolved_cap {stop}: "
-            "all must be at least 1, and unsolved_cap at most cap"
-        )
-    counts = ["n_trials", "n_correct", "n_distinct"]
-    seen = state.select("prompt_id", *counts)
-    table = targets.join(seen, on="prompt_id", how="left", validate="1:1").sort("prompt_id")
-    table = table.with_columns(pl.col(counts).fill_null(0))
-    trials, missing = pl.col("n_trials"), pl.col("target") - pl.col("n_distinct")
-    solved = pl.col("n_correct") > 0
-    limit = pl.when(solved).then(cap).otherwise(stop)
-    status = (
-        pl.when(missing <= 0)
-        .then(pl.lit("met"))
-        .when(trials < limit)
-        .then(pl.lit("open"))
-        .when(solved)
-        .then(pl.lit("capped"))
-        .otherwise(pl.lit("unsolved"))
-    )
-    per_answer = pl.when(solved).then(trials / pl.col("n_correct")).otherwise(trials + 2)
-    wanted = (missing * per_answer).round(9).ceil().cast(pl.Int64)
-    draws = pl.min_horizontal(wanted, pl.lit(max_per_round), limit - trials)
-    table = table.with_columns(status.alias("status"))
-    return table.select(
-        "prompt_id",
-        trials.alias("first_draw"),
-        pl.when(pl.col("status") == "open").then(draws).otherwise(0).cast(pl.Int64).alias("draws"),
-        "status",
-    )
 
 
 def accept(draws: pl.DataFrame, targets: pl.DataFrame) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """The verify gate: responses with an independent answer are held to it.
 
-Pure: verdicts are facts that a verifier recorded earlier (`scoring/verifiers.py`). Only an answer
+Pure: verdicts are facts that a verifier recorded earlier (`scoring/verifiers`). Only an answer
 that is independent of the response proves anything, so a row whose answer was parsed from its own
 response, or that has none, passes and is counted.
 """
@@ -13,6 +13,9 @@ import polars as pl
 
 from siftline.selectors.selection import Selection, decisions
 
+VERIFIERS = ("math", "exact", "choice", "regex", "json_schema", "code")
+"""Names that `siftline.scoring.verifiers.get_verifier` knows, beside import paths."""
+
 
 @dataclass(frozen=True)
 class Verify:
@@ -22,7 +25,7 @@ class Verify:
     verifier could not decide) and `extracted` (string, null where no final answer was found).
 
     Attributes:
-        verifier: `math`, `exact` or an import path (`siftline.scoring.verifiers.get_verifier`).
+        verifier: One of `VERIFIERS`, or an import path `package.module:attribute`.
         no_final_answer: Whether a row with an independent answer whose response has no final answer
             is removed (default) or kept. Strict extraction is DART-Math's setting for making data.
     """
@@ -35,8 +38,11 @@ class Verify:
             raise ValueError(
                 f"no_final_answer must be remove or keep, not {self.no_final_answer!r}"
             )
-        if not self.verifier:
-            raise ValueError("verifier is empty: use math, exact or package.module:attribute")
+        if self.verifier not in VERIFIERS and ":" not in self.verifier:
+            raise ValueError(
+                f"unknown verifier {self.verifier!r}: use {', '.join(VERIFIERS)} or "
+                "package.module:attribute"
+            )
 
     def summarise(self, bucket: pl.DataFrame) -> None:
         return None

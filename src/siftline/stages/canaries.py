@@ -30,6 +30,7 @@ Judge = Callable[[pa.Table], Judged]
 PLANTED: dict[str, tuple[str, ...]] = {
     "duplicates": ("near_copy", "other_question"),
     "decontamination": ("leaked", "other_question"),
+    "quality_rules": ("looped", "other_question"),
     "verify": ("swapped_answer", "truncated", "one_number", "gold_answer"),
     "likelihood": ("swapped_answer", "truncated", "one_number"),
     "confidence": ("swapped_answer", "truncated", "one_number"),

@@ -1,7 +1,6 @@
 """The confidence gate: samples of every prompt, the model's own verdict, how far to trust it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,66 +9,46 @@ import pyarrow as pa
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageResult
-from siftline.progress import Progress
 from siftline.scoring.confidence import (
-    VALUES,
     Confidence,
-    final_answer,
     prompts_of,
-    reflect,
-    sampled_answers,
+    reflections,
+    without_reflection,
 )
-from siftline.scoring.recorder import Recorder
 from siftline.scoring.samples import draw_samples
 from siftline.scoring.verifiers import get_verifier
-from siftline.selectors.confidence import auroc, consistency, reflection_from_choices
+from siftline.selectors.calibration import calibration, kept_by, shown
+from siftline.selectors.confidence import auroc
+from siftline.selectors.difficulty import level_of
 from siftline.stages.canaries import Judged, measured
+from siftline.stages.confidence_parts import Scores, score_parts
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
-from siftline.stages.spread import over_buckets
 
 CALIBRATION_DRAWS = 2
 """Draws per dev prompt that reflection is measured on."""
-
-
-@dataclass
-class _Scores:
-    """Consistency and reflection by row id, and why rows failed."""
-
-    consistency: dict[str, float | None] = field(default_factory=dict)
-    reflection: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def frame(self, ids: Sequence[str]) -> pl.DataFrame:
-        """What the gate reads about those of the rows that did not fail."""
-        sound = [i for i in ids if i not in self.failed]
-        return pl.DataFrame(
-            {
-                "id": sound,
-                "consistency": [self.consistency.get(i) for i in sound],
-                "reflection": [self.reflection.get(i) for i in sound],
-            },
-            schema={"id": pl.String, "consistency": pl.Float64, "reflection": pl.Float64},
-        )
+LEVELS = 5
+"""Difficulty levels that the shares kept are shown by."""
+SETTLED = ("threshold", "auroc", "auroc_low", "auroc_high", "auroc_rows")
+"""Facts that an instance for added rows takes from the one it repeats."""
 
 
 def confidence(context: Context) -> StageRun:
-    """Scores rows by consistency and reflection and drops those below the threshold."""
+    """Scores rows by the parts of confidence and drops those below the threshold."""
     options = context.stage.options
     assert isinstance(options, Confidence)
     earlier = _settled(context)
-    weight, calibration = earlier or _calibrate(context, options)
-    buckets, reflecting = list(context.store_buckets()), weight < 1.0
-    scores = _score_rows(context, options, buckets, with_reflection=reflecting)
-    gate = options.gate(weight)
-    frames = [scores.frame(context.in_play(bucket)) for bucket in context.buckets]
-    judged = [context.judged(bucket) for bucket in context.buckets]
+    weights, calibrated = earlier or _calibrate(context, options)
+    gate = options.gate(weights)
+    scores = score_parts(context, options, list(context.store_buckets()), weights)
+    frames = [scores.frame(context.in_play(bucket), gate.parts) for bucket in context.buckets]
+    judged = [_judged(context, bucket) for bucket in context.buckets]
     counted = [
         frame if new is None else frame.filter(pl.col("id").is_in(list(new)))
         for frame, new in zip(frames, judged, strict=True)
     ]
     plan = gate.decide([gate.summarise(frame) for frame in counted])
     if earlier is not None:  # rows that were added are held to the line the first instance drew
-        plan = type(plan)(calibration["threshold"], {**plan.facts, **calibration})
+        plan = type(plan)(calibrated["threshold"], {**plan.facts, **calibrated})
     results: list[StageResult] = []
     table = []
     for frame, new in zip(frames, judged, strict=True):
@@ -80,15 +59,21 @@ def confidence(context: Context) -> StageRun:
         if new is not None:
             failed = {i: why for i, why in failed.items() if i in new}
         results.append(split_failed(pass_earlier(selection, new), failed))
-        table.append(frame.with_columns(confidence=selection.decisions["value"]))
-    side = {"confidence": pl.concat(table).sort("id")}
-    facts = {**plan.facts, "weight_consistency": weight, **calibration}
+        confidences = selection.decisions.select("id", pl.col("value").alias("confidence"))
+        table.append(frame.join(confidences, on="id", how="left", maintain_order="left"))
+    facts = {**plan.facts, "weights": weights, **calibrated}
     facts["vacuous"] = plan.facts["below"] == 0
+    lines = pl.concat(table).sort("id")
+    side = {"confidence": lines}
+    if earlier is None:
+        told, more = _believed(context, options, scores, results, lines, gate.parts)
+        facts |= told
+        side |= more
 
     def judge(planted: pa.Table) -> Judged:
         asked = list(by_store_bucket(lambda bucket: planted, 1))
-        found = _score_rows(context, options, asked, with_reflection=reflecting)
-        selection = gate.apply(found.frame(planted.column("id").to_pylist()), plan)
+        found = score_parts(context, options, asked, weights)
+        selection = gate.apply(found.frame(planted.column("id").to_pylist(), gate.parts), plan)
         lost = {**found.failed, **dict.fromkeys(selection.facts["no_confidence"], "no_confidence")}
         decided = selection.decisions
         return decided.filter(~pl.col("id").is_in(list(lost))), lost
@@ -96,84 +81,90 @@ def confidence(context: Context) -> StageRun:
     return measured(context, judge, StageRun(results, side, facts))
 
 
-def _settled(context: Context) -> tuple[float, dict[str, Any]] | None:
-    """Weight and threshold of the instance that this one repeats for added rows."""
+def _judged(context: Context, bucket: int) -> set[str] | None:
+    """Ids this instance has to judge; None means all. Never the rows that `correct` brought.
+
+    Those were accepted by a verdict of their own, against the very answer they replace. Samples of
+    the model they descend from would agree with them for no better reason than kinship, and would
+    turn away those for hard prompts, which is where answers were missing.
+    """
+    new = context.judged(bucket)
+    if new is None:
+        return None
+    for stage, output in context.before:
+        if stage.kind == "correct":
+            new -= set(output.added(bucket).column("id").to_pylist())
+    return new
+
+
+def _settled(context: Context) -> tuple[dict[str, float], dict[str, Any]] | None:
+    """Weights and threshold of the instance that this one repeats for added rows."""
     if context.stage.scope == "all":
         return None
     output = context.output("confidence")
     assert output is not None
-    keep = ("threshold", "auroc", "auroc_low", "auroc_high", "auroc_rows")
-    facts = {k: v for k, v in output.facts.items() if k in keep}
-    return output.facts["weight_consistency"], facts
+    facts = {k: v for k, v in output.facts.items() if k in SETTLED}
+    return output.facts["weights"], facts
 
 
-def _score_rows(
+def _believed(
     context: Context,
     options: Confidence,
-    buckets: Sequence[tuple[int, pa.Table]],
-    *,
-    with_reflection: bool,
-) -> _Scores:
-    prompts = sum(len(set(rows.column("prompt_id").to_pylist())) for _, rows in buckets)
-    progress = Progress(
-        f"{context.stage.name} samples", prompts * options.samples, context.emit, "draws"
-    )
-    scores = _Scores()
+    scores: Scores,
+    results: Sequence[StageResult],
+    confidences: pl.DataFrame,
+    parts: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """How far the confidences can be believed, and on whom the threshold fell.
 
-    def sample(recorder: Recorder, bucket: int, rows: pa.Table) -> _Scores:
-        return _score_consistency(recorder, bucket, rows, options)
-
-    for _, found in over_buckets(context.recorders("sampler", progress), buckets, sample):
-        scores.consistency.update(found.consistency)
-        scores.failed.update(found.failed)
-    progress.close()
-    if not with_reflection:
-        return scores
-    total = sum(rows.num_rows for _, rows in buckets)
-    progress = Progress(f"{context.stage.name} verdicts", total, context.emit)
-
-    def judge(
-        recorder: Recorder, bucket: int, rows: pa.Table
-    ) -> tuple[dict[str, list[float]], dict[str, str]]:
-        asked = {r["id"]: (r["messages"], r["messages"][-1]["content"]) for r in rows.to_pylist()}
-        return reflect(recorder, bucket, asked)
-
-    for _, (verdicts, failed) in over_buckets(context.recorders("judge", progress), buckets, judge):
-        scores.reflection.update(_expected(verdicts))
-        scores.failed.update(failed)
-    progress.close()
-    return scores
-
-
-def _expected(logprobs: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    if not logprobs:
-        return {}
-    values = reflection_from_choices(np.array(list(logprobs.values())), VALUES)
-    return {i: float(v) for i, v in zip(logprobs, values, strict=True)}
+    Returns:
+        Facts: calibration (see `selectors.calibration`), calibration_error and auroc_confidence,
+        kept_by_source, kept_by_level; and the side table `kept_by` with every group.
+    """
+    levels = _levels(context, scores)
+    check = get_verifier("math" if options.answers == "math" else "exact")
+    lines = []
+    for bucket, result in zip(context.buckets, results, strict=True):
+        kept = dict(result.decisions.select("id", "kept").iter_rows())
+        columns = ["id", "prompt_id", "messages", "source", "answer", "answer_from"]
+        for row in context.rows(bucket).select(columns).to_pylist():
+            if row["id"] not in kept:
+                continue
+            right = None
+            if row["answer"] is not None and row["answer_from"] == "independent":
+                right = check(row["messages"][-1]["content"], row["answer"]).correct
+            level = levels.get(row["prompt_id"])
+            lines.append((row["id"], kept[row["id"]], row["source"] or "", level, right))
+    types = {"id": pl.String, "kept": pl.Boolean, "source": pl.String, "level": pl.Int64}
+    frame = pl.DataFrame(lines, schema={**types, "right": pl.Boolean}, orient="row")
+    groups = {name: kept_by(frame, name) for name in ("source", "level")}
+    told = calibration(frame.select("id", "right").join(confidences, on="id"), parts)
+    facts = {
+        "calibration": told,
+        "calibration_error": told["error"],
+        "auroc_confidence": told["auroc"]["confidence"]["value"],
+        "kept_by_source": shown(groups["source"]),
+        "kept_by_level": shown(groups["level"].sort("group")),
+    }
+    return facts, {"kept_by": pl.concat(groups.values())}
 
 
-def _score_consistency(
-    sampler: Recorder, bucket: int, rows: pa.Table, options: Confidence
-) -> _Scores:
-    scores = _Scores()
-    tokens, unfit = prompts_of(sampler, rows)
-    draws = {prompt: range(options.samples) for prompt in tokens}
-    drawn, lost = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
-    unfit |= lost
-    answers = sampled_answers(drawn, options.answers)
-    for row in rows.select(["id", "prompt_id", "messages"]).to_pylist():
-        if row["prompt_id"] in unfit:
-            scores.failed[row["id"]] = unfit[row["prompt_id"]]
-            continue
-        own = final_answer(row["messages"][-1]["content"], options.answers)
-        scores.consistency[row["id"]] = consistency(answers[row["prompt_id"]], own)
-    return scores
+def _levels(context: Context, scores: Scores) -> dict[str, int]:
+    """Difficulty level by prompt id: of the difficulty table, else of the samples drawn here."""
+    table = context.side_table("difficulty")
+    if table is not None:
+        known = dict(table.select("prompt_id", "difficulty").drop_nulls().iter_rows())
+    else:
+        known = {prompt: 1.0 - hits / of for prompt, (hits, of) in scores.solved.items()}
+    found = level_of(np.array(list(known.values()), np.float64), LEVELS)
+    return {prompt: int(level) for prompt, level in zip(known, found, strict=True)}
 
 
-def _calibrate(context: Context, options: Confidence) -> tuple[float, dict[str, Any]]:
-    """Weight of consistency, and the AUROC of reflection on checked draws for dev prompts."""
-    if options.reflection == "off":
-        return 1.0, {}
+def _calibrate(context: Context, options: Confidence) -> tuple[dict[str, float], dict[str, Any]]:
+    """Weights of the parts, and the AUROC of reflection on checked draws for dev prompts."""
+    weights = options.weighing
+    if "reflection" not in weights:
+        return weights, {}
     dev = context.recipe.sets.dev
     if not dev:
         if options.reflection == "auto":
@@ -181,26 +172,27 @@ def _calibrate(context: Context, options: Confidence) -> tuple[float, dict[str, 
                 "confidence weighs reflection by its AUROC on dev, and the recipe has no dev set: "
                 "add one, or set reflection: on or off"
             )
-        return options.weight_consistency, {}
+        return weights, {}
     scores, labels = _dev_verdicts(context, options)
     try:
-        measured = auroc(np.array(scores), np.array(labels))
+        found = auroc(np.array(scores), np.array(labels))
     except ValueError as error:
         if options.reflection == "on":
-            return options.weight_consistency, {}
+            return weights, {}
         context.emit(f"{context.stage.name}: reflection gets weight 0: {error}")
-        return 1.0, {"auroc": None, "auroc_rows": len(labels)}
+        return without_reflection(weights), {"auroc": None, "auroc_rows": len(labels)}
     facts = {
-        "auroc": measured.value,
-        "auroc_low": measured.low,
-        "auroc_high": measured.high,
+        "auroc": found.value,
+        "auroc_low": found.low,
+        "auroc_high": found.high,
         "auroc_rows": len(labels),
     }
-    use = options.reflection == "on" or measured.informative
-    said = f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"
-    weighed = f"weight {1 - options.weight_consistency:.2f}" if use else "weight 0"
+    use = options.reflection == "on" or found.informative
+    said = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    share = weights["reflection"] / sum(weights.values())
+    weighed = f"weight {share:.2f}" if use else "weight 0"
     context.emit(f"{context.stage.name}: reflection AUROC {said} on dev, {weighed}")
-    return (options.weight_consistency if use else 1.0), facts
+    return (weights if use else without_reflection(weights)), facts
 
 
 def _dev_verdicts(context: Context, options: Confidence) -> tuple[list[float], list[bool]]:
@@ -223,8 +215,8 @@ def _dev_verdicts(context: Context, options: Confidence) -> tuple[list[float], l
                 name = f"{line['prompt_id']}-{line['draw']}"
                 asked[name] = (row["messages"], line["text"])
                 right[name] = bool(check(line["text"], row["answer"]).correct)
-            found, _ = reflect(judge, bucket, asked)
-            for name, value in _expected(found).items():
+            found, _ = reflections(judge, bucket, asked, options.questions)
+            for name, value in found.items():
                 scores.append(value)
                 labels.append(right[name])
     return scores, labels

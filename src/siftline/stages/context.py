@@ -69,12 +69,16 @@ class Context:
 
     def rows(self, bucket: int) -> pa.Table:
         """Rows in play of one bucket (columns of `schema.ADDED`), sorted by id."""
+        return self.everything(bucket, self.in_play(bucket))
+
+    def everything(self, bucket: int, ids: Sequence[str]) -> pa.Table:
+        """Rows with these ids, of the pool or added by any stage so far, in play or not."""
         base = self.pool.rows(bucket)
         blank = pa.nulls(base.num_rows, pa.string())
         base = base.append_column("parent_id", blank).append_column("origin", blank)
         extra = [output.added(bucket) for _, output in self.before]
         everything = pa.concat_tables([base.cast(_ADDED), *(t.cast(_ADDED) for t in extra)])
-        wanted = pa.array(self.in_play(bucket), pa.string())
+        wanted = pa.array(ids, pa.string())
         return everything.filter(pa.compute.is_in(everything["id"], wanted)).sort_by("id")
 
     def rows_of(self, ids: set[str]) -> pa.Table:

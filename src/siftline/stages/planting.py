@@ -21,6 +21,9 @@ _PROMPT_EDITS = ("{} Thanks.", "Please: {}", "So: {}", "{} Explain.", "{} .", "{
 _RESPONSE_EDITS = ("{} That is all.", "So {}", "Sure: {}", "{} .", "{}..", "{}!")
 _NUMBER = re.compile(r"\d{1,18}")
 _SHIFTS = (1, 2, 3, 5, 7, 10, 20)
+_LOOP_WORDS = 12
+_LOOPED_WORDS = 200
+"""Words of a loop: at most `_LOOP_WORDS` a turn, about `_LOOPED_WORDS` in all."""
 
 Row = Mapping[str, Any]
 
@@ -98,6 +101,16 @@ def truncated(row: Row, partner: Row) -> dict[str, Any] | None:
     return _with_response(row, text[: half + _choice(len(text) - half, "truncated", row)])
 
 
+def looped(row: Row, partner: Row) -> dict[str, Any] | None:
+    """The response with its last words over and over, as a sampler that finds no end writes it."""
+    words = _response(row).split()
+    if not words:
+        return None
+    tail = words[-1 - _choice(_LOOP_WORDS, "looped", row) :]
+    times = -(-_LOOPED_WORDS // len(tail))
+    return _with_response(row, " ".join([_response(row), *tail * times]))
+
+
 def _shifted(text: str, kind: str, row: Row) -> str | None:
     """One number of the text made larger."""
     numbers = list(_NUMBER.finditer(text))
@@ -146,6 +159,7 @@ def gold_answer(row: Row, partner: Row) -> dict[str, Any] | None:
 DEFECTS: dict[str, Callable[[Row, Row], dict[str, Any] | None]] = {
     "swapped_answer": swapped_answer,
     "truncated": truncated,
+    "looped": looped,
     "one_number": one_number,
     "near_copy": near_copy,
     "leaked": leaked,

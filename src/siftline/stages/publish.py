@@ -14,6 +14,7 @@ from siftline.recipe import STAGE_ROLES, Recipe, Stage
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.run import outputs
+from siftline.stages.sample_bank import MEANINGS, sample_bank
 from siftline.stages.scorers import quality, score_versions
 from siftline.workspace import Workspace
 
@@ -23,14 +24,14 @@ EXCERPT = 240
 COLUMNS = {
     "sift_prompt_id": "hash of everything before the response; equal for alternatives",
     "sift_source": "where the row came from",
-    "sift_origin": "null for pool rows, else the stage and draw that made the row",
+    "sift_origin": "null for pool rows, else the stage and the draw or fold that made the row",
     "sift_parent_id": "row that an added row descends from",
     "sift_answer": "reference answer the response was held against",
     "sift_copies": "identical input rows that collapsed into this one",
     "sift_n_tokens": "loss tokens of the response under the target model's tokenizer",
     "sift_logprob_mean": "mean log-probability of the response under the target model, nats",
     "sift_perplexity": "exp(-sift_logprob_mean)",
-    "sift_confidence": "weighted mean of consistency and reflection",
+    "sift_confidence": "weighted mean of the parts of confidence; null for corrected rows",
     "sift_cluster": "cluster of the prompt",
     "sift_difficulty": "1 - pass rate of the sampler on the prompt",
 }
@@ -65,6 +66,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         how=tuple(f"{stage.name}: {stage.kind}, seed {recipe.seed}" for stage, _ in done),
         columns=tuple({**COLUMNS, **_scorer_columns(recipe)}.items()),
         funnel=tuple(stage_count(stage, output) for stage, output in done),
+        configs=tuple(MEANINGS.items()),
     )
     return publish(
         (kept_rows(context, bucket) for bucket in context.buckets),
@@ -74,6 +76,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         seed=recipe.seed,
         identity=identity,
         card=card,
+        configs=sample_bank(context),
     )
 
 

@@ -12,7 +12,7 @@ from siftline.curated import resolve_latest
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
-from siftline.report import CANARIES, Histogram, Report, pick_examples, render
+from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
@@ -68,6 +68,7 @@ def write_report(
             planted=planted,
             canaries=_canaries(done),
             novelty=novelty(context),
+            calibration=_calibration(done),
             examples=_examples(context),
             notes=notes,
         )
@@ -95,6 +96,17 @@ def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
     return pl.DataFrame(lines, schema=CANARIES) if lines else None
 
 
+def _calibration(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
+    """Bins of the confidence gates that judged rows known to be right or wrong."""
+    lines = [
+        {"stage": stage.name, **bin_}
+        for stage, output in done
+        for bin_ in output.facts.get("calibration", {}).get("bins", [])
+        if output.facts["calibration"]["rows"]
+    ]
+    return pl.DataFrame(lines, schema=CALIBRATION) if lines else None
+
+
 def _ran(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     lines = [("siftline", __version__), ("seed", str(recipe.seed))]
     for role in ("target", "sampler", "embedder"):
@@ -111,6 +123,12 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
             notes.append(f"{stage.name} was vacuous: there was nothing to choose.")
         if "auroc" in facts and stage.scope == "all":
             notes.append(_reflection_note(stage.name, facts))
+        if stage.kind == "correct":
+            notes += _correct_notes(stage.name, facts)
+        if stage.kind == "rejection_sampling":
+            notes += _sampling_notes(stage.name, facts)
+        if stage.kind == "s3ft":
+            notes.append(_routes_note(stage.name, facts["routes"]))
         if facts.get("shortfall"):
             notes.append(f"{stage.name} fell short of the budget: {facts['shortfall']}.")
         if output.accounting.failed:
@@ -141,9 +159,54 @@ def _reflection_note(name: str, facts: dict[str, Any]) -> str:
     if facts["auroc"] is None:
         return f"{name}: reflection got weight 0, dev has too few right or wrong draws to judge it."
     interval = f"{facts['auroc']:.2f} ({facts['auroc_low']:.2f} to {facts['auroc_high']:.2f})"
-    weight = 1 - facts["weight_consistency"]
+    weights = facts["weights"]
+    weight = weights.get("reflection", 0.0) / sum(weights.values())
     said = f"{name}: AUROC of reflection on dev {interval}, weight {weight:.2f}"
     return said + (", because the interval is not above 0.5." if weight == 0 else ".")
+
+
+def _correct_notes(name: str, facts: dict[str, Any]) -> list[str]:
+    judge = facts["judge"]
+    notes = [f"{name}: {facts['corrected']} responses corrected, {facts['rescued']} rescued."]
+    if judge["failed"]:
+        notes.append(f"{name}: no usable verdict on {judge['failed']} of {judge['asked']} pairs.")
+    if 2 * judge["undecided"] > judge["asked"] - judge["failed"] > 0:
+        notes.append(f"{name}: the judge chose by place in {judge['undecided']} of its pairs.")
+    return notes
+
+
+def _sampling_notes(name: str, facts: dict[str, Any]) -> list[str]:
+    """Prompts whose targets were not met, and what two models' pass rates have in common."""
+    ends, notes = facts["targets"], []
+    unsolved = ends.get("unsolved", 0)
+    if unsolved:
+        notes.append(
+            f"{name}: {unsolved} prompts given up without one verified answer; look at them, many "
+            "are mislabelled (difficulty table, status unsolved)."
+        )
+    if ends.get("out_of_budget"):
+        notes.append(f"{name}: draws or tokens ran out with {ends['out_of_budget']} prompts open.")
+    rates = facts.get("pass_rates")
+    if rates and rates["correlation"] is not None:
+        notes.append(
+            f"{name}: pass rates of target and sampler on {rates['prompts']} prompts are "
+            f"{100 * rates['target']:.1f} % and {100 * rates['sampler']:.1f} %, correlation "
+            f"{rates['correlation']:.2f}."
+        )
+    return notes
+
+
+def _routes_note(name: str, routes: dict[str, int]) -> str:
+    asked = sum(routes[k] for k in ("own_answer", "paraphrase", "reference")) or 1
+    said = ", ".join(
+        f"{100 * routes[key] / asked:.0f} % {words}"
+        for key, words in (
+            ("own_answer", "the model's own answer"),
+            ("paraphrase", "its paraphrase"),
+            ("reference", "the reference"),
+        )
+    )
+    return f"{name}: {said}. Tuning on own outputs alone has been seen to hurt (arXiv 2502.04194)."
 
 
 def _histograms(done: list[tuple[Stage, StageOutput]]) -> tuple[Histogram, ...]:

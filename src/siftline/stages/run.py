@@ -15,10 +15,22 @@ from siftline.ledger import StageOutput, write_stage
 from siftline.recipe import Recipe, Stage, scorers_read
 from siftline.selectors.chosen import Select
 from siftline.shards import content_hash
-from siftline.stages import confidence, gates, sampling, scores, selecting, shortlist, spend
+from siftline.stages import (
+    confidence,
+    correcting,
+    gates,
+    quality,
+    sampling,
+    scores,
+    selecting,
+    self_answers,
+    shortlist,
+    spend,
+)
 from siftline.stages.canaries import PLANTED
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
+from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
@@ -28,11 +40,14 @@ VERSION = 2
 RUN: dict[str, Callable[[Context], StageRun]] = {
     "duplicates": gates.duplicates,
     "decontamination": gates.decontamination,
+    "quality_rules": quality.quality_rules,
     "verify": gates.verify,
     "likelihood": scores.likelihood_gate,
     "diversity": shortlist.diversity,
     "confidence": confidence.confidence,
+    "correct": correcting.correct,
     "rejection_sampling": sampling.rejection_sampling,
+    "s3ft": self_answers.self_answers,
     "allocate": spend.allocate,
     "select": selecting.select,
 }
@@ -41,7 +56,9 @@ _ROLES: dict[str, tuple[str, ...]] = {
     "likelihood": ("target",),
     "diversity": ("embedder",),
     "confidence": ("sampler", "judge"),
+    "correct": ("target", "judge"),
     "rejection_sampling": ("sampler",),
+    "s3ft": ("target",),
     "allocate": ("target",),
 }
 SIZED = ("diversity", "select")
@@ -56,9 +73,22 @@ def models_used(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """Roles of the models that a stage asks."""
     if not isinstance(stage.options, Select):
         counts = stage.kind == "diversity" and recipe.budget.unit == "loss_tokens"
-        return (*_ROLES.get(stage.kind, ()), *(["target"] if counts else []))
-    scored = stage.options.likelihoods(recipe.budget.unit)
-    return (*(["target"] if scored else []), *(["embedder"] if stage.options.embeds else []))
+        more = getattr(stage.options, "more_roles", ())
+        return (*_ROLES.get(stage.kind, ()), *more, *(["target"] if counts else []))
+    chosen = stage.options
+    target = chosen.likelihoods(recipe.budget.unit) or chosen.differentiates or chosen.trains
+    return (*(["target"] if target else []), *(["embedder"] if chosen.embeds else []))
+
+
+DRAWING = ("correct", "rejection_sampling", "s3ft")
+"""Stages that ask the target model for text, and don't read its likelihoods."""
+
+
+def reads_likelihood(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a stage needs the rows scored under the target model before it runs."""
+    if isinstance(stage.options, Select):
+        return stage.options.likelihoods(recipe.budget.unit)
+    return "target" in models_used(recipe, stage) and stage.kind not in DRAWING
 
 
 def sets_used(stage: Stage) -> tuple[str, ...]:
@@ -90,9 +120,16 @@ def _inputs(
             if role in wanted
         },
         **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.kind in SIZED else {}),
+        **({"training": _training(recipe)} if getattr(stage.options, "trains", False) else {}),
         **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
+        **({"rules": quality.quality_inputs(stage)} if stage.kind == "quality_rules" else {}),
         **({"canaries": [asdict(planted), recipe.seed]} if planted else {}),
     }
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """How the models of a stage that trains are trained."""
+    return {k: v for k, v in asdict(round_options(recipe)).items() if k not in ("save_steps",)}
 
 
 def _made_of(upstream: Any) -> str:

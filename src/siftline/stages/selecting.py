@@ -1,6 +1,7 @@
 """The select stage: offers a registered method what it reads, and takes its decision about rows."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from siftline.selectors.method import RANKS
 from siftline.selectors.selection import Selection
 from siftline.selectors.spending import Budget
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
+from siftline.stages.gradients import Featured, featured
+from siftline.stages.refining import Teacher
 from siftline.stages.scorers import quality
 from siftline.stages.scores import likelihoods
 from siftline.stages.spread import over_buckets
 
+COURSE = ("members", "rounds")
+"""Side tables of a method that trains: who was in which cluster and round, and what came of it."""
 Vectors = tuple[dict[str, np.ndarray], dict[str, str]]
 
 
@@ -47,12 +52,22 @@ def select(context: Context) -> StageRun:
         vectors, unread = _embedded(context, context.store_buckets(), len(rows))
         failed = {**unread, **failed}
         frames = [_with_vectors(frame, vectors) for frame in frames]
+    made = None
+    if options.differentiates:
+        made = featured(context)
+        failed = {**made.failed, **failed}
+        frames = [_with_vectors(frame, made.pool, pl.Float16) for frame in frames]
     size = math.ceil(context.recipe.budget.size * options.oversampling)
     budget = Budget(size, context.recipe.budget.unit, "smaller")
-    target = _target(context, options) if entry.targeted else None
-    plan = method.decide([method.summarise(frame) for frame in frames], budget, target)
+    target = _target(context, options, made) if entry.targeted else None
+    states = [method.summarise(frame) for frame in frames]
+    if options.trains:
+        plan = method.refine(states, budget, Teacher(context, method))
+    else:
+        plan = method.decide(states, budget, target)
     selections = [method.apply(frame, plan) for frame in frames]
-    return _run(context, selections, failed)
+    run = _run(context, selections, failed)
+    return run if made is None else replace(run, facts={**run.facts, **made.facts})
 
 
 def _run(context: Context, selections: list[Selection], failed: dict[str, str]) -> StageRun:
@@ -63,12 +78,17 @@ def _run(context: Context, selections: list[Selection], failed: dict[str, str]) 
         results.append(split_failed(selection.decisions, {i: failed[i] for i in sorted(lost)}))
         if RANKS in selection.tables:
             ranks.append(selection.tables[RANKS])
+    tables = {RANKS: pl.concat(ranks).sort("id")} if ranks else {}
+    if options.trains:
+        tables |= {
+            name: selections[0].tables[name] for name in COURSE if name in selections[0].tables
+        }
     facts: dict[str, Any] = {
         "method": options.method,
         **selections[0].facts,
         "vacuous": all(selection.vacuous for selection in selections),
     }
-    return StageRun(results, {RANKS: pl.concat(ranks).sort("id")} if ranks else {}, facts)
+    return StageRun(results, tables, facts)
 
 
 def narrow(rows: pa.Table, *, text: bool) -> pl.DataFrame:
@@ -113,16 +133,19 @@ def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
     return vectors, failed
 
 
-def _with_vectors(frame: pl.DataFrame, vectors: dict[str, np.ndarray]) -> pl.DataFrame:
+def _with_vectors(
+    frame: pl.DataFrame, vectors: dict[str, np.ndarray], kind: Any = pl.Float32
+) -> pl.DataFrame:
     frame = frame.filter(pl.col("id").is_in(list(vectors)))
     width = len(next(iter(vectors.values()))) if vectors else 0
     found = [vectors[i] for i in frame["id"].to_list()]
     values = np.stack(found) if found else np.zeros((0, width))
-    embedding = pl.Series("embedding", values.astype(np.float32), dtype=pl.Array(pl.Float32, width))
+    held = values.astype(np.float16 if kind == pl.Float16 else np.float32)
+    embedding = pl.Series("embedding", held, dtype=pl.Array(kind, width))
     return frame.with_columns(embedding)
 
 
-def _target(context: Context, options: Select) -> pl.DataFrame:
+def _target(context: Context, options: Select, made: Featured | None) -> pl.DataFrame:
     """The rows of all target sets, as the method reads them.
 
     Raises:
@@ -149,5 +172,7 @@ def _target(context: Context, options: Select) -> pl.DataFrame:
                     f"{first} ({failed[first]}): take them out"
                 )
             frame = _with_vectors(frame, vectors)
+        if made is not None:
+            frame = _with_vectors(frame, made.target, pl.Float16)
         frames.append(frame)
     return pl.concat(frames).unique("id", keep="first", maintain_order=True)

@@ -20,7 +20,7 @@ def allocate(context: Context) -> StageRun:
     own = identity(context.spec("sampler")) == identity(context.spec("target"))
     frames = []
     for bucket, scores in zip(context.buckets, scored, strict=True):
-        rows = context.rows(bucket).select(["id", "prompt_id", "answer_from", "origin"])
+        rows = context.rows(bucket).select(["id", "prompt_id", "answer_from", "origin", "source"])
         frame = pl.from_arrow(rows)
         assert isinstance(frame, pl.DataFrame)
         proven = (pl.col("answer_from") == "independent") & pl.lit(verified)

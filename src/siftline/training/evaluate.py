@@ -39,7 +39,7 @@ class Evaluation:
     Attributes:
         max_new_tokens: Most tokens of an answer; 512 is lm-evaluation-harness's order of size.
         temperature: 0 takes the most likely token, as accuracy tables do.
-        verifier: Who judges the answers: `math`, `exact` or an import path.
+        verifier: Who judges the answers: a name that `scoring.verifiers.get_verifier` knows.
         level_column: Column with the level of difficulty; a frame without it has no levels.
         batch_tokens: Most tokens of a planned batch, prompt and answer, padding included.
         batch_rows: Most questions of a planned batch.

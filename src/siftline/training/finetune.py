@@ -96,6 +96,7 @@ def _facts(
         "skipped": dict(sorted(rows.skipped["reason"].value_counts().iter_rows())),
         "loss_tokens": int(schedule.tokens_by_step().sum()),
         "steps": schedule.steps,
+        **({"phases": list(schedule.composition)} if schedule.composition else {}),
         "devices": arguments.world_size,
         "device": arguments.device.type,
         "bf16": bool(arguments.bf16),

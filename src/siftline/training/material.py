@@ -20,6 +20,7 @@ from siftline.training.schedule import (
     budget_schedule,
     epochs_schedule,
     length_schedule,
+    phase_schedule,
 )
 from siftline.training.sft import FineTune
 
@@ -62,6 +63,19 @@ def lay_out(tokenizer: Any, table: pa.Table, config: FineTune, seed: int, device
     """Every forward pass of a run; see `schedule`."""
     rows = tokenize_rows(table, tokenizer, config.max_length)
     parts = config.accumulation * devices
+    if config.phases:
+        of = dict(zip(*_columns(table, "source"), strict=True))
+        total = round(config.epochs * int(rows.loss_tokens.sum()))
+        return phase_schedule(
+            rows,
+            [of[identity] or "" for identity in rows.ids],
+            config.phases,
+            loss_tokens=config.loss_tokens or total,
+            steps=config.steps,
+            batch_rows=config.batch_rows,
+            parts=parts,
+            seed=seed,
+        )
     if config.loss_tokens is None or config.steps is None:
         return epochs_schedule(
             rows, epochs=config.epochs, batch_rows=config.batch_rows, parts=parts, seed=seed

@@ -1,12 +1,15 @@
 """Every forward pass of a run, laid out before it starts."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from siftline.scoring.batching import plan_batches
 from siftline.training.budget import TokenRows, plan_steps, rows_for_budget, rows_for_epochs
+from siftline.training.phases import Phase, rows_for_phases
 
 IGNORED = -100
 """Label of a token that carries no loss, as transformers and TRL expect it."""
@@ -21,11 +24,13 @@ class Schedule:
         passes: Positions into `rows` for each forward pass. Devices take turns, then comes the next
             pass of the step, then the next step: so a sequential sampler deals items out.
         steps: Optimizer steps.
+        composition: What each phase holds (`phases.Phased`), where the run has phases.
     """
 
     rows: TokenRows
     passes: list[np.ndarray]
     steps: int
+    composition: tuple[dict[str, Any], ...] = ()
 
     def __len__(self) -> int:
         """Forward passes of the run."""
@@ -66,6 +71,23 @@ def budget_schedule(
     """A budget of loss tokens in a given number of steps of `parts` passes each."""
     sequence = rows_for_budget(rows.ids, rows.loss_tokens, loss_tokens, seed)
     return _lay_out(rows, sequence, steps, parts)
+
+
+def phase_schedule(
+    rows: TokenRows,
+    sources: Sequence[str],
+    phases: Sequence[Phase],
+    *,
+    loss_tokens: int,
+    steps: int | None,
+    batch_rows: int,
+    parts: int,
+    seed: int,
+) -> Schedule:
+    """A budget of loss tokens in phases, in given steps or such of about `batch_rows` rows."""
+    found = rows_for_phases(rows.ids, rows.loss_tokens, sources, phases, loss_tokens, seed)
+    steps = math.ceil(len(found.ids) / batch_rows) if steps is None else steps
+    return replace(_lay_out(rows, found.ids, steps, parts), composition=found.composition)
 
 
 def length_schedule(rows: TokenRows, max_tokens: int) -> Schedule:

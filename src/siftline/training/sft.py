@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from siftline.kernels.draws import hash64
+from siftline.training.phases import Phase
 
 Method = Literal["full", "lora", "qlora", "peft"]
 Kind = Literal["sft", "sft_kl", "dft", "asft", "poft"]
@@ -37,6 +38,8 @@ class FineTune:
         lora_alpha: Scale of the adapter, times 1 / rank.
         learning_rate: Peak rate; LoRA wants about ten times that of full tuning.
         epochs: Passes over the rows, used when no budget of loss tokens is given.
+        phases: Sources in the order of the run (`phases.Phase`); empty mixes all from the start.
+            With phases `epochs` counts the loss tokens of the run, not how often a row is seen.
         loss_tokens: Budget of loss tokens; needs `steps`, so that arms of a comparison share both.
         steps: Optimizer steps that share the budget.
         batch_rows: Rows of one optimizer step over all devices (mean, when `steps` is not given).
@@ -66,6 +69,7 @@ class FineTune:
     lora_alpha: int = 32
     learning_rate: float = 2e-5
     epochs: float = 3.0
+    phases: tuple[Phase, ...] = ()
     loss_tokens: int | None = None
     steps: int | None = None
     batch_rows: int = 16

@@ -1,0 +1,30 @@
+"""Verifiers: does a response reach the reference answer?
+
+A verifier is a callable of (response, answer). It never raises on what it reads: an answer that can
+not be compared gives `correct=None` and says why, and only `correct=False` is a disproof. Strict by
+default: what is not marked as the final answer is none. What may cost unbounded time runs in a
+child process with an alarm; what runs code, in a sandbox with named isolation.
+"""
+
+from siftline.scoring.verifiers.code import CodeVerifier
+from siftline.scoring.verifiers.json_schema import JsonSchemaVerifier
+from siftline.scoring.verifiers.mathematics import LONGEST_EXPRESSION, MathVerifier, verify_math
+from siftline.scoring.verifiers.pattern import RegexVerifier
+from siftline.scoring.verifiers.registry import NAMED, get_verifier
+from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier
+from siftline.scoring.verifiers.verdict import Verdict, Verifier
+
+__all__ = [
+    "LONGEST_EXPRESSION",
+    "NAMED",
+    "ChoiceVerifier",
+    "CodeVerifier",
+    "ExactVerifier",
+    "JsonSchemaVerifier",
+    "MathVerifier",
+    "RegexVerifier",
+    "Verdict",
+    "Verifier",
+    "get_verifier",
+    "verify_math",
+]

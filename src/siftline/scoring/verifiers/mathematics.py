@@ -1,0 +1,113 @@
+"""Final answers of mathematical responses: exact numbers here, expressions in a child process."""
+
+import re
+from functools import cache
+
+from siftline.scoring.answers import (
+    Quantity,
+    answer_key,
+    extract_answer,
+    parse_quantity,
+    tidy,
+)
+from siftline.scoring.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.steps import trace
+from siftline.scoring.verifiers.verdict import Verdict
+
+LONGEST_EXPRESSION = 500
+"""Characters beyond which an unequal pair is not sent to math-verify; real answers are shorter."""
+# A word standing alone that no formula has: names, times of day, yes and no are compared as text,
+# since to an algebra system "red" is r*e*d and the pm of "5 pm" a unit to drop.
+_PROSE = re.compile(r"(?:^|\s)(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln|exp)\b)[A-Za-z]{2,}(?=\s|$)")
+
+
+class MathVerifier:
+    """Compares final answers of mathematical responses.
+
+    Exact numbers are decided by value; `50%` matches 50 and 0.5 when only one side is a percentage.
+    Equal text matches. What is left, e.g. `x+1` and `1+x`, is compared by math-verify. A refuted
+    response is searched for its first false equation (`scoring.steps`).
+
+    Attributes:
+        strict: Take only marked final answers (see `extract_answer`).
+    """
+
+    def __init__(self, timeout: float = 5.0, strict: bool = True) -> None:
+        """Makes a verifier; no process starts before an expression needs one.
+
+        Args:
+            timeout: Seconds one comparison by math-verify may take; 5 is its own default.
+            strict: See the class.
+
+        Raises:
+            ValueError: if timeout is not positive.
+        """
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, not {timeout}: give seconds, e.g. 5")
+        self.strict = strict
+        self._equivalence = Equivalence(timeout)
+
+    def __call__(self, response: str, answer: str) -> Verdict:
+        """Judges `response` against `answer`, which may itself be a marked solution."""
+        extracted = extract_answer(response, self.strict)
+        reference = extract_answer(answer) or answer
+        if not reference.strip():
+            return Verdict(None, extracted, "no_reference")
+        if extracted is None:
+            return Verdict(None, None, "no_final_answer")
+        correct = _exactly(extracted, reference)
+        if correct is None:
+            if max(len(extracted), len(reference)) > LONGEST_EXPRESSION:
+                return Verdict(None, extracted, "verifier_error: expression too long")
+            try:
+                correct = self._equivalence(tidy(reference), tidy(extracted))
+            except EquivalenceError as error:
+                return Verdict(None, extracted, f"verifier_error: {error}")
+        if correct:
+            return Verdict(True, extracted, "match")
+        found = trace(response)
+        return Verdict(False, extracted, "wrong_answer", found.first_error, found.last_right)
+
+    def close(self) -> None:
+        """Ends the comparison process, if one was started."""
+        self._equivalence.close()
+
+
+def _exactly(extracted: str, reference: str) -> bool | None:
+    """Equality where it needs no algebra; None where it does."""
+    left, right = parse_quantity(extracted), parse_quantity(reference)
+    if left is not None and right is not None:
+        return _equal_quantities(left, right)
+    if answer_key(extracted) == answer_key(reference):
+        return True
+    prose = _PROSE.search(tidy(extracted)) or _PROSE.search(tidy(reference))
+    return False if prose else None
+
+
+def _equal_quantities(left: Quantity, right: Quantity) -> bool:
+    if left.value == right.value:
+        return True
+    if left.percent == right.percent:
+        return False
+    percent, plain = (left, right) if left.percent else (right, left)
+    return percent.value / 100 == plain.value
+
+
+@cache
+def plain_math() -> MathVerifier:
+    """One for the process, since each keeps a child process for the comparisons."""
+    return MathVerifier()
+
+
+def verify_math(response: str, answer: str) -> Verdict:
+    r"""Whether a response's marked final answer is the reference answer.
+
+    Takes `#### 18`, a line `A: 18`, `\boxed{18}`, "the answer is 18"; units and other words after
+    the number, thousands commas, currency, percent, fractions, negatives. Strict: without a mark
+    there is no final answer, and `correct` is None.
+
+    Args:
+        response: The response's text.
+        answer: The reference; a whole worked solution counts by its own marked answer.
+    """
+    return plain_math()(response, answer)

@@ -1,0 +1,51 @@
+"""Verifiers by name."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+from siftline.scoring.verifiers.code import plain_code
+from siftline.scoring.verifiers.json_schema import plain_json_schema
+from siftline.scoring.verifiers.mathematics import plain_math
+from siftline.scoring.verifiers.pattern import plain_regex
+from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier
+from siftline.scoring.verifiers.verdict import Verifier
+
+NAMED: dict[str, Callable[[], Verifier]] = {
+    "math": plain_math,
+    "exact": ExactVerifier,
+    "choice": ChoiceVerifier,
+    "regex": plain_regex,
+    "json_schema": plain_json_schema,
+    "code": plain_code,
+}
+"""How each named verifier is made; those that keep a process are made once."""
+
+
+def get_verifier(name: str) -> Verifier:
+    """Returns the verifier of that name.
+
+    Args:
+        name: A key of `NAMED`, or an import path `package.module:attribute` of a verifier, or of a
+            class whose instances are verifiers.
+
+    Raises:
+        ValueError: if the name is unknown, can't be imported, or is not callable; or if what the
+            verifier needs is not on this machine, as the sandbox of `code`.
+    """
+    if name in NAMED:
+        return NAMED[name]()
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(
+            f"unknown verifier {name!r}: use {', '.join(NAMED)} or an import path "
+            "package.module:attribute"
+        )
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"verifier {name!r} can't be imported: {error}") from error
+    made = found() if isinstance(found, type) else found
+    if not callable(made):
+        raise ValueError(f"verifier {name!r} is not callable: give a function (response, answer)")
+    return cast(Verifier, made)

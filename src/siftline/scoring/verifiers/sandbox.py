@@ -1,0 +1,259 @@
+"""Runs a response's code and its tests behind walls, within limits, and says how that went."""
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from siftline.scoring.verifiers.isolation import (
+    CELL,
+    ENVIRONMENT,
+    REMEDY,
+    WAYS,
+    Room,
+    lonely_user,
+    python,
+)
+
+_REPORTS = 1 << 16
+"""Bytes of reports beyond which somebody else is writing them."""
+_KILLED = (128 + signal.SIGKILL, 128 + signal.SIGXCPU, 128 + signal.SIGALRM)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use; whatever goes beyond ends it.
+
+    Attributes:
+        seconds: Of wall time, starting the interpreter included.
+        cpu_seconds: Of each process.
+        memory: Bytes of address space of each process.
+        processes: Processes and threads at one time; times memory is the most a run can hold.
+        open_files: Of each process.
+        file_bytes: Size of one file.
+        work_bytes: Size of all files in /tmp, the only place that can be written.
+        work_files: Number of files in /tmp under `unshare`; bubblewrap has no such option.
+        output_bytes: What may be printed.
+    """
+
+    seconds: float = 10.0
+    cpu_seconds: int = 5
+    memory: int = 512 << 20
+    processes: int = 8
+    open_files: int = 64
+    file_bytes: int = 16 << 20
+    work_bytes: int = 32 << 20
+    work_files: int = 4096
+    output_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+    def resources(self) -> dict[str, tuple[int, int]]:
+        """Soft and hard resource limits by name, as setrlimit takes them."""
+        return {
+            "CPU": (self.cpu_seconds, self.cpu_seconds + 1),
+            "AS": (self.memory, self.memory),
+            "NPROC": (self.processes, self.processes),
+            "NOFILE": (self.open_files, self.open_files),
+            "FSIZE": (self.file_bytes, self.file_bytes),
+            "CORE": (0, 0),
+            "MEMLOCK": (0, 0),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: `passed`; `failed`, the code's own fault; `unusable`, the tests' fault; `stopped`
+            before anybody knew, by a limit of time or from outside.
+        detail: One line about it.
+    """
+
+    status: Literal["passed", "failed", "unusable", "stopped"]
+    detail: str = ""
+
+
+class Sandbox:
+    """Runs code with tests; every run has new walls. Safe to call from several threads.
+
+    Attributes:
+        isolation: The name of the walls in use, see `isolation.WAYS`.
+        limits: What a run may use.
+    """
+
+    def __init__(self, limits: Limits | None = None, isolation: str | None = None) -> None:
+        """Finds walls that hold on this machine.
+
+        Args:
+            limits: What a run may use.
+            isolation: Take these walls alone; by default the first that work.
+
+        Raises:
+            ValueError: if there are none: code is never run without them.
+        """
+        self.limits = limits or Limits()
+        problems = []
+        for name in WAYS if isolation is None else (isolation,):
+            if name not in WAYS:
+                raise ValueError(f"isolation must be {' or '.join(WAYS)}, not {name!r}")
+            self.isolation = name
+            try:
+                tried = self.run("import os\nif not os.fork(): os._exit(0)", "assert 1 + 1 == 2")
+            except (ValueError, OSError) as error:
+                problems.append(f"{name}: {error}")
+                continue
+            if tried.status == "passed":
+                return
+            problems.append(f"{name}: {tried.detail}")
+        raise ValueError(f"no sandbox for code ({'; '.join(problems)}): {REMEDY}")
+
+    def run(self, code: str, tests: str) -> Outcome:
+        """Runs `code` as a module, then `tests` with its names."""
+        heard, report = os.pipe()
+        limits = self.limits
+        settings = {"uid": lonely_user(), "limits": limits.resources(), "report": report}
+        room = Room(limits.work_bytes, limits.work_files, limits.seconds + 1)
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                WAYS[self.isolation](room, [*python(), CELL, json.dumps(settings)]),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(report,),
+                env=ENVIRONMENT,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except BaseException:
+            os.close(heard)
+            raise
+        finally:
+            os.close(report)
+        watch = _Watch(process, heard, limits, code, tests)
+        try:
+            return watch.until(started + limits.seconds)
+        finally:
+            watch.close()
+
+
+def _framed(text: str) -> bytes:
+    body = text.encode("utf-8", "surrogatepass")
+    return f"{len(body):010d}".encode() + body
+
+
+class _Watch:
+    """One run seen from outside: feeds it, listens to it, ends it."""
+
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", heard: int, limits: Limits, code: str, tests: str
+    ) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process, self.heard, self.limits = process, heard, limits
+        self.stdin, self.stdout = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(self.stdin, False)
+        self.secret = secrets.token_hex(16)
+        self.unsent = _framed(code)
+        self.second = self.secret.encode() + _framed(tests)
+        self.reports = b""
+        self.printed, self.tail = 0, b""
+        self.begun = self.ready = False
+        self.poll = select.poll()
+        self.poll.register(heard, select.POLLIN)
+        self.poll.register(self.stdout, select.POLLIN)
+        self.poll.register(self.stdin, select.POLLOUT)
+
+    def until(self, deadline: float) -> Outcome:
+        """Waits for the end, or makes one at the deadline."""
+        while (left := deadline - time.monotonic()) > 0:
+            # What is dead says no more, so what it said is read after that was asked.
+            dead = self.process.poll() is not None
+            ready = self.poll.poll(0 if dead else min(1000 * left, 50))
+            for descriptor, _ in ready:
+                outcome = self._attend(descriptor)
+                if outcome is not None:
+                    return outcome
+            if dead and not ready:
+                return self._ended(self.process.returncode)
+        return Outcome("stopped", f"timeout after {self.limits.seconds:g} s")
+
+    def _attend(self, descriptor: int) -> Outcome | None:
+        if descriptor == self.stdin:
+            self._send()
+            return None
+        read = os.read(descriptor, 1 << 16)
+        if not read:
+            self.poll.unregister(descriptor)
+            return None
+        if descriptor == self.heard:
+            return self._listen(read)
+        self.printed += len(read)
+        self.tail = (self.tail + read)[-500:]
+        if self.printed > self.limits.output_bytes:
+            return Outcome("failed", f"printed more than {self.limits.output_bytes} bytes")
+        return None
+
+    def _send(self) -> None:
+        try:
+            self.unsent = self.unsent[os.write(self.stdin, self.unsent[: 1 << 16]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self.unsent = b""
+        if not self.unsent:
+            self.poll.unregister(self.stdin)
+
+    def _listen(self, read: bytes) -> Outcome | None:
+        self.reports += read
+        if len(self.reports) > _REPORTS:
+            return Outcome("failed", "wrote into the reports")
+        *lines, self.reports = self.reports.split(b"\n")
+        for line in lines:
+            try:
+                said = json.loads(line)
+                (what, value), = said.items()  # fmt: skip
+            except (ValueError, AttributeError):
+                return Outcome("failed", "wrote into the reports")
+            if what == "begun":
+                self.begun = True
+            elif what == "ready" and not self.ready:
+                self.ready, self.unsent = True, self.second
+                self.poll.register(self.stdin, select.POLLOUT)
+            elif what == "passed" and self.ready and value == self.secret:
+                return Outcome("passed")
+            elif what in ("failed", "unusable"):
+                return Outcome(what, str(value))
+            else:
+                return Outcome("failed", "wrote into the reports")
+        return None
+
+    def _ended(self, code: int) -> Outcome:
+        words = self.tail.decode(errors="replace").strip().splitlines()
+        if not self.begun:
+            return Outcome("stopped", f"no walls, code {code}: {words[-1] if words else 'no word'}")
+        if code in _KILLED or code < 0:
+            return Outcome("stopped", f"killed, code {code}")
+        return Outcome("failed", f"ended with code {code} before its tests were through")
+
+    def close(self) -> None:
+        """Ends everything inside: with the first process the kernel ends the namespace's others."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.heard)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()

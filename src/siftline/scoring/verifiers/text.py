@@ -1,0 +1,69 @@
+"""Responses compared as text, and the letters of multiple-choice answers."""
+
+import re
+import unicodedata
+
+from siftline.scoring.answers import extract_answer
+from siftline.scoring.verifiers.verdict import Verdict
+
+_OPTION = re.compile(
+    r"(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:](?P<rest>.*)|)",
+    re.IGNORECASE | re.DOTALL,
+)
+_OTHER_OPTION = re.compile(r"^\s*(?:or|and|/|,)\s*[(\[]?[A-Za-z][)\].:]?\s*$|[(\[][A-Z][)\]]")
+
+
+class ExactVerifier:
+    """Compares whole responses as text: for classification and short-answer tasks.
+
+    Unicode form, case, white space, surrounding quotes and a final full stop do not count.
+    """
+
+    def __call__(self, response: str, answer: str) -> Verdict:
+        """Judges `response` against `answer`."""
+        given, wanted = _plain(response), _plain(answer)
+        if not wanted:
+            return Verdict(None, given or None, "no_reference")
+        if not given:
+            return Verdict(None, None, "no_final_answer")
+        correct = given == wanted
+        return Verdict(correct, given, "match" if correct else "wrong_answer")
+
+
+class ChoiceVerifier:
+    """Compares the letters of multiple-choice answers.
+
+    The response's letter is that of its marked final answer (see `extract_answer`), or of the whole
+    response if it begins with one: `B`, `(b)`, `B. Paris`, `#### B`, "the answer is (B)". A letter
+    that only begins a word or a sentence ("A dog") is none, and neither are two ("B or C").
+    """
+
+    def __call__(self, response: str, answer: str) -> Verdict:
+        """Judges `response` against `answer`."""
+        wanted, given = _chosen(answer), _chosen(response)
+        if wanted is None:
+            return Verdict(None, given, "no_reference")
+        if given is None:
+            return Verdict(None, None, "no_final_answer")
+        return Verdict(given == wanted, given, "match" if given == wanted else "wrong_answer")
+
+
+def _chosen(text: str) -> str | None:
+    """The letter of a text's final answer; "A: Paris" is option A, and no answer behind an A."""
+    marked = extract_answer(text)
+    named = _letter(text) if text.lstrip()[:2].upper() == "A:" else None
+    return named or _letter(text if marked is None else marked)
+
+
+def _letter(text: str) -> str | None:
+    """The letter of an option as it is written in front of it; None where there is not just one."""
+    text = unicodedata.normalize("NFKC", text).strip().strip("*_`\"' ")
+    found = _OPTION.fullmatch(text)
+    if found is None or _OTHER_OPTION.search(found["rest"] or ""):
+        return None
+    return found["letter"].upper()
+
+
+def _plain(text: str) -> str:
+    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return words.strip("\"'`").removesuffix(".").strip("\"'` ")

@@ -1,0 +1,115 @@
+"""LESS: rows whose gradient points where the target's gradients point.
+
+Xia et al. 2024, arXiv 2402.04333. A row is worth what one step on it would lower the loss on the
+target, to first order: the inner product of the target's gradient and the row's update. How the
+vectors are made is `Gradients` and `siftline.training.gradients`; here they are embeddings of unit
+length, several checkpoints side by side, each scaled by the root of its share of the learning rate,
+so that one cosine is the paper's weighted sum of cosines.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from siftline.kernels.blocks import cosine_blocks, over_blocks
+from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
+from siftline.selectors.nearest import TASK
+from siftline.selectors.spending import Budget, spend
+from siftline.selectors.vectors import both, target_rows
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How gradient features are made. Defaults are the paper's unless another source is named.
+
+    Attributes:
+        dimensions: Of the projection, for each checkpoint. The noise of a cosine is about
+            1 / sqrt(dimensions): 0.011 at 8192, 0.031 at 1024.
+        share: Share of the rows that the adapter is warmed up on, drawn by hash; 0 takes the
+            gradients of a fresh adapter, without Adam.
+        epochs: Passes of the warm-up, and so checkpoints.
+        rank: Of the adapter, on all linear layers but the head, alpha twice as large (`FineTune`'s
+            default; the paper: 128 on the attention's).
+        learning_rate: Peak rate of the warm-up.
+        batch_rows: Rows of an optimizer step of the warm-up (the paper: 128 of 13,500 rows; here
+            the share is often a few hundred).
+        adam: Whether a row of the pool counts by its Adam update. Rows of the target never do.
+    """
+
+    dimensions: int = 8192
+    share: float = 0.05
+    epochs: int = 4
+    rank: int = 16
+    learning_rate: float = 2e-5
+    batch_rows: int = 16
+    adam: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dimensions", "epochs", "rank", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}: it must lie in [0, 1]")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
+
+
+@dataclass(frozen=True)
+class Less(Ranked):
+    """The highest mean cosine to the gradients of a task, the best task deciding.
+
+    Global: it holds the features, 2 bytes a value; similarities in blocks.
+
+    Attributes:
+        tasks: What a task is: "source" takes the target's sources, rows without one being a task
+            too; "all" makes the whole target one.
+    """
+
+    tasks: Literal["source", "all"] = "source"
+
+    def __post_init__(self) -> None:
+        if self.tasks not in ("source", "all"):
+            raise ValueError(f"tasks is {self.tasks!r}: use 'source' or 'all'")
+
+    def columns(self) -> dict[str, Any]:
+        return {"embedding": pl.Array}
+
+    def rank(self, pool: pl.DataFrame, budget: Budget, target: pl.DataFrame | None) -> Ranking:
+        both(pool, target)  # checks both before anything is computed
+        rows, names = self._by_task(target_rows(target, "embedding"))
+        tasks, first = np.unique(names, return_index=True)
+        counts = np.diff([*first, len(names)])
+        score, block = cosine_blocks(pool["embedding"].to_numpy(), rows["embedding"].to_numpy())
+        values = np.empty(pool.height)
+        best = np.empty(pool.height, dtype=np.int64)
+
+        def of_tasks(start: int, stop: int) -> np.ndarray:
+            found = score(start, stop).astype(np.float64)
+            means: np.ndarray = np.add.reduceat(found, first, axis=1) / counts
+            return means
+
+        for start, stop, means in over_blocks(pool.height, block, of_tasks):
+            best[start:stop] = means.argmax(axis=1)
+            values[start:stop] = means.max(axis=1)
+        order = by_value(values)
+        spent = spend(order, amounts_of(pool, budget), budget)
+        taken = spent.rows
+        table = pl.DataFrame(
+            {
+                "id": pool["id"].gather(taken),
+                "task": pl.Series(tasks[best[taken]], dtype=pl.String),
+                "score": values[taken],
+            }
+        )
+        facts = {"tasks": len(tasks), "target_rows": len(names)}
+        return Ranking(order, spent, values, "below_cut", facts=facts, tables={"picks": table})
+
+    def _by_task(self, rows: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray]:
+        """Target rows in the order of their tasks, and the task of each."""
+        named = pl.lit("")
+        if self.tasks == "source" and TASK in rows.columns:
+            named = pl.col(TASK).fill_null("")
+        rows = rows.with_columns(named.cast(pl.String).alias("task")).sort("task", "id")
+        return rows, rows["task"].to_numpy().astype(str)

@@ -1,0 +1,157 @@
+"""What rejection sampling will cost, from the pilot, before anything more is drawn.
+
+A trial that misses r answers draws until the r-th success of a Bernoulli process whose rate p has
+the posterior Beta of the pilot, or until it stops. Its mean and variance are exact sums over the
+negative binomial's tail, integrated over p by quantiles of the Beta; trials are independent given
+the prior, so their sums are close to normal. What the interval leaves out: the prior's own error,
+and that an answer found before is less likely to be new.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from siftline.selectors.trials import Rule, Trial
+
+NODES = 64
+"""Quantiles of a posterior that stand for it."""
+_Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number to be expected, with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> "Estimate":
+        """All three times a positive factor."""
+        return Estimate(self.mean * factor, self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The cost of what is left after the pilot.
+
+    Attributes:
+        prompts: Prompts whose trials are open.
+        draws: Draws to make.
+        tokens: Tokens to generate.
+        seconds: Time it takes at the pilot's speed; None where no draw of the pilot was made now.
+        met: Prompts, of all, whose target will be met.
+    """
+
+    prompts: int
+    draws: Estimate
+    tokens: Estimate
+    seconds: Estimate | None
+    met: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{_said(self.draws)} draws", f"{_said(self.tokens)} tokens"]
+        if self.seconds is not None:
+            parts.append(f"{_said(self.seconds)} s")
+        return f"{self.prompts:,} prompts open: {', '.join(parts)}; {_said(self.met)} targets met"
+
+
+def preview(
+    trials: Mapping[str, Trial],
+    tokens: Mapping[str, tuple[int, int]],
+    seconds_per_token: float | None = None,
+) -> Preview:
+    """Expected cost of finishing trials.
+
+    Memory: a few numbers for each distinct state of a trial, and `NODES` times the cap.
+
+    Args:
+        trials: Trials after the pilot, by prompt id.
+        tokens: Draws made and tokens they took, by prompt id.
+        seconds_per_token: Speed of the pilot.
+    """
+    total, variance, words, met, met_variance = 0.0, 0.0, 0.0, 0.0, 0.0
+    states = {p: _state(t) for p, t in trials.items() if t.status == "open"}
+    known = {state: _cost(trials[p].rule, *state) for p, state in _first(states.items())}
+    for prompt, state in states.items():
+        mean, spread, share = known[state]
+        drawn, took = tokens[prompt]
+        total, variance = total + mean, variance + spread
+        words += mean * took / drawn
+        met, met_variance = met + share, met_variance + share * (1 - share)
+    met += sum(t.status == "met" for t in trials.values())
+    draws = _interval(total, variance)
+    used = draws.scaled(words / total) if total else draws
+    seconds = None if seconds_per_token is None else used.scaled(seconds_per_token)
+    return Preview(len(states), draws, used, seconds, _interval(met, met_variance))
+
+
+_State = tuple[int, int, int, int]
+
+
+def _state(trial: Trial) -> _State:
+    """What the future of a trial depends on."""
+    return trial.used, trial.distinct, trial.correct, trial.target
+
+
+def _first(items: Iterable[tuple[str, _State]]) -> list[tuple[str, _State]]:
+    """One prompt of each state."""
+    seen: Counter[_State] = Counter()
+    out = []
+    for prompt, state in items:
+        if not seen[state]:
+            out.append((prompt, state))
+        seen[state] += 1
+    return out
+
+
+def _cost(
+    rule: Rule, used: int, distinct: int, correct: int, target: int
+) -> tuple[float, float, float]:
+    """Mean and variance of the draws still to come, and the chance that the target is met."""
+    from scipy.stats import beta, binom
+
+    rest, missing = rule.cap - used, target - distinct
+    quantiles = (np.arange(NODES) + 0.5) / NODES
+    a, b = rule.prior.a + distinct, rule.prior.b + used - distinct
+    p = beta.ppf(quantiles, a, b)
+    n = np.arange(rest + 1)
+    unmet = binom.cdf(missing - 1, n[:, None], p)  # shape (rest + 1, NODES): not met after n draws
+    hopeless = min(_hopeless_after(rule, used, distinct, target), rest) if not correct else rest
+    if not correct and hopeless < rest:
+        # A trial without a success in its first `hopeless` draws has stopped there.
+        late = np.clip(n - hopeless, 0, None)
+        stopped = (1 - p) ** hopeless * unmet[late]
+        going = np.where(n[:, None] >= hopeless, unmet - stopped, unmet)
+        share = 1 - unmet[-1] - (1 - p) ** hopeless * (1 - unmet[rest - hopeless])
+    else:
+        going, share = unmet, 1 - unmet[-1]
+    tail = going[:-1]
+    first = tail.sum(axis=0)
+    second = ((2 * n[:-1] + 1)[:, None] * tail).sum(axis=0)
+    mean = float(first.mean())
+    return mean, max(float(second.mean()) - mean**2, 0.0), float(share.mean())
+
+
+def _hopeless_after(rule: Rule, used: int, distinct: int, target: int) -> int:
+    trial = Trial(target, rule)
+    trial.used = used
+    assert not distinct
+    return trial.until_hopeless()
+
+
+def _interval(mean: float, variance: float) -> Estimate:
+    half = _Z * variance**0.5
+    return Estimate(mean, max(mean - half, 0.0), mean + half)
+
+
+def _said(estimate: Estimate) -> str:
+    return f"{estimate.mean:,.0f} ({estimate.low:,.0f} to {estimate.high:,.0f})"

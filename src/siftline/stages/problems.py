@@ -1,0 +1,123 @@
+"""Prompts that can be sampled, what their draws were worth, and the rows that come of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema
+from siftline.scoring.confidence import final_answer, prompts_of
+from siftline.scoring.degenerate import degenerate
+from siftline.scoring.engines import Generation
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.streaming import Prompt
+from siftline.scoring.verifiers import Verdict
+from siftline.selectors.difficulty import DRAWS
+
+JUDGED = {
+    **DRAWS,
+    "n_tokens": pl.Int64,
+    "reason": pl.String,  # match, wrong_answer …; truncated, repetitive, wrong_language
+    "refuted": pl.Boolean,  # whole, and its answer is another one
+    "first_error": pl.Int64,
+    "last_right": pl.String,
+}
+NEGATIVES = ("prompt_id", "draw", "text", "answer_key", "first_error", "last_right")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt that can be sampled: where its draws lie, and the row it descends from."""
+
+    home: Prompt
+    parent: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What stands before the response."""
+        return "\n".join(m["content"] or "" for m in self.parent["messages"][:-1])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Draws that count (`JUDGED`), and `prompt_id, target, status` of the trials."""
+
+    draws: pl.DataFrame
+    targets: pl.DataFrame
+
+
+def problems_of(
+    sampler: Recorder, buckets: Iterable[tuple[int, pa.Table]]
+) -> tuple[dict[str, Problem], dict[str, int]]:
+    """Prompts with one independent answer, by prompt id; counts of those left out."""
+    problems: dict[str, Problem] = {}
+    skipped = {"no_independent_answer": 0, "conflicting_answers": 0, "too_long": 0}
+    for bucket, rows in buckets:
+        tokens, unfit = prompts_of(sampler, rows)
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        for row in rows.to_pylist():  # sorted by id, so the parent is the smallest
+            by_prompt.setdefault(row["prompt_id"], []).append(row)
+        for prompt, answers in by_prompt.items():
+            proven = [r for r in answers if r["answer_from"] == "independent"]
+            if not proven:
+                skipped["no_independent_answer"] += 1
+            elif len({final_answer(f"#### {r['answer']}", "math") for r in proven}) > 1:
+                skipped["conflicting_answers"] += 1
+            elif prompt in unfit:
+                skipped["too_long"] += 1
+            else:
+                problems[prompt] = Problem(Prompt(bucket, tokens[prompt]), proven[0])
+    return problems, skipped
+
+
+def judge_draw(
+    problem: Problem, draw: int, given: Generation, verdict: Verdict, *, screen: bool
+) -> dict[str, Any]:
+    """One line of `JUDGED`: whether a draw is whole, sound and verified."""
+    text = schema.canonical_text(given.text)
+    fault = "truncated" if given.finish_reason != "stop" or not text else None
+    if fault is None and screen:
+        fault = degenerate(text, problem.text)
+    return {
+        "prompt_id": problem.parent["prompt_id"],
+        "draw": draw,
+        "text": text,
+        "answer_key": verdict.extracted,
+        "correct": fault is None and verdict.correct is True,
+        "dedup_key": " ".join(text.lower().split()),
+        "n_tokens": given.n_tokens,
+        "reason": fault or verdict.reason.partition(":")[0],
+        "refuted": fault is None and verdict.correct is False,
+        "first_error": verdict.first_error,
+        "last_right": verdict.last_right,
+    }
+
+
+def added_rows(
+    problems: Mapping[str, Problem], draws: pl.DataFrame, taken: pl.DataFrame
+) -> list[dict[str, Any]]:
+    """Rows of the accepted draws, columns of `schema.ADDED`, by prompt and draw."""
+    accepted = taken.filter("accepted").join(draws, on=["prompt_id", "draw"])
+    rows = []
+    for line in accepted.sort("prompt_id", "draw").to_dicts():
+        parent = problems[line["prompt_id"]].parent
+        row = schema.make_row(
+            [*parent["messages"][:-1], schema.message("assistant", line["text"])],
+            answer=parent["answer"],
+            answer_from="independent",
+            source="sampler",
+            tools=parent["tools"],
+        )
+        origin = f"rejection_sampling draw {line['draw']}"
+        rows.append({**row, "parent_id": parent["id"], "origin": origin})
+    return rows
+
+
+def negatives(judged: Judgement, most: int) -> pl.DataFrame:
+    """The first distinct refuted draws of each prompt, columns `NEGATIVES`."""
+    refuted = judged.draws.filter("refuted").sort("prompt_id", "draw")
+    distinct = refuted.unique(["prompt_id", "dedup_key"], keep="first", maintain_order=True)
+    place = pl.int_range(pl.len()).over("prompt_id")
+    return distinct.filter(place < most).select(NEGATIVES)

@@ -1,0 +1,158 @@
+"""What else the draws of rejection sampling are good for: preference pairs and verifiable prompts.
+
+The same draws give three datasets. The rows for fine-tuning are the published ones; a pair holds a
+verified answer against a refuted one to the same prompt; and a prompt that the sampler solves
+sometimes, but not always, is one that reinforcement learning with a verifier learns from. Each is
+a config of its own, since a trainer takes a column called `prompt` for its task.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema
+from siftline.kernels.draws import uniforms
+from siftline.ledger import KEPT, StageOutput
+from siftline.recipe import STAGE_ROLES, Stage
+from siftline.scoring.rejection import JUDGE, RejectionSampling
+from siftline.stages.context import Context
+
+PREFERENCES = "preferences"
+RLVR = "rlvr"
+MEANINGS = {
+    PREFERENCES: "pairs of a verified and a refuted answer to one prompt, for preference training",
+    RLVR: "prompts that the sampler solves sometimes but not always, with answer and verifier, for "
+    "reinforcement learning",
+}
+
+
+def sample_bank(context: Context) -> dict[str, pa.Table]:
+    """Preference pairs and verifiable prompts of a recipe's rejection sampling, by config name.
+
+    A chosen answer passed every gate after it was drawn; that the budget left it out is no fault. A
+    rejected answer was whole and sound, and its final answer is another than the reference.
+
+    Args:
+        context: After the last stage.
+
+    Returns:
+        Tables in the order of hash(seed, id), both without rows where nothing was sampled. Columns
+        of preferences: id, prompt, chosen, rejected, sift_prompt_id, sift_answer, sift_chosen_id,
+        sift_rejected_draw, sift_first_error, sift_last_right. Of rlvr: id, prompt, answer,
+        verifier, pass_rate, n_trials.
+    """
+    seed = context.recipe.seed
+    pairs, prompts = [], []
+    for i, (stage, output) in enumerate(context.before):
+        if stage.kind == "rejection_sampling":
+            pairs += list(_pairs(context, output, _spoiled(context.before[i + 1 :], context)))
+            if stage.options.verifier != JUDGE:
+                prompts += list(_verifiable(context, stage, output))
+    return {PREFERENCES: _table(pairs, _PAIR, seed), RLVR: _table(prompts, _PROMPT, seed)}
+
+
+_MESSAGES = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content")]))
+_PAIR = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", _MESSAGES),
+        ("chosen", _MESSAGES),
+        ("rejected", _MESSAGES),
+        ("sift_prompt_id", pa.string()),
+        ("sift_answer", pa.string()),
+        ("sift_chosen_id", pa.string()),
+        ("sift_rejected_draw", pa.int64()),
+        ("sift_first_error", pa.int64()),
+        ("sift_last_right", pa.string()),
+    ]
+)
+_PROMPT = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", _MESSAGES),
+        ("answer", pa.string()),
+        ("verifier", pa.string()),
+        ("pass_rate", pa.float64()),
+        ("n_trials", pa.int64()),
+    ]
+)
+
+
+def _spoiled(later: Sequence[tuple[Stage, StageOutput]], context: Context) -> set[str]:
+    """Ids of rows that a gate behind the draws removed, or could not judge."""
+    gone: set[str] = set()
+    for stage, output in later:
+        if STAGE_ROLES[stage.kind] == "gate":
+            for bucket in context.buckets:
+                decided = output.decisions(bucket)
+                gone |= set(decided.filter(pl.col("outcome") != KEPT)["id"].to_list())
+    return gone
+
+
+def _pairs(context: Context, output: StageOutput, spoiled: set[str]) -> Iterator[dict[str, Any]]:
+    """The i-th good draw of a prompt against its i-th refuted one, in draw order."""
+    refuted: dict[str, list[dict[str, Any]]] = {}
+    negatives = output.table("negatives")
+    assert negatives is not None
+    for line in negatives.sort("prompt_id", "draw").to_dicts():
+        refuted.setdefault(line["prompt_id"], []).append(line)
+    for bucket in context.buckets:
+        good: dict[str, list[dict[str, Any]]] = {}
+        for row in output.added(bucket).to_pylist():
+            if row["id"] not in spoiled and not _calls_tools(row):
+                good.setdefault(row["prompt_id"], []).append(row)
+        for prompt, rows in good.items():
+            rows.sort(key=lambda row: int(row["origin"].rsplit(" ", 1)[1]))
+            for row, bad in zip(rows, refuted.get(prompt, []), strict=False):
+                yield {
+                    "id": schema.digest("pair", row["id"], bad["text"]),
+                    "prompt": _plain(row["messages"][:-1]),
+                    "chosen": _plain(row["messages"][-1:]),
+                    "rejected": [{"role": "assistant", "content": bad["text"]}],
+                    "sift_prompt_id": prompt,
+                    "sift_answer": row["answer"],
+                    "sift_chosen_id": row["id"],
+                    "sift_rejected_draw": bad["draw"],
+                    "sift_first_error": bad["first_error"],
+                    "sift_last_right": bad["last_right"],
+                }
+
+
+def _verifiable(context: Context, stage: Stage, output: StageOutput) -> Iterator[dict[str, Any]]:
+    assert isinstance(stage.options, RejectionSampling)
+    rates = output.table("difficulty")
+    assert rates is not None
+    some = rates.filter((pl.col("n_correct") > 0) & (pl.col("n_correct") < pl.col("n_trials")))
+    parents = {line["parent_id"]: line for line in some.to_dicts()}
+    for bucket in context.buckets:
+        here = [i for i in parents if schema.bucket_of(i, context.pool.buckets) == bucket]
+        for row in context.everything(bucket, here).to_pylist():
+            if not _calls_tools(row):
+                line = parents[row["id"]]
+                yield {
+                    "id": line["prompt_id"],
+                    "prompt": _plain(row["messages"][:-1]),
+                    "answer": row["answer"],
+                    "verifier": stage.options.verifier,
+                    "pass_rate": line["n_correct"] / line["n_trials"],
+                    "n_trials": line["n_trials"],
+                }
+
+
+def _calls_tools(row: dict[str, Any]) -> bool:
+    """Rows whose conversation is more than text stay out: the trainers' formats have no place."""
+    return bool(row["tools"]) or any(m["tool_calls"] or m["reasoning"] for m in row["messages"])
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": m["role"], "content": m["content"] or ""} for m in messages]
+
+
+def _table(lines: list[dict[str, Any]], columns: pa.Schema, seed: int) -> pa.Table:
+    unique = {line["id"]: line for line in lines}
+    ids = sorted(unique)
+    draws = uniforms(seed, "sample bank", ids)
+    ordered = [unique[i] for _, i in sorted(zip(draws.tolist(), ids, strict=True))]
+    return pa.Table.from_pylist(ordered, schema=columns)

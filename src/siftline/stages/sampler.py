@@ -1,0 +1,197 @@
+"""A model that is drawn from within limits, and everything its draws were worth."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.rejection import RejectionSampling
+from siftline.scoring.streaming import Draw
+from siftline.selectors.preview import Preview, preview
+from siftline.selectors.trials import Campaign, Outcome, Rule, words_of
+from siftline.stages.drawing import run_campaign
+from siftline.stages.grading import Grader
+from siftline.stages.problems import JUDGED, Judgement, Problem, judge_draw
+
+
+@dataclass
+class Limits:
+    """Draws and tokens that are left; None is no limit.
+
+    A draw's tokens are known when it has ended, so before it each counts as its longest.
+    """
+
+    draws: int | None
+    tokens: int | None
+    longest: int
+
+    def left(self) -> int | None:
+        """Draws that can be made whatever their length."""
+        if self.tokens is None:
+            return self.draws
+        fits = self.tokens // self.longest
+        return fits if self.draws is None else min(self.draws, fits)
+
+    def charge(self, draws: int, tokens: int) -> None:
+        """Takes off what was drawn."""
+        if self.draws is not None:
+            self.draws -= draws
+        if self.tokens is not None:
+            self.tokens -= tokens
+
+
+@dataclass
+class Sampler:
+    """Draws answers to problems from the copies of one model, and judges them.
+
+    Attributes:
+        options: How to draw, to verify, and how much.
+        problems: By prompt id.
+        recorders: One for each copy of the model.
+        emit: Takes lines of progress.
+        grade: Verifies draws.
+        limits: What may still be drawn; samplers that share a budget share it.
+        lines: Judgements of all draws that were read, by prompt and draw.
+        seconds_per_token: Speed of the pilot; None where none of it was drawn now.
+    """
+
+    options: RejectionSampling
+    problems: Mapping[str, Problem]
+    recorders: Sequence[Recorder]
+    emit: Callable[[str], None]
+    grade: Grader
+    limits: Limits
+    lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    seconds_per_token: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        options: RejectionSampling,
+        problems: Mapping[str, Problem],
+        recorders: Sequence[Recorder],
+        emit: Callable[[str], None],
+        grade: Grader,
+    ) -> "Sampler":
+        """A sampler with the options' limits."""
+        limits = Limits(options.max_draws, options.max_tokens, options.max_new_tokens)
+        return cls(options, problems, recorders, emit, grade, limits)
+
+    def sharing(self, recorders: Sequence[Recorder]) -> "Sampler":
+        """Another model on the same problems, out of the same budget."""
+        return Sampler(self.options, self.problems, recorders, self.emit, self.grade, self.limits)
+
+    def pilot(self) -> None:
+        """Makes the pilot's draws of every prompt.
+
+        Raises:
+            ValueError: if the budget ends before the pilot does.
+        """
+        n = self.options.k if self.options.target == "vanilla" else self.options.pilot
+        n = min(n, self.options.pilot)
+        campaign = Campaign.of(dict.fromkeys(self.problems, n), Rule(cap=n, pilot=n))
+        began = time.monotonic()
+        computed, tokens = self.run(campaign)
+        if computed == n * len(self.problems) and tokens:
+            self.seconds_per_token = (time.monotonic() - began) / tokens
+        starved = campaign.open()
+        if starved:
+            raise ValueError(
+                f"max_draws or max_tokens ended the pilot with {len(starved)} of "
+                f"{len(self.problems)} prompts unmeasured: raise it, or set a smaller pilot; what "
+                "was drawn is kept"
+            )
+
+    def trials(self, targets: Mapping[str, int], rule: Rule) -> Campaign:
+        """Trials that have read what was drawn so far."""
+        campaign = Campaign.of(targets, rule)
+        for (prompt, draw), line in sorted(self.lines.items()):
+            if prompt in targets:
+                campaign.feed(prompt, draw, _outcome(line, rule))
+        return campaign
+
+    def preview(self, campaign: Campaign) -> Preview:
+        """What finishing the trials will cost."""
+        drawn: dict[str, tuple[int, int]] = {}
+        for (prompt, _), line in self.lines.items():
+            made, tokens = drawn.get(prompt, (0, 0))
+            drawn[prompt] = made + 1, tokens + line["n_tokens"]
+        return preview(campaign.trials, drawn, self.seconds_per_token)
+
+    def finish(self, campaign: Campaign) -> None:
+        """Runs trials until each has stopped, for its own reasons or for want of budget."""
+        self.run(campaign)
+        campaign.stop()
+
+    def run(self, campaign: Campaign) -> tuple[int, int]:
+        """Runs a campaign within the limits, and charges them.
+
+        Without limits, idle slots are filled with draws that may turn out not to be needed. Under
+        limits only draws that are sure to be read are made, and granted in turns: so the limits
+        hold, and what is spent does not depend on which draw ends first.
+
+        Returns:
+            Draws and tokens that a model made now.
+        """
+        computed = tokens = 0
+        homes = {prompt: problem.home for prompt, problem in self.problems.items()}
+        rule = next((trial.rule for trial in campaign.trials.values()), None)
+        while rule is not None and campaign.open():
+            left = self.limits.left()
+            if left is not None and not (left and campaign.grant(left)):
+                break
+            before = set(self.lines)
+
+            def judge(batch: Sequence[Draw]) -> list[Outcome]:
+                asked = [(self.problems[prompt], text) for prompt, _, text in batch]
+                outcomes = []
+                for (prompt, draw, text), verdict in zip(batch, self.grade(asked), strict=True):
+                    problem, screen = self.problems[prompt], self.options.screen
+                    line = judge_draw(problem, draw, text, verdict, screen=screen)
+                    self.lines[prompt, draw] = line
+                    outcomes.append(_outcome(line, rule))
+                return outcomes
+
+            made = run_campaign(
+                self.recorders, campaign, homes, self.options.sampling, self.options.seed, judge,
+                guess=left is None,
+            )  # fmt: skip
+            new = [line for name, line in self.lines.items() if name not in before]
+            self.limits.charge(len(new), sum(line["n_tokens"] for line in new))
+            computed, tokens = computed + made.computed, tokens + made.tokens
+            self._say(campaign, made.lost)
+        return computed, tokens
+
+    def judged(self, campaign: Campaign | None = None) -> Judgement:
+        """The draws that a campaign's trials read, or all where none is given; and the trials."""
+        trials = campaign.trials if campaign else {}
+        lines = [
+            line
+            for (prompt, draw), line in sorted(self.lines.items())
+            if campaign is None or (prompt in trials and draw < trials[prompt].used)
+        ]
+        for i, line in enumerate(lines):
+            same = trials[line["prompt_id"]].same if campaign else {}
+            if line["draw"] in same:
+                lines[i] = {**line, "dedup_key": same[line["draw"]]}
+        stand = [(p, t.target, t.status) for p, t in trials.items()]
+        columns = {"prompt_id": pl.String, "target": pl.Int64, "status": pl.String}
+        targets = pl.DataFrame(stand, schema=columns, orient="row")
+        return Judgement(pl.DataFrame(lines, schema=JUDGED), targets)
+
+    def _say(self, campaign: Campaign, lost: Mapping[str, str]) -> None:
+        right = sum(line["correct"] for line in self.lines.values())
+        refused = f", {len(lost)} prompts refused" if lost else ""
+        self.emit(
+            f"rejection_sampling: {len(self.lines):,} draws, {right:,} correct, "
+            f"{len(campaign.open()):,} prompts open{refused}"
+        )
+
+
+def _outcome(line: Mapping[str, Any], rule: Rule) -> Outcome:
+    compared = line["correct"] and rule.max_similarity < 1
+    words = words_of(line["text"]) if compared else frozenset()
+    return Outcome(line["correct"], line["dedup_key"], words)

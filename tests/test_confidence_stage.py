@@ -1,0 +1,264 @@
+"""The confidence gate as a stage, on a scripted world in which a fifth of the rows are swapped."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from siftline.assets.shared import build
+from siftline.kernels.draws import gumbel_top_k, uniforms
+from siftline.ledger import KEPT
+from siftline.recipe import parse
+from siftline.scoring.confidence import AGAIN, Confidence, reflections
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.templates import QUESTION_ANSWER
+from siftline.stages import models
+from siftline.stages.confidence_parts import _likelihoods
+from siftline.stages.run import models_used, run_stage
+from siftline.workspace import Workspace
+
+COLUMNS = {name: name for name in ("question", "response", "answer", "source")}
+
+
+def quiet(line): ...
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    name = "siftline_tests_scripted"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("scripted.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    made = tiny.make_tokenizer()
+    made.chat_template = QUESTION_ANSWER
+    return made
+
+
+def recipe_of(pool, folder, roles=None, **gate):
+    return parse(
+        {
+            "name": "sums",
+            "pool": {
+                "name": "sums",
+                "buckets": 4,
+                "inputs": [{"path": str(pool), "layout": "question_answer", "columns": COLUMNS}],
+            },
+            "models": {"base": {"path": str(folder)}, "cross": {"path": str(folder)}},
+            "roles": {"target": "base", **(roles or {})},
+            "stages": [{"confidence": {"reflection": "on", **gate}}],
+            "budget": {"size": 10, "unit": "rows"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(scripted, tokenizer, tiny_model, tmp_path_factory):
+    """`run(world, **gate)` is the stage's output; the store is shared, so facts are asked once."""
+    root = tmp_path_factory.mktemp("confidence")
+    engine = scripted.Scripted("base", tokenizer, scripted.noisy_sampler(0.6), scripted.noisy_judge)
+    nli = scripted.ScriptedNli(tokenizer)
+
+    def made(world, roles=None, **gate):
+        recipe = recipe_of(world.write(root / "in"), tiny_model, roles, **gate)
+        patch = pytest.MonkeyPatch()
+        patch.setattr(models, "_opened", lambda spec, head: nli if head != "causal" else engine)
+        try:
+            build(Workspace(root), recipe, "sums", quiet)
+            return run_stage(Workspace(root), recipe, "confidence", quiet)[0]
+        finally:
+            patch.undo()
+
+    made.engine = engine
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(scripted):
+    return scripted.make_world(80)
+
+
+def rows_by_id(world):
+    from siftline.schema import make_row, message
+
+    found = {}
+    for row in world.rows:
+        turns = [message("user", row["question"]), message("assistant", row["response"])]
+        made = make_row(turns, answer=row["answer"], source=row["source"])
+        found[made["id"]] = row
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(run, world):
+    return run(world)
+
+
+def test_the_filter_finds_swapped_rows_and_beats_a_random_half(plain, world):
+    rows, table = rows_by_id(world), plain.table("confidence")
+    # Rows without an independent answer have one parsed from the response: ids are by question.
+    by_prompt = {i[:20]: row for i, row in rows.items()}
+    swapped = np.array([by_prompt[i[:20]]["question"] in world.swapped for i in table["id"]])
+    assert swapped.sum() == 16
+    value = roc_auc_score(~swapped, table["confidence"].to_numpy())
+    assert value > 0.85  # agreement 0.6 against hardly any, a verdict that is right on the whole
+    decided = plain.all_decisions()
+    kept = (decided["outcome"] == KEPT).to_numpy()
+    assert decided["id"].to_list() == table["id"].to_list()
+    ids = decided["id"].to_list()
+    recall = swapped[~kept].sum() / 16
+    assert recall > 0.85
+    assert swapped[~kept].sum() / (~kept).sum() > 0.3  # half is removed whatever the data: a fifth
+    for seed in range(5):
+        half = gumbel_top_k(uniforms(seed, "random half", ids), ids, int(kept.sum()))
+        assert swapped[kept].sum() < swapped[half].sum()
+
+
+def test_defaults_are_bsdetectors(plain):
+    table = plain.table("confidence")
+    assert table.columns == ["id", "agreement", "reflection", "confidence"]
+    expected = 0.7 * table["agreement"] + 0.3 * table["reflection"]
+    np.testing.assert_allclose(table["confidence"], expected)
+    assert plain.facts["weights"] == {"agreement": 0.7, "reflection": pytest.approx(0.3)}
+    assert plain.facts["missing"] == {"agreement": 0, "reflection": 0}
+    assert plain.facts["threshold"] == np.sort(table["confidence"])[40]
+
+
+def test_calibration_is_of_the_rows_with_an_independent_answer(plain, world):
+    told = plain.facts["calibration"]
+    known = {row["question"]: row for row in world.rows if row["answer"] is not None}
+    right = [question not in world.swapped for question in known]
+    assert (told["rows"], told["right"]) == (len(known), sum(right))
+    assert sum(line["rows"] for line in told["bins"]) == len(known)
+    assert set(told["auroc"]) == {"confidence", "agreement", "reflection"}
+    by_prompt = {i[:20]: row for i, row in rows_by_id(world).items()}
+    table = plain.table("confidence")
+    mine = [by_prompt[i[:20]]["question"] in known for i in table["id"]]
+    labels = [by_prompt[i[:20]]["question"] not in world.swapped for i in table["id"]]
+    part = table.with_columns(pl.Series("right", labels)).filter(pl.Series(mine))
+    for name, line in told["auroc"].items():
+        assert line["value"] == pytest.approx(roc_auc_score(part["right"], part[name]))
+        assert line["low"] < line["value"] < line["high"] <= 1
+    assert plain.facts["auroc_confidence"] == told["auroc"]["confidence"]["value"]
+    assert plain.facts["calibration_error"] == told["error"] > 0
+
+
+def test_shares_kept_by_source_and_level_add_up(plain, world):
+    facts, kept = plain.facts, plain.accounting.kept
+    assert {name: f["rows"] for name, f in facts["kept_by_source"].items()} == {
+        "even": 40,
+        "odd": 40,
+    }
+    assert sum(f["kept"] for f in facts["kept_by_source"].values()) == kept
+    known = sum(row["answer"] is not None for row in world.rows)
+    assert sum(f["rows"] for f in facts["kept_by_level"].values()) == known
+    assert list(facts["kept_by_level"]) == sorted(facts["kept_by_level"])
+    # Rows whose samples hardly ever come to the answer can't agree with them: the easy survive.
+    shares = [f["share"] for f in facts["kept_by_level"].values()]
+    assert shares[0] > shares[-1]
+    table = plain.table("kept_by")
+    assert table.filter(by="source")["kept"].sum() == kept
+
+
+def test_parts_by_name_share_the_samples_and_missing_ones_are_counted(run, world, plain):
+    draws = sum("Proposed" not in text for text in run.engine.asked)
+    weights = {"agreement": 1, "jaccard": 2, "embedding": 1, "nli": 1, "perplexity": 5}
+    output = run(world, {"nli": "cross"}, weights=weights)
+    table = output.table("confidence")
+    assert table.columns[1:-1] == ["agreement", "jaccard", "embedding", "nli", "perplexity"]
+    assert output.facts["missing"]["perplexity"] == 80  # no likelihood stage before it
+    assert {k for k, v in output.facts["missing"].items() if v} == {"perplexity"}
+    found = (table["agreement"] + 2 * table["jaccard"] + table["embedding"] + table["nli"]) / 5
+    np.testing.assert_allclose(table["confidence"], found)
+    assert table["agreement"].equals(plain.table("confidence")["agreement"])
+    # Contradictions: 0.1 with samples that agree, 0.7 on average with others, 0.6 or 0.8 by length.
+    low, high = 0.9 * table["agreement"] + 0.2 * (1 - table["agreement"]), 0.9
+    assert (table["nli"] >= low - 1e-6).all()
+    assert (table["nli"] <= high + 1e-6).all()
+    known = output.facts["calibration"]["auroc"]
+    assert known["nli"]["value"] > 0.8
+    assert known["perplexity"]["value"] is None
+    again = sum("Proposed" not in t and "#### " not in t for t in run.engine.asked)
+    assert again == draws, "samples were drawn again"
+
+
+def test_reflection_alone_draws_no_samples(run, world):
+    before = len(run.engine.asked)
+    output = run(world, weights={"reflection": 1.0})
+    assert len(run.engine.asked) == before  # its verdicts are facts by now
+    assert output.table("confidence").columns == ["id", "reflection", "confidence"]
+    assert output.facts["kept_by_level"] == {}
+
+
+def test_a_second_question_is_a_second_turn(scripted, tokenizer, tmp_path):
+    def votes(prompt, options):
+        if AGAIN in prompt:
+            assert options == ["A", "B", "C"]
+            return scripted.logs(0.2, 0.2, 0.6)
+        return scripted.logs(0.9, 0.1) if "right" in prompt else scripted.logs(0.3, 0.7)
+
+    engine = scripted.Scripted("twice", tokenizer, votes=votes)
+    recorder = Recorder(engine, ModelSpec("nowhere"), tmp_path)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ""}]
+    asked = {"a": (turns, "right"), "b": (turns, "wrong")}
+    once, failed = reflections(recorder, 0, asked)
+    assert (once, failed) == ({"a": pytest.approx(0.9), "b": pytest.approx(0.3)}, {})
+    assert not any(AGAIN in text for text in engine.asked)
+    twice, failed = reflections(recorder, 0, asked, questions=2)
+    # The second: 0.2 right, 0.2 wrong, 0.6 worth a half.
+    assert (twice, failed) == ({"a": pytest.approx(0.7), "b": pytest.approx(0.4)}, {})
+    second = [text for text in engine.asked if AGAIN in text]
+    assert len(second) == 2
+    assert len(engine.asked) == 4, "the first verdicts were asked again"
+    for text in second:
+        reply = "A" if "right" in text else "B"
+        assert f"(B) no\nAnswer: {reply}<eos>" in text
+        assert text.index("Proposed answer") < text.index(AGAIN)
+
+
+def test_the_perplexity_part_is_the_mean_probability_of_a_token():
+    first = pl.DataFrame({"id": ["a", "b"], "logprob_mean": [-0.5, 1e-12]})
+    later = pl.DataFrame({"id": ["b", "c"], "logprob_mean": [-2.0, None]})
+    tables = [SimpleNamespace(table=lambda name, t=t: t) for t in (None, first, later)]
+    found = _likelihoods(SimpleNamespace(before=[(None, output) for output in tables]))
+    assert found == {"a": pytest.approx(np.exp(-0.5)), "b": pytest.approx(np.exp(-2.0))}
+    only = _likelihoods(SimpleNamespace(before=[(None, tables[1])]))
+    assert only["b"] == 1.0
+
+
+def test_weights_say_which_models_are_asked(tmp_path):
+    def of(roles=None, **gate):
+        recipe = recipe_of(tmp_path / "x.jsonl", tmp_path, roles, **gate)
+        return models_used(recipe, recipe.stage("confidence"))
+
+    assert of() == ("sampler", "judge")
+    assert of(weights={"agreement": 1, "embedding": 1}) == ("sampler", "judge", "embedder")
+    assert of({"nli": "cross"}, weights={"nli": 1, "embedding": 0}) == ("sampler", "judge", "nli")
+    with pytest.raises(ValueError, match="roles have no nli: name the model"):
+        of(weights={"nli": 1})
+    with pytest.raises(ValueError, match=r"stages\.confidence: weights: no part 'jacard'"):
+        of(weights={"jacard": 1})
+    with pytest.raises(ValueError, match=r"stages\.confidence\.weights\.jaccard: expected float"):
+        of(weights={"jaccard": "x"})
+    with pytest.raises(ValueError, match="questions: 3 is not one of 1, 2"):
+        of(questions=3)
+
+
+def test_reflection_off_leaves_the_other_parts():
+    assert Confidence(reflection="off").weighing == {"agreement": 1.0}
+    assert Confidence(reflection="off", weight_consistency=0.0).weighing == {"agreement": 1.0}
+    more = Confidence(reflection="off", weights={"jaccard": 1, "agreement": 3, "reflection": 9})
+    assert more.weighing == {"jaccard": 0.25, "agreement": 0.75}
+    with pytest.raises(ValueError, match="reflection is the only part"):
+        Confidence(reflection="off", weights={"reflection": 1})

@@ -1,0 +1,300 @@
+"""The stage's spending: limits that hold, targets met exactly, what is refused and why."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from siftline.kernels.draws import hash64
+from siftline.schema import make_row, message
+from siftline.scoring.engines import Generation, ModelSpec
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.rejection import RejectionSampling
+from siftline.scoring.streaming import Prompt
+from siftline.selectors.difficulty import accept
+from siftline.selectors.trials import Rule
+from siftline.stages import sampling
+from siftline.stages.grading import by_verifier, grader
+from siftline.stages.problems import Problem, negatives
+from siftline.stages.sampler import Sampler
+
+RATES = {"ten": 0.9, "half": 0.5, "rare": 0.15, "never": 0.0, "always": 1.0}
+
+
+def problem(name, place):
+    said = [message("user", f"What is {name}?"), message("assistant", "#### 1")]
+    row = make_row(said, answer="1")
+    return Problem(Prompt(int(row["prompt_id"][0], 16), [place + 1, 9]), row)
+
+
+PROBLEMS = {p.parent["prompt_id"]: p for p in map(problem, RATES, range(len(RATES)))}
+RATE = dict(zip([tuple(p.home.tokens) for p in PROBLEMS.values()], RATES.values(), strict=True))
+NAMES = dict(zip(PROBLEMS, RATES, strict=True))
+
+
+def said(tokens, seed):
+    """Right by the prompt's rate; a third of the answers are in the same words."""
+    rate = RATE[tuple(tokens)]
+    luck = hash64(1, str(tokens), seed) / 2**63
+    words = f"as counted {seed % 97}" if seed % 3 else "plainly"
+    length = 3 + seed % 5
+    return Generation(f"It is so, {words}.\n#### {1 if luck < rate else 2}", length, "stop")
+
+
+class Engine:
+    """Answers whole batches; `Streams` takes draws one by one."""
+
+    def __init__(self, name="fake"):
+        self.name, self.drawn = name, 0
+
+    def fingerprint(self):
+        return self.name
+
+    def generate(self, prompts, seeds, how):
+        self.drawn += sum(map(len, seeds))
+        return [[said(p, s) for s in own] for p, own in zip(prompts, seeds, strict=True)]
+
+
+class Streams(Engine):
+    slots = 3
+
+    def stream(self, pull, how):
+        flying = []
+        while True:
+            flying += pull(self.slots - len(flying), not flying)
+            if not flying:
+                return
+            name, tokens, seed = flying.pop()
+            self.drawn += 1
+            yield name, said(tokens, seed)
+
+
+def made(engine, root, **options):
+    """Pilot, targets and the rest, as the stage does it."""
+    chosen = RejectionSampling(target="uniform", max_new_tokens=8, **options)
+    recorder = Recorder(engine, ModelSpec(path="x"), root)
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, by_verifier("math"))
+    sampler.pilot()
+    campaign, _ = sampling._campaign(SimpleNamespace(), chosen, sampler, sampler)
+    sampler.finish(campaign)
+    return sampler, campaign, sampler.judged(campaign)
+
+
+def standing(campaign):
+    return {NAMES[p]: (t.used, t.status) for p, t in campaign.trials.items()}
+
+
+def test_targets_are_met_exactly_and_the_rest_is_named(tmp_path):
+    _, campaign, judged = made(Engine(), tmp_path, k=3, cap=40)
+    ends = {name: status for name, (_, status) in standing(campaign).items()}
+    assert ends == {
+        "ten": "met", "half": "met", "rare": "met", "never": "unsolved", "always": "met",
+    }  # fmt: skip
+    taken = accept(judged.draws, judged.targets).filter("accepted")
+    counts = {NAMES[p]: n for p, n in taken.group_by("prompt_id").len().iter_rows()}
+    assert counts == {"ten": 3, "half": 3, "rare": 3, "always": 3}
+    texts = taken.join(judged.draws, on=["prompt_id", "draw"])
+    assert not texts.select("prompt_id", "dedup_key").is_duplicated().any()
+    used = sum(n for n, _ in standing(campaign).values())
+    assert judged.draws.height == used
+
+
+@pytest.mark.parametrize("limit", [21, 30, 1000])
+def test_draws_never_pass_their_limit_and_both_kinds_of_engine_agree(tmp_path, limit):
+    seen = []
+    for kind in (Engine, Streams):
+        engine = kind()
+        _, campaign, judged = made(engine, tmp_path / kind.__name__, k=3, cap=40, max_draws=limit)
+        assert engine.drawn <= limit
+        assert engine.drawn == judged.draws.height  # a limited run wastes nothing
+        seen.append((standing(campaign), judged.draws))
+    assert seen[0][0] == seen[1][0]
+    assert seen[0][1].equals(seen[1][1])
+    ends = {status for _, status in seen[0][0].values()}
+    assert ("out_of_budget" in ends) == (limit < 1000)
+
+
+@pytest.mark.parametrize("limit", [110, 140, 10_000])
+def test_tokens_never_pass_their_limit(tmp_path, limit):
+    for kind in (Engine, Streams):
+        _, campaign, judged = made(kind(), tmp_path / kind.__name__, k=3, cap=40, max_tokens=limit)
+        spent = judged.draws["n_tokens"].sum()
+        assert spent <= limit
+        stopped = "out_of_budget" in {status for _, status in standing(campaign).values()}
+        assert stopped == (limit < 10_000)
+        assert not stopped or limit - spent < 8  # another draw might not have fitted
+
+
+def test_a_budget_that_ends_in_the_pilot_says_so_and_keeps_the_draws(tmp_path):
+    for limits in ({"max_draws": 19}, {"max_tokens": 40}):
+        engine = Engine()
+        with pytest.raises(ValueError, match=r"ended the pilot with [1-5] of 5 prompts"):
+            made(engine, tmp_path, **limits)
+    again = Engine()
+    made(again, tmp_path, k=1, cap=4)
+    assert again.drawn < 20
+
+
+def test_a_second_run_draws_nothing_and_decides_the_same(tmp_path):
+    first = made(Engine(), tmp_path, k=3, cap=40)
+    engine = Engine()
+    second = made(engine, tmp_path, k=3, cap=40)
+    assert engine.drawn == 0
+    assert first[2].draws.equals(second[2].draws)
+
+
+def test_vanilla_takes_all_that_k_draws_give(tmp_path):
+    chosen = RejectionSampling(target="vanilla", k=6, max_new_tokens=8)
+    recorder = Recorder(Engine(), ModelSpec(path="x"), tmp_path)
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, by_verifier("math"))
+    sampler.pilot()
+    campaign, _ = sampling._campaign(SimpleNamespace(), chosen, sampler, sampler)
+    sampler.finish(campaign)
+    assert {used for used, _ in standing(campaign).values()} == {6}
+
+
+def test_targets_from_scores_are_the_best_rows_rounded_and_never_above_k(tmp_path, monkeypatch):
+    scores = dict(zip(PROBLEMS, (2.6, 0.2, 99.0, -1.0, None), strict=True))
+    rows = [(PROBLEMS[p].parent["id"], v) for p, v in scores.items() if v is not None]
+    frame = pl.DataFrame(rows, schema={"id": pl.String, "value": pl.Float64}, orient="row")
+    monkeypatch.setattr(sampling, "quality", lambda context, name: frame)
+    chosen = RejectionSampling(target="scores", target_scores="hard", k=4)
+    rates = pl.DataFrame({"prompt_id": list(PROBLEMS)})
+    found = sampling._targets(SimpleNamespace(), chosen, rates)
+    assert [found[p] for p in PROBLEMS] == [3, 0, 4, 0, 0]
+    with pytest.raises(ValueError, match="needs target_scores"):
+        RejectionSampling(target="scores")
+
+
+def test_a_second_model_sets_the_targets_out_of_the_same_budget(tmp_path):
+    chosen = RejectionSampling(max_new_tokens=8, k=4, max_draws=60)
+    sampler, judge = (Engine("a"), Engine("b"))
+    first = Sampler.of(
+        chosen,
+        PROBLEMS,
+        [Recorder(sampler, ModelSpec(path="x"), tmp_path)],
+        lambda line: None,
+        by_verifier("math"),
+    )
+    other = first.sharing([Recorder(judge, ModelSpec(path="y"), tmp_path)])
+    first.pilot()
+    other.pilot()
+    campaign, rates = sampling._campaign(SimpleNamespace(), chosen, first, other)
+    first.finish(campaign)
+    assert sampler.drawn + judge.drawn <= 60
+    assert judge.drawn == 20
+    table = sampling._table(PROBLEMS, first.judged(campaign), rates)
+    agreement = sampling._agreement(table)
+    assert agreement["prompts"] == 5
+    # The fake draws of both are the same, but the sampler went on after the pilot.
+    assert 0.8 < agreement["correlation"] <= 1
+
+
+def test_cut_and_stuck_draws_are_refused_unless_told_not_to(tmp_path):
+    texts = {
+        0: Generation("so " * 80 + "\n#### 1", 8, "stop"),
+        1: Generation("#### 1", 8, "length"),
+        2: Generation("It is one.\n#### 1", 8, "stop"),
+        3: Generation("It is two.\n#### 2", 8, "stop"),
+    }
+
+    class Scripted(Engine):
+        def generate(self, prompts, seeds, how):
+            order = sorted(s for own in seeds for s in own)
+            return [[texts[order.index(s) % 4] for s in own] for own in seeds]
+
+    one = dict(list(PROBLEMS.items())[:1])
+    found = {}
+    for screen in (True, False):
+        chosen = RejectionSampling(max_new_tokens=8, screen=screen)
+        recorder = Recorder(Scripted(str(screen)), ModelSpec(path="x"), tmp_path)
+        sampler = Sampler.of(chosen, one, [recorder], lambda line: None, by_verifier("math"))
+        sampler.pilot()
+        lines = sampler.judged().draws
+        found[screen] = sorted(lines.select("reason", "correct").rows())
+        assert negatives(sampler.judged(), 4)["text"].to_list() == ["It is two.\n#### 2"]
+    assert found[True] == [
+        ("match", True), ("repetitive", False), ("truncated", False), ("wrong_answer", False),
+    ]  # fmt: skip
+    assert found[False].count(("match", True)) == 2
+
+
+def test_negatives_are_distinct_and_at_most_so_many(tmp_path):
+    _, _, judged = made(Engine(), tmp_path, k=3, cap=40)
+    few = negatives(judged, 2)
+    assert few.group_by("prompt_id").len()["len"].max() == 2
+    every = negatives(judged, 99)
+    assert not every.select("prompt_id", "text").is_duplicated().any()
+    refuted = judged.draws.filter("refuted")
+    assert every.height == refuted.select("prompt_id", "dedup_key").unique().height
+    assert negatives(judged, 0).is_empty()
+
+
+def test_options_that_cannot_be_meant_are_refused():
+    good = RejectionSampling()
+    for change, match in (
+        ({"pilot": 65}, "pilot 65 is above cap 64"),
+        ({"unsolved_cap": 65}, "unsolved_cap 65 is above cap 64"),
+        ({"max_draws": 0}, "max_draws is 0"),
+        ({"max_similarity": 0.0}, "max_similarity is 0.0"),
+        ({"negatives": -1}, "negatives is -1"),
+        ({"target_scores": "x"}, "other targets take none"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            replace(good, **change)
+
+
+def test_a_rule_is_what_the_options_say(tmp_path):
+    sampler, campaign, _ = made(Engine(), tmp_path, k=2, cap=30, max_similarity=0.7)
+    rule = next(iter(campaign.trials.values())).rule
+    assert isinstance(rule, Rule)
+    assert (rule.cap, rule.pilot, rule.max_similarity) == (30, 4, 0.7)
+    assert 0 < rule.prior.mean() < 1
+    assert sampler.preview(campaign).prompts == 0
+
+
+def test_a_judge_verifies_in_both_orders_and_its_place_bias_keeps_nothing(tmp_path, tiny_model):
+    """Scripted replies: says yes to equal answers, or always A; draws it leaves open are lost."""
+
+    class Judge:
+        def __init__(self, biased):
+            from siftline.scoring.templates import load_tokenizer
+
+            self.tokenizer = load_tokenizer(ModelSpec(path=str(tiny_model)))
+            self.biased = biased
+
+        def fingerprint(self):
+            return f"judge {self.biased}"
+
+        def choices(self, prompts, options):
+            replies = []
+            for tokens in prompts:
+                text = self.tokenizer.decode(tokens)
+                pair = text.split("Answer 1: ")[1].split("Answer 2: ")
+                wrong = ["#### 2" in part for part in pair]
+                same = not wrong[0] if self.biased else wrong[0] == wrong[1]
+                replies.append([-0.1, -3.0] if same else [-3.0, -0.1])
+            return np.array(replies, np.float32)
+
+    shares = {}
+    for biased in (False, True):
+        spec = ModelSpec(path="j", max_length=2000)
+        chosen = RejectionSampling(max_new_tokens=8, verifier="judge")
+        recorder = Recorder(Engine(), ModelSpec(path="x"), tmp_path)
+        sampler = Sampler.of(
+            chosen, PROBLEMS, [recorder], lambda line: None, grader("judge", partial(Recorder, Judge(biased), spec, tmp_path))
+        )
+        sampler.pilot()
+        lines = sampler.judged().draws
+        shares[biased] = {
+            NAMES[p]: c for p, c in lines.group_by("prompt_id").agg(pl.col("correct").sum()).rows()
+        }
+        reasons = set(lines["reason"])
+        assert reasons == ({"match", "verifier_error"} if biased else {"match", "wrong_answer"})
+        assert not biased or not lines["refuted"].any()
+    assert shares[False]["always"] == shares[True]["always"] == 4
+    assert shares[False]["never"] == shares[True]["never"] == 0
+    assert chosen.more_roles == ("target", "judge")

@@ -1,0 +1,170 @@
+"""S3FT: own answer where it is right, else a right paraphrase, else the row as it was."""
+
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from siftline import schema
+from siftline.ledger import KEPT, REMOVED
+from siftline.recipe import parse
+from siftline.schema import make_row, message
+from siftline.scoring.engines import Failed, Generation, ModelSpec
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.s3ft import SelfAnswers
+from siftline.scoring.templates import load_tokenizer
+from siftline.scoring.verifiers import get_verifier
+from siftline.stages.self_answers import ROUTES, _answers, _result
+
+
+class Scripted:
+    """Answers by what the question says: "own 3" gives 3, "para 4" gives 4 when asked again."""
+
+    def __init__(self, tokenizer, name="scripted"):
+        self.tokenizer, self.name, self.asked = tokenizer, name, []
+
+    def fingerprint(self):
+        return self.name
+
+    def generate(self, prompts, seeds, how):
+        return [
+            [self.one(p, i) for i, _ in enumerate(s)] for p, s in zip(prompts, seeds, strict=True)
+        ]
+
+    def one(self, tokens, i):
+        text = self.tokenizer.decode(tokens)
+        again = "Write this answer again" in text
+        self.asked.append(again)
+        words = text.replace(":", " ").split()
+        if "broken" in words:
+            return Failed("timeout")
+        assert "own" in words, text
+        said = words[words.index("para" if again else "own") + 1]
+        return Generation(f"In my own words {i}.\n#### {said}", 5, "stop")
+
+
+def row(own, para, answer="7", source="book", independent=True):
+    question = f"Sum own {own} para {para} of {source}"
+    turns = [message("user", question), message("assistant", f"The book says\n#### {answer}")]
+    kept = answer if independent else None
+    return {**make_row(turns, answer=kept, source=source), "parent_id": None, "origin": None}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(ModelSpec(path=str(tiny_model)))
+
+
+def answered(rows, tokenizer, root, **options):
+    engine = Scripted(tokenizer)
+    spec = ModelSpec(path="x", max_length=2000)
+    rows = sorted(rows, key=lambda r: r["id"])
+    chosen = SelfAnswers(max_new_tokens=8, **options)
+    recorder = Recorder(engine, spec, root)
+    return _answers(recorder, 0, rows, chosen, get_verifier("math")), engine, rows
+
+
+def decided(rows, found):
+    table = pa.Table.from_pylist(
+        rows, schema=pa.schema([f.with_nullable(True) for f in schema.ADDED])
+    )
+    context = SimpleNamespace(in_play=lambda b: [r["id"] for r in rows], rows=lambda b: table)
+    return _result(context, 0, found)
+
+
+def test_known_routes_give_exact_shares_and_no_row_is_lost(tokenizer, tmp_path):
+    rows = [
+        row(7, 1),  # says it itself
+        row(1, 7),  # can only say it again
+        row(1, 2),  # neither
+        row(7, 7, independent=False),
+    ]
+    found, engine, rows = answered(rows, tokenizer, tmp_path)
+    assert sorted(found.route.values()) == [
+        "no_independent_answer", "own_answer", "paraphrase", "reference",
+    ]  # fmt: skip
+    assert set(found.route) == {r["id"] for r in rows}
+    assert engine.asked.count(False) == 6  # two own draws of each with an answer
+    assert engine.asked.count(True) == 4  # paraphrases only where these failed
+    result = decided(rows, found)
+    lines = result.to_table().to_pylist()
+    outcome = {line["id"]: (line["outcome"], line["reason"], line["added"]) for line in lines}
+    for r in rows:
+        route = found.route[r["id"]]
+        replaced = route in ("own_answer", "paraphrase")
+        assert outcome[r["id"]] == ((REMOVED, route, False) if replaced else (KEPT, None, False))
+    added = {r["parent_id"]: r for r in result.added.to_pylist()}
+    assert set(added) == {i for i, w in found.route.items() if w in ("own_answer", "paraphrase")}
+    for parent, new in added.items():
+        assert new["messages"][-1]["content"] == "In my own words 0.\n#### 7"
+        assert new["origin"] == f"s3ft {found.route[parent]}"
+        assert (new["answer"], new["source"]) == ("7", "self")
+
+
+def test_rows_of_one_prompt_get_different_answers(tokenizer, tmp_path):
+    """Two sources answer one prompt: the draws are the prompt's, each is used once."""
+    first = row(7, 1, source="book")
+    turns = [*first["messages"][:-1], message("assistant", "Otherwise put\n#### 7")]
+    second = {**make_row(turns, answer="7", source="web"), "parent_id": None, "origin": None}
+    found, _, _ = answered([first, second], tokenizer, tmp_path)
+    assert set(found.route.values()) == {"own_answer"}
+    assert len(set(found.text.values())) == 2
+
+
+def test_a_row_without_any_draw_fails_and_no_paraphrase_is_asked_where_none_is_wanted(
+    tokenizer, tmp_path
+):
+    broken = row(7, "7 broken")
+    found, _, rows = answered([broken, row(1, 7)], tokenizer, tmp_path, paraphrases=0)
+    assert found.failed == {broken["id"]: "timeout"}
+    assert list(found.route.values()) == ["reference"]
+    result = decided(rows, found)
+    assert result.failed == found.failed
+    assert result.decisions.height == 1
+
+
+def test_the_same_words_leave_the_row_as_it_is(tokenizer, tmp_path):
+    turns = [message("user", "own 7 para 1"), message("assistant", "In my own words 0.\n#### 7")]
+    same = {**make_row(turns, answer="7"), "parent_id": None, "origin": None}
+    found, _, rows = answered([same], tokenizer, tmp_path)
+    assert (found.route, found.text) == ({same["id"]: "own_answer"}, {})
+    assert decided(rows, found).added.num_rows == 0
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.tuples(st.integers(5, 8), st.integers(5, 8), st.booleans()), max_size=8))
+def test_in_and_out_close_whatever_the_model_says(tokenizer, tmp_path, kinds):
+    rows = {r["id"]: r for r in (row(a, b, source=f"s{i}", independent=c)
+                                 for i, (a, b, c) in enumerate(kinds))}  # fmt: skip
+    found, _, ordered = answered(list(rows.values()), tokenizer, tmp_path)
+    again, engine, _ = answered(list(rows.values())[::-1], tokenizer, tmp_path)
+    assert (found, engine.asked) == (again, [])  # from the store, in any order
+    result = decided(ordered, found)
+    lines = result.to_table().to_pylist()
+    kept = sum(line["outcome"] == KEPT for line in lines)
+    removed = sum(line["outcome"] == REMOVED for line in lines)
+    assert len(rows) + result.added.num_rows == kept + removed
+    assert removed == result.added.num_rows  # nothing is lost, nothing is gained
+    assert set(found.route.values()) <= set(ROUTES)
+
+
+def test_gates_judge_what_the_stage_wrote():
+    recipe = parse(
+        {
+            "name": "mine",
+            "pool": {"name": "p", "inputs": [{"path": "x.jsonl"}]},
+            "models": {"m": {"path": "/nowhere"}},
+            "stages": ["duplicates", "decontamination", "s3ft"],
+            "budget": {"size": 10, "unit": "rows"},
+        }
+    )
+    names = [(stage.name, stage.scope) for stage in recipe.stages[2:]]
+    assert names == [
+        ("s3ft", "all"), ("duplicates_added", "added"), ("decontamination_added", "added"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="draws is 0"):
+        SelfAnswers(draws=0)
