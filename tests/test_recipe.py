@@ -130,9 +130,10 @@ def test_the_seed_reaches_every_stage_but_the_hash_functions_of_duplicates():
         ({"stages": ["duplicate"]}, "stages[0]: unknown stage 'duplicate': did you mean 'duplicat"),
         ({"stages": ["verify", {"allocate": 3}]}, "stages[1].allocate: expected options, found 3"),
         ({"stages": [{"verify": {}, "allocate": {}}]}, "stages[0]: expected one stage, found"),
+        ({"stages": [{"confidence": {"reflection": 1}}]}, "reflection: 1 is not one of 'auto'"),
         ({"stages": [3]}, "stages[0]: expected one stage, found 3"),
         ({"stages": [{"duplicates": {"treshold": 1}}]}, "did you mean 'threshold'?"),
-        ({"stages": [{"verify": {"name": "v", "verifier": 3.5}}, "x"]}, "stages[1]: unknown stage"),
+        ({"stages": [{"verify": {"name": "v", "no_final_answer": "keep"}}, "x"]}, "stages[1]: unknown stage"),
         ({"stages": ["verify", "verify"]}, "stages: 'verify' occurs twice: give one of them"),
         ({"stages": [{"verify": {"name": "a/b"}}]}, "stages: name 'a/b': use letters"),
         ({"stages": ["allocate", "verify"]}, "stages: allocate spends the budget: put it last"),
@@ -417,8 +418,9 @@ PUBLIC = {
     "RejectionSampling": "target k target_scores difficulty pilot cap unsolved_cap max_quantile "
     "max_similarity screen negatives max_draws max_tokens temperature top_p max_new_tokens "
     "verifier seed",
+    "SelfAnswers": "draws paraphrases temperature top_p max_new_tokens verifier screen seed",
     "Allocate": "size unit on_shortfall quota targets answers fit own_samples mixture levels seed",
-    "Select": "method options oversampling seed",
+    "Select": "method options oversampling gradients seed",
 }
 CLASSES = (
     Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from siftline.scoring.engines import Sampling
+from siftline.selectors.verify import check_verifier
 
 JUDGE = "judge"
 """Verifier that asks the recipe's judge whether draw and reference come to the same answer."""
@@ -83,6 +84,7 @@ class RejectionSampling:
             raise ValueError(
                 f"max_similarity is {self.max_similarity}: give a number above 0, at most 1"
             )
+        check_verifier(self.verifier, JUDGE)
         if self.negatives < 0:
             raise ValueError(f"negatives is {self.negatives}: it must be 0 or more")
         self.sampling  # noqa: B018  its own checks

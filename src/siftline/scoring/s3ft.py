@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from siftline.scoring.engines import Sampling
+from siftline.selectors.verify import check_verifier
 
 PARAPHRASE = (
     "{prompt}\n\nA correct answer is:\n{response}\n\nWrite this answer again in your own words. "
@@ -46,6 +47,7 @@ class SelfAnswers:
             raise ValueError(f"draws is {self.draws}: it must be at least 1")
         if self.paraphrases < 0:
             raise ValueError(f"paraphrases is {self.paraphrases}: it must be 0 or more")
+        check_verifier(self.verifier)
         self.sampling  # noqa: B018  its own checks
 
     @property

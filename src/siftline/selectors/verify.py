@@ -17,6 +17,19 @@ VERIFIERS = ("math", "exact", "choice", "regex", "json_schema", "code")
 """Names that `siftline.scoring.verifiers.get_verifier` knows, beside import paths."""
 
 
+def check_verifier(name: str, *more: str) -> None:
+    """Refuses a name that is no verifier's, when a recipe is read; `more` are further names.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    known = (*VERIFIERS, *more)
+    if name not in known and ":" not in name:
+        raise ValueError(
+            f"unknown verifier {name!r}: use {', '.join(known)} or package.module:attribute"
+        )
+
+
 @dataclass(frozen=True)
 class Verify:
     """Removes responses that contradict, or never reach, their independent answer.
@@ -38,11 +51,7 @@ class Verify:
             raise ValueError(
                 f"no_final_answer must be remove or keep, not {self.no_final_answer!r}"
             )
-        if self.verifier not in VERIFIERS and ":" not in self.verifier:
-            raise ValueError(
-                f"unknown verifier {self.verifier!r}: use {', '.join(VERIFIERS)} or "
-                "package.module:attribute"
-            )
+        check_verifier(self.verifier)
 
     def summarise(self, bucket: pl.DataFrame) -> None:
         return None

@@ -24,10 +24,12 @@ def allocate(context: Context) -> StageRun:
         frame = pl.from_arrow(rows)
         assert isinstance(frame, pl.DataFrame)
         proven = (pl.col("answer_from") == "independent") & pl.lit(verified)
-        sampled = pl.col("origin").is_not_null()
+        sampled = _made_by("rejection_sampling")
+        # Own words in a row's place are verified, and compete as the row did.
+        said_again = _made_by("s3ft")
         frame = frame.join(scores.select("id", "n_tokens", "logprob_mean"), on="id", how="inner")
         frame = frame.with_columns(
-            pl.when(proven | sampled).then(True).alias("verified"),
+            pl.when(proven | sampled | said_again).then(True).alias("verified"),
             pl.when(sampled)
             .then(pl.lit("target" if own else "sampler"))
             .otherwise(pl.lit("pool"))
@@ -49,6 +51,10 @@ def allocate(context: Context) -> StageRun:
         facts, tables = selection.facts, selection.tables
     used = {"clusters": not clusters.is_empty(), "difficulty": difficulty is not None}
     return StageRun(results, tables, {**facts, "used": used, "yield_per_prompt": _yield(frames)})
+
+
+def _made_by(stage: str) -> pl.Expr:
+    return pl.col("origin").str.starts_with(f"{stage} ").fill_null(False)
 
 
 def _clusters(context: Context) -> pl.DataFrame:
