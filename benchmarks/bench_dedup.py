@@ -7,8 +7,11 @@ Texts (every string of every line; without --texts, words drawn at random) are j
 of 2 to 14 KB, a quarter of them copies with words replaced. All tools get the same documents, word
 5-grams, 128 slots and threshold 0.8, and take turns; the first round is not counted. Ours includes
 the verification of every pair, the others do not verify. PYTHON is an interpreter that has the
-peers (rensa 0.5, datasketch 2.0, pyarrow), so that they stay out of this environment; it is one
-warm process as well.
+peers (rensa 0.5, datasketch 2.0, datatrove 0.10 with its processing extra and spacy, semhash 0.5,
+pyarrow), so that they stay out of this environment; it is one warm process as well. --tools names
+those wanted. datatrove works from disk to disk, 16 buckets of 8, in a process a core. semhash
+compares vectors (hashed word counts, made for it beforehand) at a cosine of 0.95 and is held
+against our semantic mode on the same ones, in a table of its own.
 
 Quality is held against brute-force Jaccard on a sample, over each tool's own words: how many pairs
 at 0.85 or more lost at least one row, and how many marked rows have a partner at 0.8 or more.
@@ -32,79 +35,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dedup_peers import (
+    COSINE,
+    DOCUMENTS,
+    NAMES,
+    NGRAM,
+    PEERS,
+    SEMANTIC,
+    THRESHOLD,
+    VECTORS,
+    Peers,
+    shingles,
+    timed,
+)
 
-NGRAM, SLOTS, THRESHOLD, MARGIN = 5, 128, 0.8, 0.05
-
-
-# ---- peers, run by the interpreter that has them -----------------------------------------------
-
-
-def shingles(text):
-    words = text.lower().split()
-    if len(words) < NGRAM:
-        return [" ".join(words)]
-    return list(map(" ".join, zip(*(words[k:] for k in range(NGRAM)), strict=False)))
-
-
-def timed(work, *given):
-    """The result, wall seconds and processor seconds of all threads."""
-    start, cpu = time.perf_counter(), time.process_time()
-    found = work(*given)
-    return found, time.perf_counter() - start, time.process_time() - cpu
-
-
-def with_rensa(column):
-    from rensa import RMinHash, RMinHashLSH
-
-    sets = [shingles(text) for text in column.to_pylist()]
-    matrix = RMinHash.digest_matrix_from_token_sets(sets, SLOTS, 1)
-    index = RMinHashLSH(threshold=THRESHOLD, num_perm=SLOTS, num_bands=16)
-    return index.query_duplicate_flags_matrix_one_shot(matrix)
-
-
-def with_datasketch(column):
-    from datasketch import MinHash, MinHashLSH
-
-    index = MinHashLSH(threshold=THRESHOLD, num_perm=SLOTS)
-    first = MinHash(num_perm=SLOTS)
-    flags = []
-    for row, text in enumerate(column.to_pylist()):
-        sketch = MinHash(num_perm=SLOTS, permutations=first.permutations, scheme=first.scheme)
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
-        flags.append(bool(index.query(sketch)))
-        if not flags[-1]:
-            index.insert(str(row), sketch)
-    return flags
-
-
-PEERS = {"rensa": with_rensa, "datasketch": with_datasketch}
-
-
-def serve(path):
-    """Answers each peer's name on stdin with the seconds it took (wall, CPU) and its flags."""
-    column = pq.read_table(path)["text"].combine_chunks()
-    for line in sys.stdin:
-        flags, *seconds = timed(PEERS[line.strip()], column)
-        print(json.dumps([*seconds, [int(flag) for flag in flags]]), flush=True)
-
-
-class Peers:
-    def __init__(self, python, path, names):
-        self.names = names
-        command = [python, __file__, "--serve", str(path)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, name):
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        wall, cpu, flags = json.loads(self.process.stdout.readline())
-        return wall, cpu, np.array(flags, bool)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+MARGIN = 0.05
 
 
 # ---- documents -----------------------------------------------------------------------------------
@@ -263,6 +208,51 @@ def growth(repeats):
 # ---- side by side --------------------------------------------------------------------------------
 
 
+def word_vectors(texts, width=256):
+    """Hashed word counts, float32: no model, the same for both sides."""
+    from zlib import crc32
+
+    known = {}
+    out = np.zeros((len(texts), width), np.float32)
+    for row, text in enumerate(texts):
+        for word in text.lower().split():
+            place = known.setdefault(word, crc32(word.encode()))
+            out[row, place % width] += 1 if place & 1 << 31 else -1
+    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
+
+
+def by_vectors(asked, peers, vectors):
+    """Our semantic mode beside semhash on the same vectors."""
+    from siftline.dedup.semantic import semantic_duplicates
+
+    mine, theirs, flags = [], [], None
+    for _ in range(asked.repeats + 1):
+        ours, *seconds = timed(semantic_duplicates, vectors, COSINE)
+        mine.append(seconds)
+        *seconds, flags = peers.run("semhash")
+        theirs.append(seconds)
+    sample = np.sort(np.random.default_rng(0).permutation(len(vectors))[: asked.sample])
+    near = np.triu(vectors[sample] @ vectors[sample].T, 1)
+    left, right = np.nonzero(near >= COSINE + 1e-4)
+    result = {"rows": len(vectors)}
+    for name, found, times in (
+        ("siftline", ~ours.kept, mine[1:]),
+        (NAMES["semhash"], flags, theirs[1:]),
+    ):
+        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        hit = found[sample][left] | found[sample][right]
+        result[name] = {
+            "median": wall,
+            "median_cpu": cpu,
+            "marked": int(found.sum()),
+            "pairs": len(left),
+            "recall": float(hit.mean()) if len(left) else None,
+        }
+        print(f"by vectors: {name:<24} {json.dumps(result[name])}")
+    result["differ"] = int((flags != ~ours.kept).sum())
+    return result
+
+
 def compare(asked):
     from siftline.dedup.engine import deduplicate
     from siftline.kernels.textgrams import shingles_reference
@@ -271,9 +261,13 @@ def compare(asked):
     column = pa.array(texts, pa.large_string())
     seconds, processor, flags = {"siftline": []}, {"siftline": []}, {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "documents.parquet"
+        path = Path(folder) / DOCUMENTS
         pq.write_table(pa.table({"text": column}), path, row_group_size=1000)
-        peers = Peers(asked.peers, path, asked.tools) if asked.peers else None
+        vectors = word_vectors(texts) if set(asked.tools) & set(SEMANTIC) else None
+        if vectors is not None:
+            np.save(Path(folder) / VECTORS, vectors)
+        shown = [name for name in asked.tools if name not in SEMANTIC]
+        peers = Peers(asked.peers, folder, shown) if asked.peers else None
         for _ in range(asked.repeats + 1):
             # Ours is short: five in a row are as good a sample of a busy machine as one of theirs.
             for _ in range(5):
@@ -281,9 +275,11 @@ def compare(asked):
                 seconds["siftline"].append(wall)
                 processor["siftline"].append(cpu)
             for name in peers.names if peers else ():
-                wall, cpu, flags[name] = peers.run(name)
-                seconds.setdefault(name, []).append(wall)
-                processor.setdefault(name, []).append(cpu)
+                label = NAMES.get(name, name)
+                wall, cpu, flags[label] = peers.run(name)
+                seconds.setdefault(label, []).append(wall)
+                processor.setdefault(label, []).append(cpu)
+        semantic = by_vectors(asked, peers, vectors) if peers and vectors is not None else None
         if peers:
             peers.close()
         # The first process may compile; the second finds the compiled kernels.
@@ -319,12 +315,13 @@ def compare(asked):
             for name, flag in flags.items()
         },
         "cli": {"seconds": wall, "peak_mib": peak, "phases": said["seconds"]},
+        "by_vectors": semantic,
     }
-    print(f"{'':<12} {'median':>8} {'':>7}  {'fastest':>8} {'':>7}  {'CPU':>8}")
+    print(f"{'':<24} {'median':>8} {'':>7}  {'fastest':>8} {'':>7}  {'CPU':>8}")
     for name, value in median.items():
         q, least = result["quality"][name], min(seconds[name])
         print(
-            f"{name:<12} {value:8.3f} {result['ratio'][name]:6.1f}x  "
+            f"{name:<24} {value:8.3f} {result['ratio'][name]:6.1f}x  "
             f"{least:8.3f} {result['ratio_of_fastest'][name]:6.1f}x  "
             f"{cpu[name]:8.3f} {result['ratio_cpu'][name]:6.1f}x  "
             f"recall {q['recall']:.4f} of {q['pairs']} pairs, marked {result['marked'][name]}"
@@ -339,14 +336,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sample", type=int, default=2000)
-    parser.add_argument("--peers", help="interpreter that has rensa and datasketch")
-    parser.add_argument("--tools", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", help="interpreter that has the peers")
+    parser.add_argument("--tools", nargs="*", default=["rensa", "datasketch"], choices=PEERS)
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.serve:
-        serve(asked.serve)
-        return
     result = growth(asked.repeats) if asked.growth else compare(asked)
     import numba
 

@@ -53,6 +53,14 @@ def without(data: dict[str, Any], kind: str) -> dict[str, Any]:
     return changed
 
 
+def followed(data: dict[str, Any], kind: str, stage: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with one more stage right behind another."""
+    changed = copy.deepcopy(data)
+    at = [_kind(s) for s in changed["stages"]].index(kind)
+    changed["stages"].insert(at + 1, stage)
+    return changed
+
+
 def with_options(data: dict[str, Any], kind: str, **options: Any) -> dict[str, Any]:
     """The recipe with other options of one stage."""
     changed = copy.deepcopy(data)
@@ -99,11 +107,20 @@ class World:
 
 
 def variants(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Chains by arm: the default one, each stage left out, and other choices inside stages."""
+    """Chains by arm: the default one, each stage left out, and other choices inside stages.
+
+    CLEAR's two, without sampling: "chain without rejection_sampling" is what the gates keep,
+    "filtered and corrected" that with what Auto-Correct mends.
+    """
+    correct = {"correct": {"training": data["training"]["options"], "max_new_tokens": 96}}
+    own = {"s3ft": {"max_new_tokens": 96}}
+    filtered = without(data, "rejection_sampling")
     return {
         "chain": data,
         **{f"chain without {kind}": without(data, kind) for kind in LEFT_OUT},
         "chain, uniform targets": with_options(data, "rejection_sampling", target="uniform"),
+        "filtered and corrected": followed(filtered, "confidence", correct),
+        "filtered, self-answers": followed(filtered, "confidence", own),
         "chain, random fit": with_options(data, "allocate", fit="random"),
         "chain, answers by difficulty": with_options(data, "allocate", targets="prop2diff"),
     }

@@ -225,3 +225,10 @@ def test_set_that_leads_nowhere_is_one_line(assignment, says):
         changed(assignment)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_yaml_words_for_true_and_false_are_words_where_they_are_meant():
+    assert convert(Literal["auto", "on", "off"], False, "x") == "off"
+    assert convert(Literal["auto", "on", "off"], True, "x") == "on"
+    with pytest.raises(ValueError, match="False is not one of 'a'"):
+        convert(Literal["a"], False, "x")

@@ -1,4 +1,4 @@
-"""JSONL inputs of `siftline dedup`: one schema over all files, or a refusal that names two of them."""
+"""JSONL inputs of `siftline dedup`: one schema over all files, or a refusal that names two."""
 
 import gzip
 import json
@@ -105,7 +105,7 @@ def test_whole_numbers_are_not_rounded_unseen(tmp_path, wide):
 def test_a_column_that_is_asked_for_must_be_in_every_file(tmp_path):
     names = files(tmp_path, [{"x": 1}], [{"y": 1}])
     open_tables(names, ["text"], tmp_path / "scratch")
-    with pytest.raises(ValueError, match="b.jsonl has no column 'x'"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has no column 'x'"):
         open_tables(names, ["text", "x"], tmp_path / "scratch")
     names = files(tmp_path, [{"x": 2**70}], [{"x": 1}])
     with pytest.raises(ValueError, match="more than 64 bits"):
@@ -149,7 +149,7 @@ def test_odd_mixes_are_joined_without_loss_or_refused_in_one_line(tmp_path_facto
     folder = tmp_path_factory.mktemp("mix")
     names = files(folder, *contents)
     try:
-        alone = [open_tables([name], ["text"], folder / "s") for name in names]
+        alone = [open_tables([name], ["text"], folder / f"s{name[-7:]}") for name in names]
         # What a file by itself holds, which the others must not change.
         expected = [[r for b in read_pieces(t) for r in b.to_pylist()] for (t,) in alone]
     except ValueError:
@@ -157,8 +157,11 @@ def test_odd_mixes_are_joined_without_loss_or_refused_in_one_line(tmp_path_facto
     try:
         tables = open_tables(names, ["text"], folder / "s")
     except ValueError as error:
-        assert "differ in column" in str(error)  # noqa: PT017
-        assert "\n" not in str(error)
+        said = str(error)
+        tables = []
+    if not tables:
+        assert "differ in column" in said
+        assert "\n" not in said
         return
     assert len({str(table.schema) for table in tables}) == 1
     found = [[r for b in read_pieces(t) for r in b.to_pylist()] for t in tables]

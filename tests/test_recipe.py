@@ -133,7 +133,10 @@ def test_the_seed_reaches_every_stage_but_the_hash_functions_of_duplicates():
         ({"stages": [{"confidence": {"reflection": 1}}]}, "reflection: 1 is not one of 'auto'"),
         ({"stages": [3]}, "stages[0]: expected one stage, found 3"),
         ({"stages": [{"duplicates": {"treshold": 1}}]}, "did you mean 'threshold'?"),
-        ({"stages": [{"verify": {"name": "v", "no_final_answer": "keep"}}, "x"]}, "stages[1]: unknown stage"),
+        (
+            {"stages": [{"verify": {"name": "v", "no_final_answer": "keep"}}, "x"]},
+            "stages[1]: unknown stage",
+        ),
         ({"stages": ["verify", "verify"]}, "stages: 'verify' occurs twice: give one of them"),
         ({"stages": [{"verify": {"name": "a/b"}}]}, "stages: name 'a/b': use letters"),
         ({"stages": ["allocate", "verify"]}, "stages: allocate spends the budget: put it last"),
@@ -401,9 +404,9 @@ PUBLIC = {
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed "
     "retained",
     "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
-    "reference_column lora_rank lora_alpha learning_rate epochs phases loss_tokens steps batch_rows "
-    "accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing bf16 "
-    "packing save_steps eval_steps keep report_to",
+    "reference_column lora_rank lora_alpha learning_rate epochs phases loss_tokens steps "
+    "batch_rows accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing "
+    "bf16 packing save_steps eval_steps keep report_to",
     "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup "
     "weight_decay seed",
     "Duplicates": "threshold ngram num_perm numbers seed max_rows",

@@ -285,7 +285,11 @@ def test_a_judge_verifies_in_both_orders_and_its_place_bias_keeps_nothing(tmp_pa
         chosen = RejectionSampling(max_new_tokens=8, verifier="judge")
         recorder = Recorder(Engine(), ModelSpec(path="x"), tmp_path)
         sampler = Sampler.of(
-            chosen, PROBLEMS, [recorder], lambda line: None, grader("judge", partial(Recorder, Judge(biased), spec, tmp_path))
+            chosen,
+            PROBLEMS,
+            [recorder],
+            lambda line: None,
+            grader("judge", partial(Recorder, Judge(biased), spec, tmp_path)),
         )
         sampler.pilot()
         lines = sampler.judged().draws

@@ -60,11 +60,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
-        if isinstance(value, bool) and {"on", "off"} <= set(args):  # YAML 1.1 reads off as false
-            return "on" if value else "off"
-        if value not in args:
-            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
-        return value
+        return _convert_literal(args, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: expected a list, found {value!r}")
@@ -76,6 +72,14 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
     return _convert_scalar(hint, value, where)
+
+
+def _convert_literal(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if isinstance(value, bool) and {"on", "off"} <= set(args):  # YAML 1.1 reads off as false
+        return "on" if value else "off"
+    if value not in args:
+        raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+    return value
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

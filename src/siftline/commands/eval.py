@@ -9,6 +9,7 @@ from typing import Any
 import click
 import polars as pl
 
+from siftline.commands.harness import evaluate_tasks, harness_asked, harness_options
 from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
@@ -19,7 +20,7 @@ ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 
 @click.command("eval")
 @click.argument("model", type=Path)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1)
 @click.option("--out", required=True, type=Path, help="Folder for the answers and the table.")
 @click.option(
     "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
@@ -38,6 +39,7 @@ ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 @click.option("--dtype", default="float32", show_default=True, help="Type of the weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ...")
 @click.option("--confidence", default=0.95, show_default=True, help="Coverage of the intervals.")
+@harness_options
 @json_option
 def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **given: Any) -> None:
     """Ask MODEL the questions in FILE... and grade its answers.
@@ -46,7 +48,13 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     answer are left out and counted. Writes answers.parquet, one line a question with the response
     and its grade, and accuracy.csv with Wilson intervals by level and by source; accuracy.png shows
     the levels. Greedy.
+
+    With --harness the questions are those of lm-evaluation-harness's tasks, which say themselves
+    how to ask and grade. Writes answers.parquet, harness.csv, harness.json and harness.png.
     """
+    if harness_asked(bool(files), given):
+        evaluate_tasks(model, out, as_json, given)
+        return
     from siftline.scoring.engines import ModelSpec
     from siftline.scoring.verifiers import get_verifier
     from siftline.shards import write_parquet

@@ -30,9 +30,22 @@ from siftline.kernels.keepers import (
     keep_first,
 )
 from siftline.kernels.minhash import permutations
-from siftline.kernels.rows import Rows, Shingling, Texts, collect, summarise
+from siftline.kernels.rows import (
+    Held,
+    Rows,
+    Shingling,
+    Texts,
+    collect,
+    collect_held,
+    room_for,
+    summarise,
+)
 
+HELD_TEXT = 1 << 30
+"""Bytes of text up to which shingles stay in memory; they take about as much as the text."""
 _TASK_BYTES = 1 << 20
+_TASK_SETS = 1 << 10
+_NOT_HELD = Held(np.empty(0, np.uint32), np.empty(0, np.int64))
 
 
 @dataclass
@@ -157,11 +170,21 @@ class Engine:
             np.empty(n, np.int32),
         )
 
-    def summarise(self, texts: Texts, out: Rows, at: int) -> None:
-        """Writes keys, hashes and counts of some rows to `out`, from place `at`."""
+    def summarise(self, texts: Texts, out: Rows, at: int, held: Held | None = None) -> None:
+        """Writes keys, hashes and counts of some rows to `out`, from place `at`.
 
-        def work(span: tuple[int, int]) -> None:
-            start, stop = span
+        Args:
+            texts: Rows.
+            out: Where to.
+            at: Place of the first.
+            held: Keeps their shingles, too; its values have room for these rows alone.
+        """
+        spans = cuts(texts, _TASK_BYTES)
+        rooms = [room_for(texts, start, stop, self.shingling) for start, stop in spans]
+        frees = np.cumsum([0, *rooms])[: len(spans)].tolist()
+
+        def work(task: tuple[tuple[int, int], int]) -> None:
+            (start, stop), free = task
             summarise(
                 texts,
                 start,
@@ -172,9 +195,16 @@ class Engine:
                 self.banding.rows,
                 out,
                 at + start,
+                held or _NOT_HELD,
+                free,
             )
 
-        self._each(work, cuts(texts, _TASK_BYTES))
+        self._each(work, list(zip(spans, frees, strict=True)))
+
+    def room(self, texts: Texts) -> np.ndarray:
+        """Room for the values of `Held` of some rows; memory is taken as it is written."""
+        spans = cuts(texts, _TASK_BYTES)
+        return np.empty(sum(room_for(texts, *span, self.shingling) for span in spans), np.uint32)
 
     def group(self, band: Callable[[int], np.ndarray], n: int, rank: np.ndarray | None) -> Groups:
         """Finds the rows that share a key.

@@ -64,23 +64,30 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
     for name in names:
         if not Path(name).is_file():
             raise ValueError(f"{name} is not a file: name Parquet or JSONL files")
+    paths = _as_parquet(names, columns, scratch)
+    return [_open(name, path, columns) for name, path in zip(names, paths, strict=True)]
+
+
+def _as_parquet(names: Sequence[str], columns: Sequence[str], scratch: Path) -> list[Path]:
+    """Where each file lies as Parquet; JSONL is converted for that."""
     for name in names:
         if not _is_jsonl(name) and Path(name).suffix != ".parquet":
             raise ValueError(f"{name} is neither .parquet nor .jsonl: convert or rename it")
-    paths = {name: Path(name) for name in names}
-    lines = [path for name, path in paths.items() if _is_jsonl(name)]
-    if lines:
-        from siftline.dedup.jsonl import one_schema, schemas_of, to_parquet
+    lines = [Path(name) for name in names if _is_jsonl(name)]
+    if not lines:
+        return [Path(name) for name in names]
+    from siftline.dedup.jsonl import one_schema, schemas_of, to_parquet
 
-        schemas = schemas_of(lines)
-        for path, found in zip(lines, schemas, strict=True):
-            _check_columns(str(path), found.names(), columns)  # one schema would hide its absence
-        schema = one_schema(lines, schemas)
-        for k, name in enumerate(names):
-            if _is_jsonl(name):
-                paths[name] = scratch / f"{k:05d}.parquet"
-                to_parquet(Path(name), paths[name], schema)
-    return [_open(name, path, columns) for name, path in paths.items()]
+    schemas = schemas_of(lines)
+    for path, found in zip(lines, schemas, strict=True):
+        _check_columns(str(path), found.names(), columns)  # one schema would hide its absence
+    schema = one_schema(lines, schemas)
+    paths = []
+    for k, name in enumerate(names):
+        paths.append(scratch / f"{k:05d}.parquet" if _is_jsonl(name) else Path(name))
+        if _is_jsonl(name):
+            to_parquet(Path(name), paths[k], schema)
+    return paths
 
 
 def _is_jsonl(name: str) -> bool:

@@ -76,6 +76,18 @@ class Rows(NamedTuple):
     counts: np.ndarray
 
 
+class Held(NamedTuple):
+    """Shingles of n rows, kept from the first reading: as many, mixed as they are signed.
+
+    Attributes:
+        values: uint32; empty if nothing is kept.
+        starts: int64, shape (n,): where those of each row start, written.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+
+
 class Buffers(NamedTuple):
     """Room for one row: its folded text, units and shingles."""
 
@@ -95,8 +107,10 @@ def summarise(
     rows: int,
     out: Rows,
     at: int,
+    held: Held,
+    free: int,
 ) -> None:
-    """Writes keys, hashes and counts of the rows start to stop.
+    """Writes keys, hashes and counts of the rows start to stop, and keeps their shingles.
 
     Args:
         texts: Rows.
@@ -107,9 +121,12 @@ def summarise(
         b: Offsets, uint32, shape (slots,).
         rows: Slots in a band.
         out: Where the results go.
-        at: Place of row `start` in `out`.
+        at: Place of row `start` in `out` and `held`.
+        held: Where shingles are kept, if at all.
+        free: Where `room_for` of these rows starts in it.
     """
     buffers = _buffers(texts, start, stop)
+    holds = len(held.values) > 0
     slots = np.empty(len(a), np.uint32)
     for i in range(start, stop):
         k = at + i - start
@@ -120,13 +137,17 @@ def summarise(
             continue
         begin, end = texts.offsets[i], texts.offsets[i + 1]
         out.hashes[k] = text_hash(texts.data, begin, end)
-        count = _shingle(texts.data, begin, end, shingling, buffers)
+        shingles = held.values[free:] if holds else buffers.shingles
+        count = _shingle(texts.data, begin, end, shingling, buffers, shingles)
         out.counts[k] = count
+        if holds:
+            held.starts[k] = free
+            free += count
         if count == 0:
             # Nothing to sign: such a text can only be the same as another.
             out.keys[:, k] = max(out.hashes[k], np.uint64(1))
             continue
-        _sign(buffers.shingles, count, a, b, slots)
+        _sign(shingles, count, a, b, slots)
         for band in range(len(out.keys)):
             out.keys[band, k] = _key(slots, band * rows, rows, band)
 
@@ -140,7 +161,7 @@ def sign(texts: Texts, shingling: Shingling, a: np.ndarray, b: np.ndarray, out: 
         count = 0
         if not texts.null[i]:
             begin, end = texts.offsets[i], texts.offsets[i + 1]
-            count = _shingle(texts.data, begin, end, shingling, buffers)
+            count = _shingle(texts.data, begin, end, shingling, buffers, buffers.shingles)
         _sign(buffers.shingles, count, a, b, out[i])
 
 
@@ -172,8 +193,43 @@ def collect(
     for k in range(len(wanted)):
         i = wanted[k]
         begin, end = texts.offsets[i], texts.offsets[i + 1]
-        count = _shingle(texts.data, begin, end, shingling, buffers)
+        count = _shingle(texts.data, begin, end, shingling, buffers, buffers.shingles)
         sizes[k] = _distinct(buffers.shingles, count, values, starts[k])
+
+
+@njit(cache=True, nogil=True)
+def collect_held(
+    held: Held,
+    wanted: np.ndarray,
+    counts: np.ndarray,
+    values: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+) -> None:
+    """Writes the sorted distinct shingles of some rows that were kept, mixed as they are.
+
+    Mixing turns different hashes into different ones, so sets stay as similar as they were.
+
+    Args:
+        held: Shingles of n rows.
+        wanted: Which of them, int64, shape (m,).
+        counts: Shingles of each of the n, int32.
+        values: As of `collect`.
+        starts: As of `collect`.
+        sizes: As of `collect`.
+    """
+    for k in range(len(wanted)):
+        i = wanted[k]
+        if counts[i] > 0:
+            sizes[k] = _distinct(held.values[held.starts[i] :], counts[i], values, starts[k])
+        else:
+            sizes[k] = 0
+
+
+def room_for(texts: Texts, start: int, stop: int, shingling: Shingling) -> int:
+    """Room in `Held` that the rows start to stop ask for: a word has a byte and parts from others."""
+    size = int(texts.offsets[stop] - texts.offsets[start])
+    return (size if shingling.characters else size // 2) + stop - start + _LANES
 
 
 @njit(cache=True, nogil=True)
@@ -194,13 +250,15 @@ def _buffers(texts: Texts, start: int, stop: int) -> Buffers:
 
 
 @njit(cache=True, nogil=True)
-def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+def _shingle(
+    data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers, out: np.ndarray
+) -> int:
     if how.characters:
         count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
     else:
         length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
         count = word_units(buffers.folded, length, buffers.units)
-    return windows(buffers.units, count, how.n, buffers.shingles)
+    return windows(buffers.units, count, how.n, out)
 
 
 @njit(cache=True, nogil=True)

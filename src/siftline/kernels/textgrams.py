@@ -17,7 +17,7 @@ A text of fewer than n units is one shingle, the whole text; a text without unit
 import numpy as np
 from numba import njit
 
-from siftline.kernels.bits import load64, store64, trailing_zeros
+from siftline.kernels.bits import filled64, fold32, high32, load64, store64, trailing_zeros
 from siftline.kernels.codepoints import (
     MARK,
     NOTHING,
@@ -78,6 +78,18 @@ def fold_words(
     """
     i, at, solo = start, 0, False
     while i < stop:
+        if i + 32 <= stop:
+            plain = min(trailing_zeros(high32(data, i)), 32)
+            if plain > 0:
+                if solo:
+                    out[at] = 0
+                    at += 1
+                    solo = False
+                fold32(data, i, out, at)
+                at += plain
+                i += plain
+                if plain == 32:
+                    continue
         x = load64(data, i) if i + 8 <= stop else _rest(data, i, stop)
         plain = min(trailing_zeros(x & _HIGH) >> 3, stop - i)  # ASCII bytes ahead
         if plain > 0:
@@ -119,7 +131,7 @@ def word_units(folded: np.ndarray, length: int, out: np.ndarray) -> int:
     found, start = 0, 0
     carried = np.uint64(0)  # 1 while a word runs over the end of a block
     for base in range(0, length + 1, _BLOCK):
-        bits = _filled(folded, base)
+        bits = filled64(folded, base)
         before = (bits << _ONE) | carried
         starts, ends = bits & ~before, ~bits & before
         if carried == 0:

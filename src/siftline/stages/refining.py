@@ -39,7 +39,16 @@ Values = tuple[dict[str, float], dict[str, str]]
 def round_options(recipe: Recipe) -> FineTune:
     """How the model of a round is trained: as the recipe's own, for one pass over the rows."""
     own = FineTune() if recipe.training is None else recipe.training.options
-    return replace(own, epochs=1.0, loss_tokens=None, steps=None, keep="last", report_to="none")
+    # A round may lack a source that a phase names, and has one pass only.
+    return replace(
+        own,
+        epochs=1.0,
+        loss_tokens=None,
+        steps=None,
+        keep="last",
+        report_to="none",
+        phases=(),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""The tools that `bench_dedup.py` is held against, run by the interpreter that has them.
+
+rensa and datasketch get the documents in memory and answer in flags, like ours. datatrove works
+from disk to disk, in as many processes as there are cores, and is timed so. semhash compares
+vectors and is held against our semantic mode, on the same. Only numpy and pyarrow are imported at
+the top.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NGRAM, SLOTS, BANDS, THRESHOLD, COSINE = 5, 128, 16, 0.8, 0.95
+DOCUMENTS, VECTORS = "documents.parquet", "vectors.npy"
+
+
+def shingles(text):
+    words = text.lower().split()
+    if len(words) < NGRAM:
+        return [" ".join(words)]
+    return list(map(" ".join, zip(*(words[k:] for k in range(NGRAM)), strict=False)))
+
+
+def timed(work, *given):
+    """The result, wall seconds, and processor seconds of all threads and ended children."""
+    start, cpu = time.perf_counter(), processor_seconds()
+    found = work(*given)
+    return found, time.perf_counter() - start, processor_seconds() - cpu
+
+
+def processor_seconds():
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def with_rensa(folder):
+    from rensa import RMinHash, RMinHashLSH
+
+    sets = [shingles(text) for text in folder.column.to_pylist()]
+    matrix = RMinHash.digest_matrix_from_token_sets(sets, SLOTS, 1)
+    index = RMinHashLSH(threshold=THRESHOLD, num_perm=SLOTS, num_bands=BANDS)
+    return index.query_duplicate_flags_matrix_one_shot(matrix)
+
+
+def with_datasketch(folder):
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=THRESHOLD, num_perm=SLOTS)
+    first = MinHash(num_perm=SLOTS)
+    flags = []
+    for row, text in enumerate(folder.column.to_pylist()):
+        sketch = MinHash(num_perm=SLOTS, permutations=first.permutations, scheme=first.scheme)
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        flags.append(bool(index.query(sketch)))
+        if not flags[-1]:
+            index.insert(str(row), sketch)
+    return flags
+
+
+def with_datatrove(folder):
+    """FineWeb's pipeline of four steps, its own words (spaCy), from Parquet to Parquet."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import minhash
+    from datatrove.pipeline.readers import ParquetReader
+    from datatrove.pipeline.writers import ParquetWriter
+
+    config = minhash.MinhashConfig(
+        n_grams=NGRAM, num_buckets=BANDS, hashes_per_bucket=SLOTS // BANDS
+    )
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as out:
+        reader = ParquetReader(str(folder.parts), doc_progress=False)
+        sketch = minhash.MinhashDedupSignature(f"{out}/signatures", config)
+        buckets = minhash.MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)
+        cluster = minhash.MinhashDedupCluster(f"{out}/buckets", f"{out}/remove", config)
+        drop = minhash.MinhashDedupFilter(f"{out}/remove")
+        writer = ParquetWriter(f"{out}/kept")
+        steps = [
+            ([reader, sketch], folder.n_parts),
+            ([buckets], BANDS),
+            ([cluster], 1),
+            ([reader, drop, writer], folder.n_parts),
+        ]
+        for k, (pipeline, tasks) in enumerate(steps):
+            LocalPipelineExecutor(
+                pipeline,
+                tasks=tasks,
+                workers=min(cores, tasks),
+                logging_dir=f"{out}/log{k}",
+                start_method="fork",  # so that their processor time is counted as ours
+            ).run()
+        kept = set(pq.read_table(f"{out}/kept", columns=["id"]).column("id").to_pylist())
+    return [str(row) not in kept for row in range(len(folder.column))]
+
+
+def with_semhash(folder):
+    from semhash import SemHash
+
+    records = [{"text": text} for text in folder.column.to_pylist()]
+    index = SemHash.from_embeddings(folder.vectors, records, model=None, columns=["text"])
+    kept = {id(line) for line in index.self_deduplicate(COSINE).selected}
+    return [id(record) not in kept for record in records]
+
+
+PEERS = {
+    "rensa": with_rensa,
+    "datasketch": with_datasketch,
+    "datatrove": with_datatrove,
+    "semhash": with_semhash,
+}
+SEMANTIC = ("semhash",)
+NAMES = {"datatrove": "datatrove, disk to disk", "semhash": "semhash, by vectors"}
+
+
+class Folder:
+    """The documents: in memory, and as Parquet files of about equal size, one for each core."""
+
+    def __init__(self, path):
+        self.column = pq.read_table(path / DOCUMENTS)["text"].combine_chunks()
+        self.vectors = np.load(path / VECTORS) if (path / VECTORS).exists() else None
+        self.parts = path / "parts"
+        self.parts.mkdir()
+        self.n_parts = len(os.sched_getaffinity(0))
+        ids = pa.array([str(row) for row in range(len(self.column))])
+        table = pa.table({"id": ids, "text": self.column})
+        step = -(-table.num_rows // self.n_parts)
+        for k in range(self.n_parts):
+            pq.write_table(table.slice(k * step, step), self.parts / f"{k}.parquet")
+
+
+def serve(path):
+    """Answers each peer's name on stdin with the seconds it took (wall, CPU) and its flags."""
+    folder = Folder(Path(path))
+    said = os.dup(1)
+    os.dup2(2, 1)  # what a peer prints is no answer
+    for line in sys.stdin:
+        flags, *seconds = timed(PEERS[line.strip()], folder)
+        answer = json.dumps([*seconds, [int(flag) for flag in flags]])
+        os.write(said, f"{answer}\n".encode())
+
+
+class Peers:
+    """The process that has them; one for all rounds."""
+
+    def __init__(self, python, path, names):
+        self.names = names
+        command = [python, __file__, str(path)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, name):
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{name} ended: see its words above")
+        wall, cpu, flags = json.loads(answer)
+        return wall, cpu, np.array(flags, bool)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
