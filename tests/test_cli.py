@@ -295,6 +295,6 @@ def test_plan_says_what_the_rest_costs_and_draws_the_pilot_only(call):
     assert "targets met" in out
     code, _, err = call("plan", "mini", "--max-draws", "3")
     assert code == 1
-    assert "ended the pilot" in err.splitlines()[-1]
+    assert "max_draws leaves 3 draws and the pilot of" in err.splitlines()[-1]
     none = call("plan", "mini", "--set", "stages=[duplicates]", "--max-draws", "9")
     assert refused(none).strip() == "error: recipe 'mini' has no rejection_sampling stage to limit"

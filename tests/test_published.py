@@ -1,6 +1,7 @@
 """What other people's readers make of a published version."""
 
 import json
+from dataclasses import replace
 
 import duckdb
 import polars as pl
@@ -163,3 +164,34 @@ def test_verifiable_prompts_are_solved_sometimes_and_train_by_their_verifier(
     )
     assert result.global_step == 1
     assert asked == [(2, {"math"})]
+
+
+def test_a_stage_without_draws_or_refuted_draws_gives_empty_configs(finished, mini):
+    from siftline.stages.publish import final_context
+    from siftline.stages.run import outputs
+    from siftline.stages.sample_bank import sample_bank
+    from siftline.workspace import Workspace
+
+    recipe = mini()
+    workspace = Workspace(finished.root)
+    context = final_context(workspace, recipe, outputs(workspace, recipe))
+    whole = sample_bank(context)
+    assert min(table.num_rows for table in whole.values()) > 0
+
+    class Without:
+        """A stage's output whose side tables had no line, and so were not written."""
+
+        def __init__(self, output):
+            self.output = output
+
+        def __getattr__(self, name):
+            return getattr(self.output, name)
+
+        def table(self, name):
+            return None
+
+    bare = replace(context, before=[(s, Without(o)) for s, o in context.before])
+    assert {name: table.num_rows for name, table in sample_bank(bare).items()} == {
+        "preferences": 0, "rlvr": 0,
+    }  # fmt: skip
+    assert sample_bank(bare)["rlvr"].schema == whole["rlvr"].schema

@@ -14,7 +14,13 @@ from siftline.scoring.engines import Generation, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.streaming import Prompt
-from siftline.selectors.difficulty import accept
+from siftline.selectors.difficulty import (
+    PASS_RATES,
+    accept,
+    difficulty,
+    stopped_difficulty,
+    tally,
+)
 from siftline.selectors.trials import Rule
 from siftline.stages import sampling
 from siftline.stages.grading import by_verifier, grader
@@ -48,14 +54,20 @@ class Engine:
     """Answers whole batches; `Streams` takes draws one by one."""
 
     def __init__(self, name="fake"):
-        self.name, self.drawn = name, 0
+        self.name, self.drawn, self.tokens = name, 0, 0
 
     def fingerprint(self):
         return self.name
 
     def generate(self, prompts, seeds, how):
-        self.drawn += sum(map(len, seeds))
-        return [[said(p, s) for s in own] for p, own in zip(prompts, seeds, strict=True)]
+        pairs = zip(prompts, seeds, strict=True)
+        return [[self.draw(p, s) for s in own] for p, own in pairs]
+
+    def draw(self, tokens, seed):
+        text = said(tokens, seed)
+        self.drawn += 1
+        self.tokens += text.n_tokens
+        return text
 
 
 class Streams(Engine):
@@ -68,8 +80,7 @@ class Streams(Engine):
             if not flying:
                 return
             name, tokens, seed = flying.pop()
-            self.drawn += 1
-            yield name, said(tokens, seed)
+            yield name, self.draw(tokens, seed)
 
 
 def made(engine, root, **options):
@@ -78,7 +89,7 @@ def made(engine, root, **options):
     recorder = Recorder(engine, ModelSpec(path="x"), root)
     sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, by_verifier("math"))
     sampler.pilot()
-    campaign, _ = sampling._campaign(SimpleNamespace(), chosen, sampler, sampler)
+    campaign = sampling._campaign(SimpleNamespace(), chosen, sampler, None)
     sampler.finish(campaign)
     return sampler, campaign, sampler.judged(campaign)
 
@@ -120,22 +131,26 @@ def test_draws_never_pass_their_limit_and_both_kinds_of_engine_agree(tmp_path, l
 @pytest.mark.parametrize("limit", [110, 140, 10_000])
 def test_tokens_never_pass_their_limit(tmp_path, limit):
     for kind in (Engine, Streams):
-        _, campaign, judged = made(kind(), tmp_path / kind.__name__, k=3, cap=40, max_tokens=limit)
+        engine = kind()
+        _, campaign, judged = made(engine, tmp_path / kind.__name__, k=3, cap=40, max_tokens=limit)
         spent = judged.draws["n_tokens"].sum()
-        assert spent <= limit
+        assert spent == engine.tokens <= limit
         stopped = "out_of_budget" in {status for _, status in standing(campaign).values()}
         assert stopped == (limit < 10_000)
         assert not stopped or limit - spent < 8  # another draw might not have fitted
 
 
 def test_a_budget_that_ends_in_the_pilot_says_so_and_keeps_the_draws(tmp_path):
-    for limits in ({"max_draws": 19}, {"max_tokens": 40}):
-        engine = Engine()
-        with pytest.raises(ValueError, match=r"ended the pilot with [1-5] of 5 prompts"):
-            made(engine, tmp_path, **limits)
+    engine = Engine()
+    with pytest.raises(ValueError, match=r"leaves 19 draws and the pilot of 5 prompts takes 20"):
+        made(engine, tmp_path, max_draws=19)
+    assert engine.drawn == 0
+    with pytest.raises(ValueError, match=r"max_tokens ended the pilot with [1-5] of 5 prompts"):
+        made(engine, tmp_path, max_tokens=40)
+    assert 0 < engine.drawn < 20
     again = Engine()
     made(again, tmp_path, k=1, cap=4)
-    assert again.drawn < 20
+    assert again.drawn == 20 - engine.drawn
 
 
 def test_a_second_run_draws_nothing_and_decides_the_same(tmp_path):
@@ -151,7 +166,7 @@ def test_vanilla_takes_all_that_k_draws_give(tmp_path):
     recorder = Recorder(Engine(), ModelSpec(path="x"), tmp_path)
     sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, by_verifier("math"))
     sampler.pilot()
-    campaign, _ = sampling._campaign(SimpleNamespace(), chosen, sampler, sampler)
+    campaign = sampling._campaign(SimpleNamespace(), chosen, sampler, None)
     sampler.finish(campaign)
     assert {used for used, _ in standing(campaign).values()} == {6}
 
@@ -172,25 +187,77 @@ def test_targets_from_scores_are_the_best_rows_rounded_and_never_above_k(tmp_pat
 def test_a_second_model_sets_the_targets_out_of_the_same_budget(tmp_path):
     chosen = RejectionSampling(max_new_tokens=8, k=4, max_draws=60)
     sampler, judge = (Engine("a"), Engine("b"))
+    grade = by_verifier("math")
+    other = Sampler.of(
+        chosen, PROBLEMS, [Recorder(judge, ModelSpec(path="y"), tmp_path)], print, grade
+    )
+    other.pilot()
     first = Sampler.of(
         chosen,
         PROBLEMS,
         [Recorder(sampler, ModelSpec(path="x"), tmp_path)],
-        lambda line: None,
-        by_verifier("math"),
+        print,
+        grade,
+        other.limits,
     )
-    other = first.sharing([Recorder(judge, ModelSpec(path="y"), tmp_path)])
     first.pilot()
-    other.pilot()
-    campaign, rates = sampling._campaign(SimpleNamespace(), chosen, first, other)
+    rates = tally(other.judged().draws)
+    campaign = sampling._campaign(SimpleNamespace(), chosen, first, rates)
+    assert first.preview(campaign).limit == 20
     first.finish(campaign)
     assert sampler.drawn + judge.drawn <= 60
     assert judge.drawn == 20
-    table = sampling._table(PROBLEMS, first.judged(campaign), rates)
+    table = sampling._table(first, first.judged(campaign), rates)
     agreement = sampling._agreement(table)
     assert agreement["prompts"] == 5
     # The fake draws of both are the same, but the sampler went on after the pilot.
     assert 0.8 < agreement["correlation"] <= 1
+
+
+def test_a_prompt_that_one_model_refuses_has_no_trial_and_is_listed(tmp_path):
+    gone = next(iter(PROBLEMS))
+
+    class Refusing(Engine):
+        def generate(self, prompts, seeds, how):
+            if any(list(p) == list(PROBLEMS[gone].home.tokens) for p in prompts):
+                raise ValueError("too long for this engine")
+            return super().generate(prompts, seeds, how)
+
+    chosen = RejectionSampling(max_new_tokens=8, k=2, cap=8)
+    recorder = Recorder(Refusing(), ModelSpec(path="x"), tmp_path)
+    same_bucket = {
+        p: replace(problem, home=Prompt(0, problem.home.tokens)) for p, problem in PROBLEMS.items()
+    }
+    sampler = Sampler.of(chosen, same_bucket, [recorder], print, by_verifier("math"))
+    sampler.pilot()
+    rates = pl.DataFrame(
+        {"prompt_id": list(PROBLEMS), "n_trials": 4, "n_correct": 2, "n_distinct": 2}
+    )
+    campaign = sampling._campaign(SimpleNamespace(), chosen, sampler, rates)
+    assert gone not in campaign.trials
+    assert sampler.preview(campaign).draws.mean >= 0
+    sampler.finish(campaign)
+    table = sampling._table(sampler, sampler.judged(campaign), rates)
+    assert table.height == 5
+    (line,) = table.filter(pl.col("prompt_id") == gone).to_dicts()
+    assert (line["status"], line["n_trials"], line["sampler_difficulty"]) == ("failed", 0, None)
+
+
+def test_a_stopped_trial_does_not_flatter_its_prompt():
+    """Over many prompts of one rate, the mean of 1 - difficulty is the rate."""
+    rng = np.random.default_rng(0)
+    for p, k in ((0.1, 1), (0.5, 4)):
+        rows = []
+        for i in range(4000):
+            right = np.cumsum(rng.random(400) < p)
+            n = int(max(np.argmax(right >= k) + 1, 4))
+            rows.append((f"p{i}", n, int(right[n - 1]), int(right[n - 1]), "met"))
+        schema = {**PASS_RATES, "status": pl.String}
+        rates = pl.DataFrame(rows, schema=schema, orient="row")
+        found = 1 - stopped_difficulty(rates, 4)["difficulty"].mean()
+        plain = 1 - difficulty(rates)["difficulty"].mean()
+        assert found == pytest.approx(p, abs=0.02)
+        assert plain > found + 0.02
 
 
 def test_cut_and_stuck_draws_are_refused_unless_told_not_to(tmp_path):

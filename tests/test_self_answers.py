@@ -66,11 +66,14 @@ def answered(rows, tokenizer, root, **options):
     return _answers(recorder, 0, rows, chosen, get_verifier("math")), engine, rows
 
 
-def decided(rows, found):
+def decided(rows, found, before=()):
     table = pa.Table.from_pylist(
         rows, schema=pa.schema([f.with_nullable(True) for f in schema.ADDED])
     )
-    context = SimpleNamespace(in_play=lambda b: [r["id"] for r in rows], rows=lambda b: table)
+    ids = [r["id"] for r in rows]
+    context = SimpleNamespace(
+        in_play=lambda b: ids, rows=lambda b: table, known=lambda b: {*ids, *before}
+    )
     return _result(context, 0, found)
 
 
@@ -123,6 +126,26 @@ def test_a_row_without_any_draw_fails_and_no_paraphrase_is_asked_where_none_is_w
     result = decided(rows, found)
     assert result.failed == found.failed
     assert result.decisions.height == 1
+
+
+def test_two_rows_of_a_prompt_never_become_one(tokenizer, tmp_path):
+    """One says it itself, the other's paraphrase comes to the same words."""
+    turns = row(1, 7)["messages"]
+    rows = [
+        {**make_row([*turns[:-1], message("assistant", f"{w}\n#### 7")], answer="7", source=w),
+         "parent_id": None, "origin": None}
+        for w in ("one", "two", "three")
+    ]  # fmt: skip
+    found, _, ordered = answered(rows, tokenizer, tmp_path, paraphrases=1)
+    routes = sorted(found.route.values())
+    assert routes == ["paraphrase", "reference", "reference"]
+    result = decided(ordered, found)
+    assert result.added.num_rows == 1
+    # A row that was written before is not written again, nor lost.
+    (new,) = result.added.column("id").to_pylist()
+    again = decided(ordered, found, before=[new])
+    assert again.added.num_rows == 0
+    assert again.decisions["kept"].all()
 
 
 def test_the_same_words_leave_the_row_as_it_is(tokenizer, tmp_path):

@@ -358,6 +358,7 @@ def test_a_draw_that_fails_is_alone_in_it(fake, engine):
 def test_a_stream_keeps_its_connections_busy_and_names_each_draw(fake, engine):
     fake.always[(7,)] = "500"
     left = [(f"draw {seed}", [5, 6] if seed % 3 else [7], seed) for seed in range(9)]
+    left.insert(4, ("long", [5] * (engine.max_length + 1), 1))
     flying, most = set(), []
 
     def pull(free, idle):
@@ -371,7 +372,8 @@ def test_a_stream_keeps_its_connections_busy_and_names_each_draw(fake, engine):
     for name, text in engine.stream(pull, Sampling(max_new_tokens=5)):
         flying.remove(name)
         found[name] = text
-    assert max(most) == min(engine.slots, 9)
+    assert max(most) == min(engine.slots, 10)
+    assert found.pop("long") == Failed("refused")
     failed = {f"draw {seed}" for seed in (0, 3, 6)}
     assert {n for n, g in found.items() if isinstance(g, Failed)} == failed
     assert {g.text for n, g in found.items() if n not in failed} == {"abcXd"}

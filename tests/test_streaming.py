@@ -2,11 +2,13 @@
 
 import random
 import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
 
 from siftline.kernels.draws import hash64
+from siftline.scoring import streaming
 from siftline.scoring.engines import Failed, Generation, ModelSpec, Sampling
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.samples import sample_store
@@ -143,9 +145,32 @@ def test_several_engines_share_one_campaign(tmp_path, reference):
 
 def test_one_of_several_engines_that_dies_ends_the_run(tmp_path):
     engines = [Stream(1, slots=2), Stream(2, slots=2, dies_after=1)]
-    with pytest.raises(RuntimeError, match=r"engine"):
+    with pytest.raises(RuntimeError, match=r"^the engine died$"):
         play(engines, tmp_path)
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
+
+
+def test_an_interrupt_reaches_every_engine(tmp_path, monkeypatch):
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "wait", interrupted)
+
+    class Slow(Stream):
+        def stream(self, pull, sampling):
+            for ended in super().stream(pull, sampling):
+                time.sleep(0.05)
+                yield ended
+
+    engines = [Slow(1, slots=1), Slow(2, slots=1)]
+    with pytest.raises(KeyboardInterrupt):
+        play(engines, tmp_path)
+    assert sum(len(e.drawn) for e in engines) < 10
+
+
+def test_a_sampler_that_refuses_everything_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="refused all 6 prompts"):
+        play([Stream(bad={p: Failed(REFUSED) for p in RATES})], tmp_path)
 
 
 def test_a_refused_prompt_fails_alone_and_any_other_loss_is_an_error(tmp_path):

@@ -186,10 +186,18 @@ def test_a_grant_finishes_the_cheapest_and_is_never_passed():
 
 
 def test_a_draw_that_never_comes_ends_its_trial_alone():
-    campaign = Campaign.of({"a": 2, "b": 2}, Rule(cap=9))
-    campaign.trials["a"].fail()
-    play(campaign, world({"b": 1.0}))
-    assert {p: t.status for p, t in campaign.trials.items()} == {"a": "failed", "b": "met"}
+    for order in ((0, 1), (1, 0)):  # whichever comes first
+        campaign = Campaign.of({"a": 2, "b": 2}, Rule(cap=9))
+        for draw in order:
+            campaign.feed("a", draw, None if draw else Outcome(True, "x"))
+        play(campaign, world({"b": 1.0}))
+        assert {p: (t.status, t.used) for p, t in campaign.trials.items()} == {
+            "a": ("failed", 1), "b": ("met", 2),
+        }  # fmt: skip
+    done = Campaign.of({"a": 1}, Rule(cap=9))
+    done.feed("a", 5, None)  # behind the stop
+    done.feed("a", 0, Outcome(True, "x"))
+    assert done.trials["a"].status == "met"
 
 
 def test_the_prior_follows_the_pool():

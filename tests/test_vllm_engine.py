@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines import ModelSpec, Sampling, open_engine
+from siftline.scoring.engines import Failed, ModelSpec, Sampling, open_engine
 from siftline.scoring.pipe import Frame, list_column
 from siftline.scoring.vllm_backend import TRIES, VllmBackend
 from siftline.scoring.vllm_options import engine_options, set_environment
@@ -145,6 +145,7 @@ def test_a_stream_draws_what_batches_draw_whatever_ends_first(engine, monkeypatc
     rows = random_rows(12, [5, 40, 20, 9])
     sampling = Sampling(max_new_tokens=24, temperature=1.0)
     wanted = [((i, j), rows[i], 50 + j) for i in range(4) for j in range(3)]
+    wanted.insert(2, ("long", [5] * 161, 1))
     seen = []
     pull, flying = pulled(wanted, 3, seen)
     found = {}
@@ -152,6 +153,7 @@ def test_a_stream_draws_what_batches_draw_whatever_ends_first(engine, monkeypatc
         flying[0] -= 1
         found[name] = text
     expected = engine.generate(rows, [[50, 51, 52]] * 4, sampling)
+    assert found.pop("long") == Failed("refused")
     assert found == {(i, j): expected[i][j] for i in range(4) for j in range(3)}
     assert max(seen) == 3
     # A stream that is left ends what is under way, and the engine goes on.
@@ -227,7 +229,7 @@ def test_a_killed_parent_leaves_no_worker(spec, tmp_path):
         textwrap.dedent(
             f"""
             import os, signal, sys, threading, time
-            from siftline.scoring.engines import ModelSpec, Sampling, open_engine
+            from siftline.scoring.engines import Failed, ModelSpec, Sampling, open_engine
             with open_engine(ModelSpec(**{dataclasses.asdict(spec)!r})) as engine:
                 print(engine.pid, flush=True)
                 engine.generate([[5] * 20] * 60, [[s, s + 1] for s in range(60)],

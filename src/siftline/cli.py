@@ -100,9 +100,11 @@ def plan(
     order = [stage.name for stage in loaded.stages]
     before = order[: order.index(names[0])]
     done = [stage.name for stage, _ in outputs_so_far(workspace, loaded)]
-    if before and before[-1] not in done:
-        select = f'+key:"{loaded.name}/{before[-1]}"'
-        _run(workspace, loaded, changed, workers=workers, select=select)
+    if not before or before[-1] not in done:
+        stage = f'key:"{loaded.name}/{names[0]}"'
+        _run(workspace, loaded, changed, workers=workers, select=f"+{stage} and not {stage}")
+    for later in names[1:]:
+        say(f"{later}: can be planned when {names[0]} has run")
     said = plan_stage(workspace, loaded, names[0], say)
     if as_json:
         click.echo(json.dumps({"stage": names[0], **said.as_json()}))

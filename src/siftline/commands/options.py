@@ -50,6 +50,11 @@ def limited(
     stages = [stage.name for stage in recipe.stages if stage.kind == "rejection_sampling"]
     if not stages:
         raise ValueError(f"recipe {recipe.name!r} has no rejection_sampling stage to limit")
+    if len(stages) > 1:
+        raise ValueError(
+            f"recipe {recipe.name!r} has {len(stages)} rejection_sampling stages: give each its "
+            f"limit, e.g. --set stages.{stages[0]}.max_draws=1000"
+        )
     return (
         *overrides,
         *(f"stages.{stage}.{key}={value}" for stage in stages for key, value in given.items()),

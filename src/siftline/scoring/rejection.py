@@ -26,7 +26,7 @@ class RejectionSampling:
             answers, or the "sampler"'s. Cost is always the sampler's. One pilot does for both where
             they are one model.
         pilot: Draws of every prompt that measure its pass rate; they count.
-        cap: Most draws of a prompt.
+        cap: Most draws of a prompt; vanilla has k instead.
         unsolved_cap: Most draws of a prompt never solved; None gives it up as soon as the draws
             that its target is expected to cost pass the cap.
         max_quantile: Quantile of the difficulties that counts as the hardest.
@@ -34,9 +34,10 @@ class RejectionSampling:
             that the prompt has already; 1 takes only the same text for a copy.
         screen: Also refuse cut, repetitive and wrong-language answers; see `scoring.degenerate`.
         negatives: Refuted answers of a prompt that are kept for preference pairs.
-        max_draws: Most draws in all; null sets no limit. When they run out, the trials that are
-            cheapest to finish have been finished first.
-        max_tokens: Most tokens generated in all.
+        max_draws: Most draws of this stage, pilots included; null sets no limit. When they run out,
+            the trials that are cheapest to finish have been finished first.
+        max_tokens: Most tokens of these draws. What a server generated for a request that was lost
+            or timed out is not known, and not counted.
         temperature: Of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its sampler).
         top_p: Of the draws (DART-Math 0.95).
         max_new_tokens: Of the draws.

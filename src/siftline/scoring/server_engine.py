@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -194,18 +195,25 @@ class ServerEngine:
     def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
         """Draws what `pull` gives as connections come free. See `streaming.Streaming`.
 
+        A prompt that leaves no room for an answer is refused alone.
+
         Raises:
-            ValueError: if a prompt leaves no room for an answer.
             RuntimeError: as `score`.
         """
         call, begun = self._client.begin(), 0
         flying: dict[Future[Generation | Failed], Any] = {}
         try:
             while True:
-                asked = pull(self.slots - len(flying), not flying)
-                if not asked and not flying:
+                given = pull(self.slots - len(flying), not flying)
+                if not given and not flying:
                     return
-                check_rows([tokens for _, tokens, _ in asked], self.max_length, room=1)
+                fits = [0 < len(tokens) < self.max_length for _, tokens, _ in given]
+                asked = list(compress(given, fits))
+                for (name, _, _), room in zip(given, fits, strict=True):
+                    if not room:
+                        yield name, Failed(REFUSED)
+                if not asked and not flying:
+                    continue
                 for name, tokens, seed in asked:
                     job = self._draw_job(tokens, seed, sampling)
                     flying[self._client.start(begun, job, call)] = name

@@ -8,7 +8,7 @@ decides nothing: a trial reads them in draw order.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -109,8 +109,13 @@ def stream_campaign(
         else:
             pool = stack.enter_context(ThreadPoolExecutor(len(recorders), "stream"))
             running = [pool.submit(_pull_from, r, state, sampling) for r in recorders]
-            for future in running:
-                future.result()
+            try:
+                wait(running)
+            except BaseException as error:  # an interrupt must reach the threads
+                state.give_up(error)
+                raise
+            if state.error is not None:
+                raise state.error
         return state.made
 
 
@@ -206,7 +211,7 @@ class _State:
             self.flying -= 1
             if isinstance(given, Failed):
                 self.made.lost[prompt] = given.reason
-                self.campaign.trials[prompt].fail()
+                self.campaign.feed(prompt, draw, None)
                 self.recorder.tally.failed += 1
             else:
                 home = self.prompts[prompt]

@@ -86,6 +86,8 @@ class VllmBackend:
         if request.kind == "drop":
             self.drop()
             return Frame("reply")
+        # A call of its own would step the draws under way, and lose those that end.
+        assert request.kind == "advance" or not self._under_way, request.kind
         before = self.asked_again
         rows = request.lists("tokens")
         self._check_ids(rows)

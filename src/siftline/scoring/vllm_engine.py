@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,6 +46,7 @@ from siftline.scoring.engines import (
 )
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.pipe import Frame, list_column
+from siftline.scoring.recorder import REFUSED
 from siftline.scoring.spans import stop_tokens
 from siftline.scoring.streaming import Pull
 from siftline.scoring.templates import load_tokenizer
@@ -54,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
-"""Reason of a row that vLLM returns without scores however often it is asked."""
 MOST_TARGETS = 128
 """vLLM's limit on logprob_token_ids."""
 SLOTS = 256
@@ -213,19 +214,26 @@ class VllmEngine:
     def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
         """Draws what `pull` gives as slots come free. See `streaming.Streaming`.
 
+        A prompt that leaves no room for an answer is refused alone.
+
         Raises:
-            ValueError: if a prompt leaves no room for an answer or has an unknown token, or vLLM
-                refuses the sampling.
+            ValueError: if a prompt has an unknown token, or vLLM refuses the sampling.
         """
         facts = {**dataclasses.asdict(sampling), "ends": self._ends}
         flying: dict[int, Any] = {}
         begun = 0
         try:
             while True:
-                asked = pull(self.slots - len(flying), not flying)
-                if not asked and not flying:
+                given = pull(self.slots - len(flying), not flying)
+                if not given and not flying:
                     return
-                check_rows([tokens for _, tokens, _ in asked], self.max_length, room=1)
+                fits = [0 < len(tokens) < self.max_length for _, tokens, _ in given]
+                asked = list(compress(given, fits))
+                for (name, _, _), room in zip(given, fits, strict=True):
+                    if not room:
+                        yield name, Failed(REFUSED)
+                if not asked and not flying:
+                    continue
                 numbers = range(begun, begun + len(asked))
                 begun += len(asked)
                 flying |= {n: name for n, (name, _, _) in zip(numbers, asked, strict=True)}

@@ -45,6 +45,7 @@ class Preview:
         tokens: Tokens to generate.
         seconds: Time it takes at the pilot's speed; None where no draw of the pilot was made now.
         met: Prompts, of all, whose target will be met.
+        limit: Draws that may still be made; the other numbers don't know of it. None is no limit.
     """
 
     prompts: int
@@ -52,6 +53,7 @@ class Preview:
     tokens: Estimate
     seconds: Estimate | None
     met: Estimate
+    limit: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -61,7 +63,9 @@ class Preview:
         parts = [f"{_said(self.draws)} draws", f"{_said(self.tokens)} tokens"]
         if self.seconds is not None:
             parts.append(f"{_said(self.seconds)} s")
-        return f"{self.prompts:,} prompts open: {', '.join(parts)}; {_said(self.met)} targets met"
+        said = f"{self.prompts:,} prompts open: {', '.join(parts)}; {_said(self.met)} targets met"
+        short = self.limit is not None and self.limit < self.draws.high
+        return f"{said}; but {self.limit:,} draws may be made" if short else said
 
 
 def preview(

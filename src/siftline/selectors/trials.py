@@ -119,7 +119,7 @@ class Trial:
         self.status: Status = "open"
         self.same: dict[int, str] = {}
         self._kept: dict[str, frozenset[str]] = {}
-        self._early: dict[int, Outcome] = {}
+        self._early: dict[int, Outcome | None] = {}
         self._settle()
 
     @property
@@ -132,17 +132,19 @@ class Trial:
         """Distinct verified answers found, those beyond the target included."""
         return len(self._kept)
 
-    def feed(self, draw: int, outcome: Outcome) -> None:
-        """Takes in a draw, in any order; draws beyond the stop change nothing."""
+    def feed(self, draw: int, outcome: Outcome | None) -> None:
+        """Takes in a draw, in any order; draws beyond the stop change nothing.
+
+        None is a draw that will never come: the trial fails if it gets there.
+        """
         self._early[draw] = outcome
         while self.status == "open" and self.used in self._early:
-            self._read(self.used, self._early.pop(self.used))
+            found = self._early.pop(self.used)
+            if found is None:
+                self.status = "failed"
+                return
+            self._read(self.used, found)
             self._settle()
-
-    def fail(self) -> None:
-        """Stops for a draw that will never come."""
-        if self.status == "open":
-            self.status = "failed"
 
     def wanted(self) -> int:
         """Draws that it is expected to need still, rounded up; 0 when it has stopped."""
@@ -238,8 +240,8 @@ class Campaign:
         """The same trials of some prompts, with a queue of their own."""
         return Campaign({prompt: self.trials[prompt] for prompt in prompts})
 
-    def feed(self, prompt: str, draw: int, outcome: Outcome) -> None:
-        """Takes in one draw."""
+    def feed(self, prompt: str, draw: int, outcome: Outcome | None) -> None:
+        """Takes in one draw, or None for one that will never come."""
         self.trials[prompt].feed(draw, outcome)
         self._asked[prompt] = max(self._asked[prompt], draw + 1)
         self._stale.add(prompt)
@@ -322,7 +324,7 @@ def words_of(text: str) -> frozenset[str]:
 
 def run(
     campaign: Campaign,
-    draw: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int, Outcome]]],
+    draw: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int, Outcome | None]]],
     slots: int,
     *,
     guess: bool = True,

@@ -81,6 +81,13 @@ class Context:
         wanted = pa.array(ids, pa.string())
         return everything.filter(pa.compute.is_in(everything["id"], wanted)).sort_by("id")
 
+    def known(self, bucket: int) -> set[str]:
+        """Ids of the pool's rows and of all that stages before this one added, in play or not."""
+        ids = set(self.pool.rows(bucket, ["id"]).column("id").to_pylist())
+        for _, output in self.before:
+            ids |= set(output.added(bucket).column("id").to_pylist())
+        return ids
+
     def rows_of(self, ids: set[str]) -> pa.Table:
         """The rows in play with one of these ids, bucket by bucket, sorted by id."""
         wanted = pa.array(sorted(ids), pa.string())

@@ -25,6 +25,7 @@ def run_campaign(
     judge: Judge,
     *,
     guess: bool,
+    stream: bool = True,
 ) -> Made:
     """Runs a campaign to its end on the copies of one model.
 
@@ -36,12 +37,13 @@ def run_campaign(
         seed: The run's seed.
         judge: Says what draws are worth; called from one thread at a time.
         guess: Also make draws that may turn out not to be needed, rather than leave slots idle.
+        stream: Let engines that can take new draws at any moment do so.
 
     Raises:
-        RuntimeError: if the engine gave no draw for some prompt, other than by refusing it: what
-            was drawn is kept.
+        RuntimeError: if the engine gave no draw for some prompt, other than by refusing it, or
+            refused all of them; what was drawn is kept.
     """
-    if all(isinstance(r.engine, Streaming) for r in recorders):
+    if stream and all(isinstance(r.engine, Streaming) for r in recorders):
         made = stream_campaign(recorders, campaign, prompts, sampling, seed, judge, guess=guess)
     else:
         made = _in_batches(recorders, campaign, prompts, sampling, seed, judge, guess)
@@ -51,6 +53,10 @@ def run_campaign(
         raise RuntimeError(
             f"{len(lost)} prompts got no draw, first {first} ({lost[first]}): run again, what "
             "was drawn is kept"
+        )
+    if made.lost and len(made.lost) == len(campaign.trials):
+        raise RuntimeError(
+            f"the sampler refused all {len(made.lost)} prompts: check the model and max_new_tokens"
         )
     return made
 
@@ -74,15 +80,13 @@ def _in_batches(
         here = Made()
         part = campaign.part(mine)
 
-        def draw(batch: list[tuple[str, int]]) -> Iterator[tuple[str, int, Outcome]]:
+        def draw(batch: list[tuple[str, int]]) -> Iterator[tuple[str, int, Outcome | None]]:
             wanted: dict[str, list[int]] = {}
             for prompt, index in sorted(batch):
                 wanted.setdefault(prompt, []).append(index)
             tokens = {prompt: prompts[prompt].tokens for prompt in wanted}
             drawn, lost = draw_samples(recorder, bucket, tokens, wanted, sampling, seed)
-            for prompt, reason in lost.items():
-                here.lost[prompt] = reason
-                part.trials[prompt].fail()
+            here.lost |= lost
             ended = [
                 (
                     line["prompt_id"],
@@ -96,6 +100,8 @@ def _in_batches(
                 outcomes = judge(ended)
             for (prompt, index, _), outcome in zip(ended, outcomes, strict=True):
                 yield prompt, index, outcome
+            for prompt, index in sorted(set(batch) - {(p, j) for p, j, _ in ended}):
+                yield prompt, index, None
 
         run(part, draw, MAX_ROWS, guess=guess)
         return here

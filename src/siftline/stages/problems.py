@@ -1,5 +1,6 @@
 """Prompts that can be sampled, what their draws were worth, and the rows that come of them."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +50,19 @@ class Judgement:
 
 
 def problems_of(
-    sampler: Recorder, buckets: Iterable[tuple[int, pa.Table]]
+    model: Recorder, buckets: Iterable[tuple[int, pa.Table]], verifier: str
 ) -> tuple[dict[str, Problem], dict[str, int]]:
-    """Prompts with one independent answer, by prompt id; counts of those left out."""
+    """Prompts with one independent answer, by prompt id; counts of those left out.
+
+    Args:
+        model: Whose tokens, template and length the prompts get.
+        buckets: Rows by store bucket.
+        verifier: Name of the verifier, which says when two reference answers are the same.
+    """
     problems: dict[str, Problem] = {}
     skipped = {"no_independent_answer": 0, "conflicting_answers": 0, "too_long": 0}
     for bucket, rows in buckets:
-        tokens, unfit = prompts_of(sampler, rows)
+        tokens, unfit = prompts_of(model, rows)
         by_prompt: dict[str, list[dict[str, Any]]] = {}
         for row in rows.to_pylist():  # sorted by id, so the parent is the smallest
             by_prompt.setdefault(row["prompt_id"], []).append(row)
@@ -63,7 +70,7 @@ def problems_of(
             proven = [r for r in answers if r["answer_from"] == "independent"]
             if not proven:
                 skipped["no_independent_answer"] += 1
-            elif len({final_answer(f"#### {r['answer']}", "math") for r in proven}) > 1:
+            elif len({_reference(r["answer"], verifier) for r in proven}) > 1:
                 skipped["conflicting_answers"] += 1
             elif prompt in unfit:
                 skipped["too_long"] += 1
@@ -72,14 +79,35 @@ def problems_of(
     return problems, skipped
 
 
+def _reference(answer: str, verifier: str) -> str | None:
+    """What makes two reference answers the same."""
+    if verifier == "math":
+        return final_answer(f"#### {answer}", "math")
+    if verifier == "json_schema":
+        try:
+            return schema.digest(json.loads(answer))
+        except ValueError:
+            return answer
+    return schema.canonical_text(answer)
+
+
+def fault_of(problem: Problem, given: Generation, *, screen: bool) -> str | None:
+    """Why a draw is no answer, whatever it says: cut, or degenerate where that is looked for."""
+    text = schema.canonical_text(given.text)
+    if given.finish_reason != "stop" or not text:
+        return "truncated"
+    return degenerate(text, problem.text) if screen else None
+
+
+UNJUDGED = Verdict(None, None, "unjudged")
+"""The verdict on a draw with a fault: nobody asks."""
+
+
 def judge_draw(
-    problem: Problem, draw: int, given: Generation, verdict: Verdict, *, screen: bool
+    problem: Problem, draw: int, given: Generation, fault: str | None, verdict: Verdict
 ) -> dict[str, Any]:
     """One line of `JUDGED`: whether a draw is whole, sound and verified."""
     text = schema.canonical_text(given.text)
-    fault = "truncated" if given.finish_reason != "stop" or not text else None
-    if fault is None and screen:
-        fault = degenerate(text, problem.text)
     return {
         "prompt_id": problem.parent["prompt_id"],
         "draw": draw,

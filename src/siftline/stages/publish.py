@@ -33,7 +33,7 @@ COLUMNS = {
     "sift_perplexity": "exp(-sift_logprob_mean)",
     "sift_confidence": "weighted mean of the parts of confidence; null for corrected rows",
     "sift_cluster": "cluster of the prompt",
-    "sift_difficulty": "1 - pass rate of the sampler on the prompt",
+    "sift_difficulty": "1 - pass rate on the prompt, of the model that set its target",
 }
 
 

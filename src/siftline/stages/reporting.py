@@ -170,8 +170,12 @@ def _correct_notes(name: str, facts: dict[str, Any]) -> list[str]:
     notes = [f"{name}: {facts['corrected']} responses corrected, {facts['rescued']} rescued."]
     if judge["failed"]:
         notes.append(f"{name}: no usable verdict on {judge['failed']} of {judge['asked']} pairs.")
-    if 2 * judge["undecided"] > judge["asked"] - judge["failed"] > 0:
-        notes.append(f"{name}: the judge chose by place in {judge['undecided']} of its pairs.")
+    by_place, told = (
+        judge["always_first"] + judge["always_second"],
+        judge["asked"] - judge["failed"],
+    )
+    if 2 * by_place > told:
+        notes.append(f"{name}: the judge chose by place in {by_place} of {told} pairs.")
     return notes
 
 
@@ -184,6 +188,10 @@ def _sampling_notes(name: str, facts: dict[str, Any]) -> list[str]:
             f"{name}: {unsolved} prompts given up without one verified answer; look at them, many "
             "are mislabelled (difficulty table, status unsolved)."
         )
+    if ends.get("capped"):
+        notes.append(f"{name}: {ends['capped']} prompts reached the cap with answers missing.")
+    if ends.get("failed"):
+        notes.append(f"{name}: the sampler refused {ends['failed']} prompts.")
     if ends.get("out_of_budget"):
         notes.append(f"{name}: draws or tokens ran out with {ends['out_of_budget']} prompts open.")
     rates = facts.get("pass_rates")

@@ -32,7 +32,8 @@ def sample_bank(context: Context) -> dict[str, pa.Table]:
     """Preference pairs and verifiable prompts of a recipe's rejection sampling, by config name.
 
     A chosen answer passed every gate after it was drawn; that the budget left it out is no fault. A
-    rejected answer was whole and sound, and its final answer is another than the reference.
+    rejected answer was whole and sound, and its final answer is another than the reference; no gate
+    reads it beside its prompt's. A prompt whose row a later gate removed is left out.
 
     Args:
         context: After the last stage.
@@ -47,9 +48,10 @@ def sample_bank(context: Context) -> dict[str, pa.Table]:
     pairs, prompts = [], []
     for i, (stage, output) in enumerate(context.before):
         if stage.kind == "rejection_sampling":
-            pairs += list(_pairs(context, output, _spoiled(context.before[i + 1 :], context)))
+            spoiled = _spoiled(context.before[i + 1 :], context)
+            pairs += list(_pairs(context, output, spoiled))
             if stage.options.verifier != JUDGE:
-                prompts += list(_verifiable(context, stage, output))
+                prompts += list(_verifiable(context, stage, output, spoiled))
     return {PREFERENCES: _table(pairs, _PAIR, seed), RLVR: _table(prompts, _PROMPT, seed)}
 
 
@@ -95,7 +97,8 @@ def _pairs(context: Context, output: StageOutput, spoiled: set[str]) -> Iterator
     """The i-th good draw of a prompt against its i-th refuted one, in draw order."""
     refuted: dict[str, list[dict[str, Any]]] = {}
     negatives = output.table("negatives")
-    assert negatives is not None
+    if negatives is None:  # a table without lines is not written
+        return
     for line in negatives.sort("prompt_id", "draw").to_dicts():
         refuted.setdefault(line["prompt_id"], []).append(line)
     for bucket in context.buckets:
@@ -120,11 +123,15 @@ def _pairs(context: Context, output: StageOutput, spoiled: set[str]) -> Iterator
                 }
 
 
-def _verifiable(context: Context, stage: Stage, output: StageOutput) -> Iterator[dict[str, Any]]:
+def _verifiable(
+    context: Context, stage: Stage, output: StageOutput, spoiled: set[str]
+) -> Iterator[dict[str, Any]]:
     assert isinstance(stage.options, RejectionSampling)
     rates = output.table("difficulty")
-    assert rates is not None
-    some = rates.filter((pl.col("n_correct") > 0) & (pl.col("n_correct") < pl.col("n_trials")))
+    if rates is None:
+        return
+    sometimes = (pl.col("n_correct") > 0) & (pl.col("n_correct") < pl.col("n_trials"))
+    some = rates.filter(sometimes & ~pl.col("parent_id").is_in(list(spoiled)))
     parents = {line["parent_id"]: line for line in some.to_dicts()}
     for bucket in context.buckets:
         here = [i for i in parents if schema.bucket_of(i, context.pool.buckets) == bucket]
@@ -136,7 +143,7 @@ def _verifiable(context: Context, stage: Stage, output: StageOutput) -> Iterator
                     "prompt": _plain(row["messages"][:-1]),
                     "answer": row["answer"],
                     "verifier": stage.options.verifier,
-                    "pass_rate": line["n_correct"] / line["n_trials"],
+                    "pass_rate": 1 - line["sampler_difficulty"],
                     "n_trials": line["n_trials"],
                 }
 

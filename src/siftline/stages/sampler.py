@@ -2,19 +2,26 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
 
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.rejection import RejectionSampling
+from siftline.scoring.rejection import JUDGE, RejectionSampling
 from siftline.scoring.streaming import Draw
 from siftline.selectors.preview import Preview, preview
 from siftline.selectors.trials import Campaign, Outcome, Rule, words_of
 from siftline.stages.drawing import run_campaign
 from siftline.stages.grading import Grader
-from siftline.stages.problems import JUDGED, Judgement, Problem, judge_draw
+from siftline.stages.problems import (
+    JUDGED,
+    UNJUDGED,
+    Judgement,
+    Problem,
+    fault_of,
+    judge_draw,
+)
 
 
 @dataclass
@@ -75,14 +82,13 @@ class Sampler:
         recorders: Sequence[Recorder],
         emit: Callable[[str], None],
         grade: Grader,
+        limits: Limits | None = None,
     ) -> "Sampler":
-        """A sampler with the options' limits."""
-        limits = Limits(options.max_draws, options.max_tokens, options.max_new_tokens)
-        return cls(options, problems, recorders, emit, grade, limits)
-
-    def sharing(self, recorders: Sequence[Recorder]) -> "Sampler":
-        """Another model on the same problems, out of the same budget."""
-        return Sampler(self.options, self.problems, recorders, self.emit, self.grade, self.limits)
+        """A sampler with the options' limits, or with those it shares with another."""
+        own = Limits(options.max_draws, options.max_tokens, options.max_new_tokens)
+        if options.verifier == JUDGE:  # one copy: the judge may be the same model, and not twice
+            recorders = recorders[:1]
+        return cls(options, problems, recorders, emit, grade, limits or own)
 
     def pilot(self) -> None:
         """Makes the pilot's draws of every prompt.
@@ -92,6 +98,12 @@ class Sampler:
         """
         n = self.options.k if self.options.target == "vanilla" else self.options.pilot
         n = min(n, self.options.pilot)
+        needed, left = n * len(self.problems), self.limits.draws
+        if left is not None and left < needed:
+            raise ValueError(
+                f"max_draws leaves {left:,} draws and the pilot of {len(self.problems):,} prompts "
+                f"takes {needed:,}: raise it, or set a smaller pilot"
+            )
         campaign = Campaign.of(dict.fromkeys(self.problems, n), Rule(cap=n, pilot=n))
         began = time.monotonic()
         computed, tokens = self.run(campaign)
@@ -100,9 +112,8 @@ class Sampler:
         starved = campaign.open()
         if starved:
             raise ValueError(
-                f"max_draws or max_tokens ended the pilot with {len(starved)} of "
-                f"{len(self.problems)} prompts unmeasured: raise it, or set a smaller pilot; what "
-                "was drawn is kept"
+                f"max_tokens ended the pilot with {len(starved)} of {len(self.problems)} prompts "
+                "unmeasured: raise it, or set a smaller pilot; what was drawn is kept"
             )
 
     def trials(self, targets: Mapping[str, int], rule: Rule) -> Campaign:
@@ -119,7 +130,8 @@ class Sampler:
         for (prompt, _), line in self.lines.items():
             made, tokens = drawn.get(prompt, (0, 0))
             drawn[prompt] = made + 1, tokens + line["n_tokens"]
-        return preview(campaign.trials, drawn, self.seconds_per_token)
+        said = preview(campaign.trials, drawn, self.seconds_per_token)
+        return replace(said, limit=self.limits.left())
 
     def finish(self, campaign: Campaign) -> None:
         """Runs trials until each has stopped, for its own reasons or for want of budget."""
@@ -146,24 +158,36 @@ class Sampler:
             before = set(self.lines)
 
             def judge(batch: Sequence[Draw]) -> list[Outcome]:
-                asked = [(self.problems[prompt], text) for prompt, _, text in batch]
-                outcomes = []
-                for (prompt, draw, text), verdict in zip(batch, self.grade(asked), strict=True):
-                    problem, screen = self.problems[prompt], self.options.screen
-                    line = judge_draw(problem, draw, text, verdict, screen=screen)
-                    self.lines[prompt, draw] = line
-                    outcomes.append(_outcome(line, rule))
-                return outcomes
+                lines = self._judge(batch)
+                self.lines |= {(line["prompt_id"], line["draw"]): line for line in lines}
+                return [_outcome(line, rule) for line in lines]
 
             made = run_campaign(
                 self.recorders, campaign, homes, self.options.sampling, self.options.seed, judge,
-                guess=left is None,
+                guess=left is None, stream=self.options.verifier != JUDGE,
             )  # fmt: skip
             new = [line for name, line in self.lines.items() if name not in before]
             self.limits.charge(len(new), sum(line["n_tokens"] for line in new))
             computed, tokens = computed + made.computed, tokens + made.tokens
             self._say(campaign, made.lost)
         return computed, tokens
+
+    def _judge(self, batch: Sequence[Draw]) -> list[dict[str, Any]]:
+        """Lines of `JUDGED`; what has a fault is not put to the verifier."""
+        problems = [self.problems[prompt] for prompt, _, _ in batch]
+        screen = self.options.screen
+        faults = [
+            fault_of(problem, text, screen=screen)
+            for problem, (_, _, text) in zip(problems, batch, strict=True)
+        ]
+        sound = [i for i, fault in enumerate(faults) if fault is None]
+        verdicts = dict(
+            zip(sound, self.grade([(problems[i], batch[i][2]) for i in sound]), strict=True)
+        )
+        return [
+            judge_draw(problems[i], draw, text, faults[i], verdicts.get(i, UNJUDGED))
+            for i, (_, draw, text) in enumerate(batch)
+        ]
 
     def judged(self, campaign: Campaign | None = None) -> Judgement:
         """The draws that a campaign's trials read, or all where none is given; and the trials."""

@@ -1,7 +1,7 @@
 """Rejection sampling: draws from the sampler until every prompt has its verified answers."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,65 +13,107 @@ from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import StageResult
 from siftline.progress import Progress
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.rejection import RejectionSampling
-from siftline.selectors.difficulty import accept, difficulty, tally, targets_for
+from siftline.scoring.rejection import JUDGE, RejectionSampling
+from siftline.selectors.difficulty import (
+    accept,
+    difficulty,
+    stopped_difficulty,
+    tally,
+    targets_for,
+)
 from siftline.selectors.preview import Preview
 from siftline.selectors.selection import decisions
 from siftline.selectors.trials import Campaign, Rule, fit_prior
 from siftline.stages.context import Context, StageRun
 from siftline.stages.grading import by_verifier, grader
-from siftline.stages.problems import Judgement, Problem, added_rows, negatives, problems_of
-from siftline.stages.sampler import Sampler
+from siftline.stages.problems import Judgement, added_rows, negatives, problems_of
+from siftline.stages.sampler import Limits, Sampler
 from siftline.stages.scorers import quality
+
+
+@dataclass(frozen=True)
+class _Piloted:
+    """A stage whose pilots are drawn.
+
+    Attributes:
+        sampler: What draws the rest.
+        skipped: Counts of prompts that can't be sampled.
+        campaign: The trials, which have read the sampler's pilot.
+        other: Pass rates of the target's own pilot, where another model draws.
+    """
+
+    sampler: Sampler
+    skipped: dict[str, int]
+    campaign: Campaign
+    other: pl.DataFrame | None
+
+    def preview(self) -> Preview:
+        """What the rest will cost."""
+        return self.sampler.preview(self.campaign)
 
 
 def rejection_sampling(context: Context) -> StageRun:
     """Adds the first k distinct verified draws of each prompt; every row in play stays."""
-    options = context.stage.options
-    assert isinstance(options, RejectionSampling)
-    problems, skipped = problems_of(context.recorder("sampler"), context.store_buckets())
     progress = Progress(context.stage.name, 0, context.emit, "draws")
-    sampler = _sampler(context, options, problems, progress)
-    other = _other_model(context, options)
-    facts: dict[str, Any] = {"prompts": len(problems), "skipped_prompts": skipped}
-    sampler.pilot()
-    judge = sampler.sharing(context.recorders("target", progress)) if other else sampler
-    if other:
-        judge.pilot()
-    campaign, rates = _campaign(context, options, sampler, judge)
-    before = sampler.preview(campaign)
+    found = _piloted(context, progress)
+    sampler, campaign = found.sampler, found.campaign
+    before = found.preview()
     context.emit(f"{context.stage.name}: {before}")
     sampler.finish(campaign)
     progress.close()
     judged = sampler.judged(campaign)
     taken = accept(judged.draws, judged.targets)
-    table = _table(problems, judged, None if judge is sampler else rates)
-    results = _results(context, added_rows(problems, judged.draws, taken))
-    facts |= _facts(judged, campaign, before)
-    answered = set(judged.targets.filter(pl.col("status") != "failed")["prompt_id"])
-    skipped["refused"] = len(problems) - len(answered)
-    if other:
+    table = _table(sampler, judged, found.other)
+    results = _results(context, added_rows(sampler.problems, judged.draws, taken))
+    facts = {
+        "prompts": len(sampler.problems),
+        "skipped_prompts": found.skipped,
+        **_facts(judged, campaign, before),
+        "targets": dict(sorted(table["status"].value_counts().iter_rows())),
+        "vacuous": not sampler.problems,
+    }
+    if found.other is not None:
         facts["pass_rates"] = _agreement(table)
-    facts["vacuous"] = not problems
-    side = {"difficulty": table, "negatives": negatives(judged, options.negatives)}
+        facts["target_draws"] = int(found.other["n_trials"].sum())
+    side = {"difficulty": table, "negatives": negatives(judged, sampler.options.negatives)}
     return StageRun(results, side, facts)
 
 
 def preview_of(context: Context) -> Preview:
     """Draws the pilot, which counts, and says what the rest of this stage would cost."""
+    progress = Progress(context.stage.name, 0, context.emit, "draws")
+    found = _piloted(context, progress)
+    progress.close()
+    return found.preview()
+
+
+def _piloted(context: Context, progress: Progress) -> _Piloted:
+    """Draws the pilots, the target's first: two models need not lie in memory at once."""
     options = context.stage.options
     assert isinstance(options, RejectionSampling)
-    problems, _ = problems_of(context.recorder("sampler"), context.store_buckets())
-    progress = Progress(context.stage.name, 0, context.emit, "draws")
-    sampler = _sampler(context, options, problems, progress)
-    sampler.pilot()
-    judge = sampler
-    if _other_model(context, options):
-        judge = sampler.sharing(context.recorders("target", progress))
+    other, limits = None, None
+    if "target" in options.more_roles and context.spec("target") != context.spec("sampler"):
+        judge, _ = _model(context, options, "target", progress, None)
         judge.pilot()
-    progress.close()
-    campaign, _ = _campaign(context, options, sampler, judge)
-    return sampler.preview(campaign)
+        other, limits = tally(judge.judged().draws), judge.limits
+        context.opened.close()
+    sampler, skipped = _model(context, options, "sampler", progress, limits)
+    sampler.pilot()
+    return _Piloted(sampler, skipped, _campaign(context, options, sampler, other), other)
+
+
+def _model(
+    context: Context,
+    options: RejectionSampling,
+    role: str,
+    progress: Progress,
+    limits: Limits | None,
+) -> tuple[Sampler, dict[str, int]]:
+    """The prompts in the tokens of a role's model, ready to be drawn for; and counts left out."""
+    recorders = context.recorders(role, progress)
+    problems, skipped = problems_of(recorders[0], context.store_buckets(), options.verifier)
+    grade = grader(options.verifier, lambda: context.recorder("judge"))
+    return Sampler.of(options, problems, recorders, context.emit, grade, limits), skipped
 
 
 def vanilla_rows(
@@ -90,8 +132,16 @@ def vanilla_rows(
 
     Returns:
         Distinct verified rows, columns of `schema.ADDED`.
+
+    Raises:
+        ValueError: if a model is the verifier, which arms don't open.
     """
-    problems, _ = problems_of(sampler, buckets)
+    if options.verifier == JUDGE:
+        raise ValueError(
+            "arm random_sampled copies rejection sampling, whose verifier is a judge: leave the "
+            "arm out, or verify by a verifier"
+        )
+    problems, _ = problems_of(sampler, buckets, options.verifier)
     if not problems or draws < 1:
         return []
     prompts = sorted(problems)
@@ -111,38 +161,22 @@ def vanilla_rows(
     return added_rows(problems, judged.draws, accept(judged.draws, everything))
 
 
-def _sampler(
-    context: Context,
-    options: RejectionSampling,
-    problems: Mapping[str, Problem],
-    progress: Progress,
-) -> Sampler:
-    grade = grader(options.verifier, lambda: context.recorder("judge"))
-    recorders = context.recorders("sampler", progress)
-    return Sampler.of(options, problems, recorders, context.emit, grade)
-
-
-def _other_model(context: Context, options: RejectionSampling) -> bool:
-    """Whether the targets follow another model's pass rates than the cost."""
-    return "target" in options.more_roles and context.spec("target") != context.spec("sampler")
-
-
 def _campaign(
-    context: Context, options: RejectionSampling, sampler: Sampler, judge: Sampler
-) -> tuple[Campaign, pl.DataFrame]:
-    """The trials after the pilot, and the pass rates that set their targets.
+    context: Context, options: RejectionSampling, sampler: Sampler, other: pl.DataFrame | None
+) -> Campaign:
+    """The trials after the pilot.
 
-    Targets come from the pilot's draws alone, so nothing that is drawn later can move them.
+    Targets come from the pilot's draws alone, so nothing that is drawn later can move them. A
+    prompt that either model refused has no trial.
     """
-    rates = tally(judge.judged().draws)
-    pilot = rates if judge is sampler else tally(sampler.judged().draws)
+    pilot = tally(sampler.judged().draws)
     if options.target == "vanilla":
-        rule = Rule(cap=options.k, pilot=options.k)
-        return sampler.trials(dict.fromkeys(pilot["prompt_id"].to_list(), options.k), rule), rates
-    targets = _targets(context, options, rates)
+        rule = Rule(cap=options.k, pilot=options.k, max_similarity=options.max_similarity)
+        return sampler.trials(dict.fromkeys(pilot["prompt_id"].to_list(), options.k), rule)
+    rates = pilot if other is None else other.join(pilot, on="prompt_id", how="semi")
     prior = fit_prior(pilot["n_correct"].to_numpy(), pilot["n_trials"].to_numpy())
     rule = Rule(options.cap, options.pilot, prior, options.unsolved_cap, options.max_similarity)
-    return sampler.trials(targets, rule), rates
+    return sampler.trials(_targets(context, options, rates), rule)
 
 
 def _targets(context: Context, options: RejectionSampling, rates: pl.DataFrame) -> dict[str, int]:
@@ -164,33 +198,36 @@ def _targets(context: Context, options: RejectionSampling, rates: pl.DataFrame) 
 def _results(context: Context, added: list[dict[str, Any]]) -> list[StageResult]:
     results = []
     for bucket in context.buckets:
-        ids = context.in_play(bucket)
+        ids, known = context.in_play(bucket), context.known(bucket)
         frame = decisions(ids, kept=[True] * len(ids))
-        known = set(ids)
         here = [r for r in added if schema.bucket_of(r["id"], context.pool.buckets) == bucket]
         new = [r for r in here if r["id"] not in known]
         results.append(StageResult(frame, {}, pa.Table.from_pylist(new, schema=schema.ADDED)))
     return results
 
 
-def _table(
-    problems: Mapping[str, Problem], judged: Judgement, other: pl.DataFrame | None
-) -> pl.DataFrame:
-    """Pass rates by prompt, targets and how the trials ended.
+def _table(sampler: Sampler, judged: Judgement, other: pl.DataFrame | None) -> pl.DataFrame:
+    """Every prompt's pass rate, target, and how its trial ended.
 
-    `difficulty` is that of the model that set the targets, `sampler_difficulty` the sampler's.
+    `difficulty` is that of the model that set the targets, `sampler_difficulty` the sampler's; both
+    are null where nothing was drawn.
     """
-    parents = {prompt: problem.parent["id"] for prompt, problem in problems.items()}
-    table = difficulty(tally(judged.draws)).with_columns(
-        pl.col("difficulty").alias("sampler_difficulty")
+    parents = {prompt: problem.parent["id"] for prompt, problem in sampler.problems.items()}
+    table = pl.DataFrame(
+        {"prompt_id": list(parents), "parent_id": list(parents.values())},
+        schema={"prompt_id": pl.String, "parent_id": pl.String},
     )
+    table = table.join(judged.targets, on="prompt_id", how="left")
+    table = table.with_columns(pl.col("status").fill_null("failed"))
+    table = table.join(tally(judged.draws), on="prompt_id", how="left")
+    counts = ("n_trials", "n_correct", "n_distinct")
+    table = table.with_columns(pl.col(counts).fill_null(0), pl.col("target").fill_null(0))
+    table = stopped_difficulty(table, sampler.options.pilot)
+    table = table.with_columns(pl.col("difficulty").alias("sampler_difficulty"))
     if other is not None:
         driving = difficulty(other).select("prompt_id", "difficulty")
         table = table.drop("difficulty").join(driving, on="prompt_id", how="left")
-    table = table.join(judged.targets, on="prompt_id").sort("prompt_id")
-    return table.with_columns(
-        pl.col("prompt_id").replace_strict(parents, return_dtype=pl.String).alias("parent_id")
-    )
+    return table.sort("prompt_id")
 
 
 def _facts(judged: Judgement, campaign: Campaign, before: Preview) -> dict[str, Any]:
@@ -201,7 +238,6 @@ def _facts(judged: Judgement, campaign: Campaign, before: Preview) -> dict[str, 
         "draws": draws.height,
         "correct": int(draws["correct"].sum()),
         "tokens": int(draws["n_tokens"].sum()),
-        "targets": dict(sorted(judged.targets["status"].value_counts().iter_rows())),
         "refused": dict(refused.iter_rows()),
         "prior": [prior.a, prior.b] if prior else None,
         "preview": {**before.as_json(), "seconds": None},  # the clock decides no bytes

@@ -19,7 +19,7 @@ from siftline.scoring.streaming import Prompt
 from siftline.scoring.verifiers import Verifier, get_verifier
 from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, split_failed
-from siftline.stages.problems import Problem, judge_draw
+from siftline.stages.problems import Problem, fault_of, judge_draw
 from siftline.stages.spread import over_buckets
 
 ROUTES = ("own_answer", "paraphrase", "reference", "no_independent_answer", "too_long")
@@ -98,18 +98,18 @@ def _answers(
     drawn, lost = draw_samples(model, bucket, prompts, wanted, options.sampling, options.seed)
     texts = _by_name(drawn)
     left: list[Problem] = []
+    said: dict[str, set[str]] = {prompt: set() for prompt in mine}
     for prompt, own in mine.items():
         if prompt in lost:
             found.failed |= {problem.parent["id"]: lost[prompt] for problem in own}
             continue
-        used: set[str] = set()
         for problem in own:
-            text = _first(problem, texts.get(prompt, []), options, check, used)
+            text = _first(problem, texts.get(prompt, []), options, check, said[prompt])
             if text is None:
                 left.append(problem)
             else:
                 _take(found, problem, text, "own_answer")
-    _paraphrase(model, bucket, left, options, check, found)
+    _paraphrase(model, bucket, left, options, check, found, said)
     return found
 
 
@@ -120,6 +120,7 @@ def _paraphrase(
     options: SelfAnswers,
     check: Verifier,
     found: _Found,
+    used: Mapping[str, set[str]],
 ) -> None:
     """Asks for the reference in the model's own words, for rows without an own answer."""
     asked: dict[str, Sequence[int]] = {}
@@ -127,7 +128,7 @@ def _paraphrase(
         if len(problem.parent["messages"]) < 2:  # plain text asks nothing
             continue
         *before, last, response = problem.parent["messages"]
-        text = PARAPHRASE.format(prompt=last["content"], response=response["content"])
+        text = PARAPHRASE.format(prompt=last["content"] or "", response=response["content"] or "")
         question = [*before, schema.message("user", text), response]
         tokens = _tokens(model, question, problem.parent["tools"])
         if tokens is not None:
@@ -142,7 +143,8 @@ def _paraphrase(
         if row in lost:
             found.failed[row] = lost[row]
             continue
-        said = _first(problem, texts.get(row, []), options, check, set())
+        mine = used[problem.parent["prompt_id"]]
+        said = _first(problem, texts.get(row, []), options, check, mine)
         if said is None:
             found.route[row] = "reference"
         else:
@@ -182,8 +184,10 @@ def _first(
 ) -> str | None:
     """The first verified text that is not used yet; it is then."""
     for draw, given in enumerate(texts):
+        if fault_of(problem, given, screen=options.screen) is not None:
+            continue
         verdict = check(schema.canonical_text(given.text), problem.parent["answer"])
-        line = judge_draw(problem, draw, given, verdict, screen=options.screen)
+        line = judge_draw(problem, draw, given, None, verdict)
         if line["correct"] and line["dedup_key"] not in used:
             used.add(line["dedup_key"])
             return str(line["text"])
@@ -200,7 +204,7 @@ def _take(found: _Found, problem: Problem, text: str, route: str) -> None:
 def _result(context: Context, bucket: int, found: _Found) -> StageResult:
     added: dict[str, dict[str, Any]] = {}
     lost_to: dict[str, str] = {}
-    ids = context.in_play(bucket)
+    ids, known = context.in_play(bucket), context.known(bucket)
     for row in _replaced(context, bucket, found):
         new = schema.make_row(
             [*row["messages"][:-1], schema.message("assistant", found.text[row["id"]])],
@@ -209,6 +213,8 @@ def _result(context: Context, bucket: int, found: _Found) -> StageResult:
             source="self",
             tools=row["tools"],
         )
+        if new["id"] in known:  # written before, and kept or removed as itself: this row stays
+            continue
         lost_to[row["id"]] = new["id"]
         route = found.route[row["id"]]
         added[new["id"]] = {**new, "parent_id": row["id"], "origin": f"s3ft {route}"}
@@ -218,9 +224,9 @@ def _result(context: Context, bucket: int, found: _Found) -> StageResult:
         reason=[found.route.get(i, "") for i in ids],
         matched_id=[lost_to.get(i) for i in ids],
     )
-    known = set(ids)
-    new_rows = [row for i, row in sorted(added.items()) if i not in known]
-    failed = {i: why for i, why in found.failed.items() if i in known}
+    new_rows = [row for _, row in sorted(added.items())]
+    here = set(ids)
+    failed = {i: why for i, why in found.failed.items() if i in here}
     result = split_failed(frame, failed)
     return StageResult(
         result.decisions, result.failed, pa.Table.from_pylist(new_rows, schema=schema.ADDED)
