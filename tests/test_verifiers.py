@@ -312,7 +312,8 @@ def test_any_text_gets_a_verdict_on_its_letter(response, answer):
 
 def test_verifiers_by_name():
     assert isinstance(get_verifier("math"), MathVerifier)
-    assert isinstance(get_verifier("siftline.scoring.verifiers:ExactVerifier"), ExactVerifier)
+    own = get_verifier("siftline.scoring.verifiers:ExactVerifier")
+    assert own("Paris.", "paris") == ExactVerifier()("Paris.", "paris")
     for name in ("maths", "no.such.module:x", "siftline.scoring.verifiers:missing",
                  "siftline.scoring.verifiers:LONGEST_EXPRESSION"):  # fmt: skip
         with pytest.raises(ValueError, match="verifier"):

@@ -1,12 +1,12 @@
 """Verifiers by name."""
 
-import importlib
 from collections.abc import Callable
-from typing import Any, cast
+from functools import cache
 
 from siftline.scoring.verifiers.code import plain_code
 from siftline.scoring.verifiers.json_schema import plain_json_schema
 from siftline.scoring.verifiers.mathematics import plain_math
+from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.scoring.verifiers.pattern import plain_regex
 from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier
 from siftline.scoring.verifiers.verdict import Verifier
@@ -27,7 +27,7 @@ def get_verifier(name: str) -> Verifier:
 
     Args:
         name: A key of `NAMED`, or an import path `package.module:attribute` of a verifier, or of a
-            class whose instances are verifiers.
+            class whose instances are verifiers; such a one runs in a process of its own.
 
     Raises:
         ValueError: if the name is unknown, can't be imported, or is not callable; or if what the
@@ -41,11 +41,10 @@ def get_verifier(name: str) -> Verifier:
             f"unknown verifier {name!r}: use {', '.join(NAMED)} or an import path "
             "package.module:attribute"
         )
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"verifier {name!r} can't be imported: {error}") from error
-    made = found() if isinstance(found, type) else found
-    if not callable(made):
-        raise ValueError(f"verifier {name!r} is not callable: give a function (response, answer)")
-    return cast(Verifier, made)
+    return _own(name)
+
+
+@cache
+def _own(name: str) -> Verifier:
+    """One for the process, since each keeps a child process."""
+    return OwnVerifier(name)
