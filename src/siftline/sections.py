@@ -1,5 +1,6 @@
 """The parts of a recipe besides its stages: what each may say, with its defaults."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,12 +129,15 @@ class Training:
             with as many draws of vanilla rejection sampling as the chain made ("random_sampled").
         epochs: Passes over the curated version; random arms get the same loss tokens.
         seeds: One training per arm and seed.
+        reference: Names of the models whose mean log-probabilities objective poft compares with;
+            they score the rows of every arm before training.
     """
 
     options: FineTune = field(default_factory=FineTune)
     arms: tuple[str, ...] = ("random", "curated")
     epochs: float = 1.0
     seeds: tuple[int, ...] = (0,)
+    reference: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for arm in self.arms:
@@ -141,7 +145,25 @@ class Training:
                 raise ValueError(f"arm {arm!r} is unknown: choose {', '.join(ARMS)}")
         if not self.seeds:
             raise ValueError("seeds is empty: name at least one")
-        if self.options.objective == "poft":
+        poft, named = self.options.objective == "poft", ", ".join(self.reference)
+        if poft and not named:
             raise ValueError(
-                "objective poft needs reference scores, which arms have not: use siftline train"
+                "objective poft needs reference models: name them, reference: [model, …]"
             )
+        if named and not poft:
+            raise ValueError(f"reference names {named}, which only objective poft reads: drop it")
+        if len(set(self.reference)) != len(self.reference):
+            raise ValueError(f"reference is {named}: name each model once")
+
+    def check_models(self, models: Mapping[str, Model]) -> None:
+        """Whether the reference models are there and can score.
+
+        Raises:
+            ValueError: if one is not among the recipe's, or only embeds.
+        """
+        for name in self.reference:
+            if name not in models:
+                known = ", ".join(models)
+                raise ValueError(f"training.reference: no model {name!r}: choose {known}")
+            if models[name].spec.engine == "sentence-transformers":
+                raise ValueError(f"training.reference: {name!r} only embeds: name a causal model")

@@ -77,6 +77,7 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
             keys.outcome(recipe, "curated"),
             keys.pool(recipe.pool),
             *(keys.pool(spec) for spec in recipe.sets.dev),  # for the dev loss
+            *(keys.model(name) for name in _references(recipe)),
         ],
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
@@ -104,6 +105,12 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
         )
 
     return model
+
+
+def _references(recipe: Recipe) -> list[str]:
+    """Models trained here whose scores the objective compares with."""
+    named = recipe.training.reference if recipe.training else ()
+    return [name for name in named if recipe.models[name].pretrain is not None]
 
 
 def evaluation_asset(recipe: Recipe) -> dg.AssetsDefinition:

@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.dedup.arrow import arrow_of
-from siftline.dedup.engine import Clock, Deduplicated
 from siftline.dedup.files import Table, open_tables, read_pieces
 from siftline.dedup.keep import Keep
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
+from siftline.dedup.result import Clock, Deduplicated
 from siftline.ingest.layouts import Plan, convert, plan_for
 from siftline.ingest.source import Source
 from siftline.progress import Tracker

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def evaluate_tasks(model: Path, out: Path, as_json: bool, given: Mapping[str, An
         Harness,
         answers_of,
         check_installed,
+        check_model,
         load_tasks,
         run_harness,
         summarise_harness,
@@ -99,8 +101,9 @@ def evaluate_tasks(model: Path, out: Path, as_json: bool, given: Mapping[str, An
         batch_rows=given["batch_rows"],
     )
     check_installed(config.engine)
+    check_model(model)  # before the tasks, which take longer to load
     say(f"harness: {', '.join(config.tasks)}")
-    with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone
+    with _result_alone():
         loaded = load_tasks(config)
         found = run_harness(model.absolute(), config, loaded)
     table = summarise_harness(found, given["confidence"])
@@ -127,6 +130,20 @@ def evaluate_tasks(model: Path, out: Path, as_json: bool, given: Mapping[str, An
     click.echo(json.dumps(result) if as_json else _text(result))
 
 
+@contextlib.contextmanager
+def _result_alone() -> Iterator[None]:
+    """Sends what libraries, and processes of theirs, print on stdout to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _picture(table: pl.DataFrame) -> bytes | None:
     """PNG of everything that is a share of right answers; None where nothing is."""
     from siftline import plots
@@ -134,7 +151,8 @@ def _picture(table: pl.DataFrame) -> bytes | None:
     lines = table.filter(interval="wilson")
     if lines.is_empty():
         return None
-    names = [" ".join(part) for part in lines.select("task", "metric").rows()]
+    parts = lines.select("task", "metric", "filter").rows()
+    names = [" ".join(part for part in line if part != "none") for line in parts]
     bounds = [lines[name].to_numpy() for name in ("value", "low", "high")]
     return plots.accuracy(names, {"model": (bounds[0], bounds[1], bounds[2])})
 

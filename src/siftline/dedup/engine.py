@@ -8,16 +8,14 @@
 Files and the index take the same steps on more rows than fit into memory at once.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 
 from siftline.dedup.arrow import TextColumn, cuts, pieces
+from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings, threads
 from siftline.kernels.codepoints import tables
 from siftline.kernels.groups import memberships, shared
@@ -36,79 +34,16 @@ from siftline.kernels.rows import (
     Shingling,
     Texts,
     collect,
-    collect_held,
-    room_for,
     summarise,
 )
 
-HELD_TEXT = 1 << 30
-"""Bytes of text up to which shingles stay in memory; they take about as much as the text."""
+HELD = 128 << 20
+"""Bytes of shingles that may stay in memory between the two times they are wanted; those of later
+rows are made again. Memory that is touched for the first time costs more than it saves."""
 _TASK_BYTES = 1 << 20
-_TASK_SETS = 1 << 10
+_WORD_BYTES = 4
+"""With the space; where words are shorter on average, some rows are read again."""
 _NOT_HELD = Held(np.empty(0, np.uint32), np.empty(0, np.int64))
-
-
-@dataclass
-class Clock:
-    """Seconds by phase; phases of the same name add up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Deduplicated:
-    """Which of n rows went, and for which; arrays of shape (n,).
-
-    Attributes:
-        matched: int64 row that row i was removed for, -1 where it is kept.
-        similarity: float64, verified, to that row; 0 where it is kept.
-        exact: bool, the two texts are the same bytes.
-        pairs: Pairs whose similarity was computed.
-        seconds: By phase.
-        reason: Why rows went that are not exact.
-    """
-
-    matched: np.ndarray
-    similarity: np.ndarray
-    exact: np.ndarray
-    pairs: int
-    seconds: dict[str, float]
-    reason: str = "near_duplicate"
-
-    @property
-    def kept(self) -> np.ndarray:
-        """bool, shape (n,)."""
-        return self.matched < 0
-
-    @cached_property
-    def cluster_size(self) -> np.ndarray:
-        """int64, shape (n,): a kept row and those removed for it; of a removed row, 0."""
-        gone = self.matched[~self.kept]
-        size = np.bincount(gone, minlength=len(self.matched)) + 1
-        return np.where(self.kept, size, 0)
-
-    @cached_property
-    def clusters(self) -> int:
-        """Groups of two or more rows that removals join."""
-        gone = np.flatnonzero(~self.kept)
-        targets = self.matched[gone]
-        if self.kept[targets].all():
-            return len(np.unique(targets))
-        from scipy.sparse import coo_matrix  # only where all copies are dropped
-        from scipy.sparse.csgraph import connected_components
-
-        n = len(self.matched)
-        edges = coo_matrix((np.ones(len(gone), np.int8), (gone, targets)), shape=(n, n))
-        return len(np.unique(connected_components(edges, directed=False)[1][gone]))
 
 
 @dataclass(frozen=True)
@@ -177,14 +112,14 @@ class Engine:
             texts: Rows.
             out: Where to.
             at: Place of the first.
-            held: Keeps their shingles, too; its values have room for these rows alone.
+            held: Keeps their shingles, too (see `held`).
         """
+        held = held or _NOT_HELD
         spans = cuts(texts, _TASK_BYTES)
-        rooms = [room_for(texts, start, stop, self.shingling) for start, stop in spans]
-        frees = np.cumsum([0, *rooms])[: len(spans)].tolist()
+        ends = [0, *(min(self._room(texts, stop), len(held.values)) for _, stop in spans)]
 
-        def work(task: tuple[tuple[int, int], int]) -> None:
-            (start, stop), free = task
+        def work(k: int) -> None:
+            start, stop = spans[k]
             summarise(
                 texts,
                 start,
@@ -195,16 +130,22 @@ class Engine:
                 self.banding.rows,
                 out,
                 at + start,
-                held or _NOT_HELD,
-                free,
+                held,
+                ends[k],
+                ends[k + 1],
             )
 
-        self._each(work, list(zip(spans, frees, strict=True)))
+        self._each(work, list(range(len(spans))))
 
-    def room(self, texts: Texts) -> np.ndarray:
-        """Room for the values of `Held` of some rows; memory is taken as it is written."""
-        spans = cuts(texts, _TASK_BYTES)
-        return np.empty(sum(room_for(texts, *span, self.shingling) for span in spans), np.uint32)
+    def held(self, texts: Texts, limit: int = HELD) -> Held:
+        """Room for the shingles of some rows, `limit` bytes at most."""
+        rows = len(texts.null)
+        size = min(self._room(texts, rows), limit // 4)
+        return Held(np.empty(size, np.uint32), np.empty(rows, np.int64))
+
+    def _room(self, texts: Texts, rows: int) -> int:
+        size = int(texts.offsets[rows] - texts.offsets[0])
+        return size if self.shingling.characters else size // _WORD_BYTES
 
     def group(self, band: Callable[[int], np.ndarray], n: int, rank: np.ndarray | None) -> Groups:
         """Finds the rows that share a key.
@@ -234,7 +175,13 @@ class Engine:
         return Groups(candidates.astype(np.int64), lists, numbers, base)
 
     def collect(
-        self, texts: Texts, wanted: np.ndarray, values: np.ndarray, starts: np.ndarray
+        self,
+        texts: Texts,
+        wanted: np.ndarray,
+        values: np.ndarray,
+        starts: np.ndarray,
+        held: Held | None = None,
+        counts: np.ndarray | None = None,
     ) -> np.ndarray:
         """Writes the shingle sets of some rows; returns their sizes.
 
@@ -243,10 +190,14 @@ class Engine:
             wanted: Which of them, ascending, int64, shape (m,).
             values: uint32, where the hashes go.
             starts: int64, shape (m,): where those of each row go.
+            held: Shingles of these rows that were kept.
+            counts: How many each of them has.
 
         Returns:
             int32, shape (m,).
         """
+        held = held or _NOT_HELD
+        found = np.empty(0, np.int32) if counts is None else counts
         sizes = np.empty(len(wanted), np.int32)
         lengths = np.cumsum(texts.offsets[wanted + 1] - texts.offsets[wanted])
         total = int(lengths[-1]) if len(wanted) else 0
@@ -256,7 +207,8 @@ class Engine:
 
         def work(span: tuple[int, int]) -> None:
             part = slice(*span)
-            collect(texts, wanted[part], self.shingling, values, starts[part], sizes[part])
+            mine, to = wanted[part], starts[part]
+            collect(texts, mine, self.shingling, values, to, sizes[part], held, found)
 
         self._each(work, list(zip(begins.tolist(), ends.tolist(), strict=True)))
         return sizes
@@ -329,16 +281,18 @@ def deduplicate(
     with Engine(settings or Settings(), workers) as engine:
         out = engine.empty(n)
         parts: list[tuple[Texts, int]] = []
+        held: list[Held] = []
         at = 0
         with clock.phase("summarise"):
             for part in pieces(texts):
-                engine.summarise(part, out, at)
+                held.append(engine.held(part, HELD - sum(kept.values.nbytes for kept in held)))
+                engine.summarise(part, out, at, held[-1])
                 parts.append((part, at))
                 at += len(part.null)
         with clock.phase("group"):
             groups = engine.group(lambda band: out.keys[band], n, ranks(priority))
         with clock.phase("verify"):
-            sets = gathered(engine, groups.rows, out.counts, iter(parts))
+            sets = gathered(engine, groups.rows, out.counts, iter(parts), held=held)
             decided, pairs = engine.decide(groups, out.hashes[groups.rows], sets, drop_all)
     return spread(n, groups.rows, decided, out.hashes, pairs, clock.seconds)
 
@@ -359,6 +313,7 @@ def gathered(
     counts: np.ndarray,
     parts: Iterator[tuple[Texts, int]],
     make_room: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint32),
+    held: Sequence[Held] = (),
 ) -> Sets:
     """The shingle sets of `rows`, in that order, from texts that come piece by piece.
 
@@ -368,6 +323,7 @@ def gathered(
         counts: Shingles of every row, repeats included, shape (n,).
         parts: Texts and the number of the first row in them, ascending.
         make_room: Gives a uint32 array of a size.
+        held: Shingles of each part that were kept; then few texts are read again.
     """
     room = np.maximum(counts[rows], 0).astype(np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(room)])
@@ -375,10 +331,11 @@ def gathered(
     sizes = np.zeros(len(rows), np.int32)
     ascending = np.argsort(rows, kind="stable")
     in_order = rows[ascending]
-    for texts, first in parts:
+    for k, (texts, first) in enumerate(parts):
         low, high = np.searchsorted(in_order, (first, first + len(texts.null)))
-        mine = ascending[low:high]
-        sizes[mine] = engine.collect(texts, in_order[low:high] - first, values, starts[:-1][mine])
+        mine, wanted, to = ascending[low:high], in_order[low:high] - first, starts[:-1]
+        kept = held[k] if held else None
+        sizes[mine] = engine.collect(texts, wanted, values, to[mine], kept, counts[first:])
     return Sets(values, starts[:-1], sizes)
 
 

@@ -29,9 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.dedup.arrow import arrow_of
-from siftline.dedup.engine import Deduplicated, Engine, Groups, Sets, ranks, spread
+from siftline.dedup.engine import Engine, Groups, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.keep import Keep
+from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.kernels.keepers import KEPT, NEW, Decisions
 from siftline.kernels.rows import Texts
@@ -193,13 +194,14 @@ class Index:
             for texts, _, priority in pieces:
                 n = len(texts.null)
                 out = engine.empty(n)
-                engine.summarise(texts, out, 0)
+                held = engine.held(texts)
+                engine.summarise(texts, out, 0, held)
                 room = np.maximum(out.counts, 0).astype(np.int64)
                 starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(room)])
                 values = np.empty(starts[-1], np.uint32)
                 rows = np.flatnonzero(out.counts >= 0)
                 sizes = np.zeros(n, np.int32)
-                sizes[rows] = engine.collect(texts, rows, values, starts[rows])
+                sizes[rows] = engine.collect(texts, rows, values, starts[rows], held, out.counts)
                 held = np.arange(len(values)) - np.repeat(starts[:-1], room) < np.repeat(
                     sizes, room
                 )

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.dedup.arrow import arrow_of, without_views
-from siftline.dedup.engine import Deduplicated
 from siftline.dedup.files import PieceWriter, Table, ahead, read_pieces, with_columns
 from siftline.dedup.rehydrate import published
+from siftline.dedup.result import Deduplicated
 from siftline.progress import Tracker
 
 DATA, REMOVED = "data", "removed"

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from siftline.dedup.engine import Clock, Deduplicated, ranks
+from siftline.dedup.engine import ranks
+from siftline.dedup.result import Clock, Deduplicated
 
 BLOCK = 1024
 REASON = "semantic_duplicate"

@@ -1,4 +1,4 @@
-"""Machine instructions that numba does not offer: unaligned loads, a count of zeros, 32 bytes at once.
+"""Machine instructions that numba does not offer: unaligned loads, zeros counted, bytes by dozens.
 
 Text is read 8, 32 or 64 bytes at a time, wherever it starts. What is spelled here in LLVM's terms
 becomes a handful of vector instructions where the processor has them, and stays correct where not.
@@ -66,9 +66,7 @@ def high32(typing: Any, data: Any, at: Any) -> Any:
 
 @intrinsic
 def fold32(typing: Any, data: Any, at: Any, out: Any, to: Any) -> Any:
-    """Writes data[at : at + 32] to out[to : to + 32], ASCII letters as small ones, digits as they
-    are, all else as zero; bytes that are not ASCII give nothing to rely on.
-    """
+    """Writes data[at : at + 32], ASCII, to out[to : to + 32]: small letters, digits, else zeros."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = _loaded(context, builder, signature.args[0], args[0], args[1], 32)

@@ -77,11 +77,11 @@ class Rows(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Shingles of n rows, kept from the first reading: as many, mixed as they are signed.
+    """Shingles of n rows, kept from the first reading where there is room.
 
     Attributes:
         values: uint32; empty if nothing is kept.
-        starts: int64, shape (n,): where those of each row start, written.
+        starts: int64, shape (n,): where those of each row start; -1 where they were not kept.
     """
 
     values: np.ndarray
@@ -109,6 +109,7 @@ def summarise(
     at: int,
     held: Held,
     free: int,
+    end: int,
 ) -> None:
     """Writes keys, hashes and counts of the rows start to stop, and keeps their shingles.
 
@@ -121,12 +122,13 @@ def summarise(
         b: Offsets, uint32, shape (slots,).
         rows: Slots in a band.
         out: Where the results go.
-        at: Place of row `start` in `out` and `held`.
+        at: Place of row `start` in `out`.
         held: Where shingles are kept, if at all.
-        free: Where `room_for` of these rows starts in it.
+        free: Where room for these rows starts in it.
+        end: Where it ends.
     """
     buffers = _buffers(texts, start, stop)
-    holds = len(held.values) > 0
+    holds = len(held.starts) > 0
     slots = np.empty(len(a), np.uint32)
     for i in range(start, stop):
         k = at + i - start
@@ -134,20 +136,23 @@ def summarise(
             out.keys[:, k] = ALONE
             out.counts[k] = -1
             out.hashes[k] = 0
+            if holds:
+                held.starts[i] = -1
             continue
-        begin, end = texts.offsets[i], texts.offsets[i + 1]
-        out.hashes[k] = text_hash(texts.data, begin, end)
-        shingles = held.values[free:] if holds else buffers.shingles
-        count = _shingle(texts.data, begin, end, shingling, buffers, shingles)
+        begin, stop_at = texts.offsets[i], texts.offsets[i + 1]
+        out.hashes[k] = text_hash(texts.data, begin, stop_at)
+        count = _shingle(texts.data, begin, stop_at, shingling, buffers)
         out.counts[k] = count
         if holds:
-            held.starts[k] = free
-            free += count
+            held.starts[i] = free if free + count <= end else -1
+            if free + count <= end:
+                held.values[free : free + count] = buffers.shingles[:count]
+                free += count
         if count == 0:
             # Nothing to sign: such a text can only be the same as another.
             out.keys[:, k] = max(out.hashes[k], np.uint64(1))
             continue
-        _sign(shingles, count, a, b, slots)
+        _sign(buffers.shingles, count, a, b, slots)
         for band in range(len(out.keys)):
             out.keys[band, k] = _key(slots, band * rows, rows, band)
 
@@ -161,7 +166,7 @@ def sign(texts: Texts, shingling: Shingling, a: np.ndarray, b: np.ndarray, out: 
         count = 0
         if not texts.null[i]:
             begin, end = texts.offsets[i], texts.offsets[i + 1]
-            count = _shingle(texts.data, begin, end, shingling, buffers, buffers.shingles)
+            count = _shingle(texts.data, begin, end, shingling, buffers)
         _sign(buffers.shingles, count, a, b, out[i])
 
 
@@ -173,8 +178,10 @@ def collect(
     values: np.ndarray,
     starts: np.ndarray,
     sizes: np.ndarray,
+    held: Held,
+    counts: np.ndarray,
 ) -> None:
-    """Writes the sorted distinct shingle hashes of some rows.
+    """Writes the sorted distinct shingle hashes of some rows; those that were not kept anew.
 
     Args:
         texts: Rows.
@@ -183,6 +190,8 @@ def collect(
         values: uint32, where the hashes go.
         starts: int64, shape (m,): where those of each row go; room for all its shingles follows.
         sizes: int32, shape (m,): written, how many distinct ones there are.
+        held: Shingles of the rows that are kept, if any.
+        counts: int32, how many each row has; read where they are kept.
     """
     if len(wanted) == 0:
         return
@@ -190,46 +199,16 @@ def collect(
     for i in wanted:
         longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
     buffers = _room(longest)
+    ends = np.empty(2 * longest + 8, np.int32)
     for k in range(len(wanted)):
         i = wanted[k]
+        if len(held.starts) > 0 and held.starts[i] >= 0:
+            kept = held.values[held.starts[i] :]
+            sizes[k] = _distinct(kept, counts[i], values, starts[k], ends)
+            continue
         begin, end = texts.offsets[i], texts.offsets[i + 1]
-        count = _shingle(texts.data, begin, end, shingling, buffers, buffers.shingles)
-        sizes[k] = _distinct(buffers.shingles, count, values, starts[k])
-
-
-@njit(cache=True, nogil=True)
-def collect_held(
-    held: Held,
-    wanted: np.ndarray,
-    counts: np.ndarray,
-    values: np.ndarray,
-    starts: np.ndarray,
-    sizes: np.ndarray,
-) -> None:
-    """Writes the sorted distinct shingles of some rows that were kept, mixed as they are.
-
-    Mixing turns different hashes into different ones, so sets stay as similar as they were.
-
-    Args:
-        held: Shingles of n rows.
-        wanted: Which of them, int64, shape (m,).
-        counts: Shingles of each of the n, int32.
-        values: As of `collect`.
-        starts: As of `collect`.
-        sizes: As of `collect`.
-    """
-    for k in range(len(wanted)):
-        i = wanted[k]
-        if counts[i] > 0:
-            sizes[k] = _distinct(held.values[held.starts[i] :], counts[i], values, starts[k])
-        else:
-            sizes[k] = 0
-
-
-def room_for(texts: Texts, start: int, stop: int, shingling: Shingling) -> int:
-    """Room in `Held` that the rows start to stop ask for: a word has a byte and parts from others."""
-    size = int(texts.offsets[stop] - texts.offsets[start])
-    return (size if shingling.characters else size // 2) + stop - start + _LANES
+        count = _shingle(texts.data, begin, end, shingling, buffers)
+        sizes[k] = _distinct(buffers.shingles, count, values, starts[k], ends)
 
 
 @njit(cache=True, nogil=True)
@@ -250,15 +229,13 @@ def _buffers(texts: Texts, start: int, stop: int) -> Buffers:
 
 
 @njit(cache=True, nogil=True)
-def _shingle(
-    data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers, out: np.ndarray
-) -> int:
+def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
     if how.characters:
         count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
     else:
         length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
         count = word_units(buffers.folded, length, buffers.units)
-    return windows(buffers.units, count, how.n, out)
+    return windows(buffers.units, count, how.n, buffers.shingles)
 
 
 @njit(cache=True, nogil=True)
@@ -303,34 +280,48 @@ def _key(slots: np.ndarray, first: int, rows: int, band: int) -> np.uint64:
 
 
 @njit(cache=True, nogil=True)
-def _distinct(shingles: np.ndarray, count: int, out: np.ndarray, start: int) -> int:
+def _distinct(
+    shingles: np.ndarray, count: int, out: np.ndarray, start: int, ends: np.ndarray
+) -> int:
     """Writes the distinct of shingles[:count], ascending, to out[start:]; returns how many.
 
     Hashes are spread evenly: one pass into as many ranges as there are hashes all but sorts them.
+    `ends` is room for the ranges: int32, twice the count and three more.
     """
+    if count == 0:
+        return 0
     bits = 1
     while (1 << bits) < count:
         bits += 1
     shift = np.uint32(32 - bits)
-    ends = np.zeros((1 << bits) + 1, np.int64)
+    ends[: (1 << bits) + 1] = 0
     for p in range(count):
-        ends[(shingles[p] >> shift) + 1] += 1
-    for r in range(1 << bits):
-        ends[r + 1] += ends[r]
+        ends[np.int64(shingles[p] >> shift) + 1] += 1
+    total = np.int32(0)
+    for r in range((1 << bits) + 1):
+        total += ends[r]
+        ends[r] = total
+    row = out[start : start + count]
     for p in range(count):
-        r = shingles[p] >> shift
-        out[start + ends[r]] = shingles[p]
-        ends[r] += 1
-    for p in range(start + 1, start + count):
-        value = out[p]
+        value = shingles[p]
+        of = np.int64(value >> shift)
+        row[np.uint32(ends[of])] = value
+        ends[of] += 1
+    highest = row[0]
+    for p in range(1, count):
+        value = row[p]
+        if highest <= value:
+            highest = value
+            continue
         q = p
-        while q > start and out[q - 1] > value:
-            out[q] = out[q - 1]
+        while q > 0 and row[q - 1] > value:
+            row[q] = row[q - 1]
             q -= 1
-        out[q] = value
-    found = min(count, 1)
-    for p in range(start + 1, start + count):
-        if out[p] != out[p - 1]:
-            out[start + found] = out[p]
-            found += 1
+        row[q] = value
+    found, last = 1, row[0]
+    for p in range(1, count):
+        value = row[p]
+        row[found] = value
+        found += value != last
+        last = value
     return found

@@ -3,9 +3,10 @@
 One row at a time, in buffers that the caller keeps, so that nothing is allocated a row and no
 Python object exists. Three steps, each a compiled function with a plain reference beside it:
 
-1. `fold_words` writes the text lower-cased, with zero bytes where words part. Eight ASCII bytes are
-   done in a few operations on one 64-bit number (the carry tricks of Lamport's and Warren's byte
-   parallel arithmetic); other code points go through the tables of `codepoints`.
+1. `fold_words` writes the text lower-cased, with zero bytes where words part. 32 ASCII bytes are
+   done at once, the last ones of a text 8 at a time in one 64-bit number (the carry tricks of
+   Lamport's and Warren's byte parallel arithmetic); other code points go through the tables of
+   `codepoints`.
 2. `word_units` makes one bit of each byte, 64 at a time, finds where words start and end by bit
    operations, and hashes each word to 64 bits, eight bytes at a time. `fold_characters` is the
    other unit: code points, folded, runs of spaces as one.
@@ -48,11 +49,11 @@ _FROM_A = np.uint64((0x80 - ord("a")) * 0x0101010101010101)
 _PAST_Z = np.uint64((0x80 - ord("z") - 1) * 0x0101010101010101)
 _FROM_0 = np.uint64((0x80 - ord("0")) * 0x0101010101010101)
 _PAST_9 = np.uint64((0x80 - ord("9") - 1) * 0x0101010101010101)
+# By the bytes that are left of a word, 0 to 15: those of the first eight, of the second.
+_FIRST = np.array([(1 << 8 * min(size, 8)) - 1 for size in range(16)], np.uint64)
+_SECOND = np.array([(1 << 8 * max(size - 8, 0)) - 1 for size in range(16)], np.uint64)
 _BLOCK = 64
-_GATHER = np.uint64(0x0102040810204080)  # moves the lowest bits of eight bytes into the top byte
-_TOP = np.uint64(56)
 _LAST = np.uint64(63)
-_FULL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _INVALID = np.int64(0x110000)
 _MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -78,26 +79,13 @@ def fold_words(
     """
     i, at, solo = start, 0, False
     while i < stop:
-        if i + 32 <= stop:
-            plain = min(trailing_zeros(high32(data, i)), 32)
-            if plain > 0:
-                if solo:
-                    out[at] = 0
-                    at += 1
-                    solo = False
-                fold32(data, i, out, at)
-                at += plain
-                i += plain
-                if plain == 32:
-                    continue
-        x = load64(data, i) if i + 8 <= stop else _rest(data, i, stop)
-        plain = min(trailing_zeros(x & _HIGH) >> 3, stop - i)  # ASCII bytes ahead
+        plain = _ascii_ahead(data, i, stop)
         if plain > 0:
             if solo:
                 out[at] = 0
                 at += 1
                 solo = False
-            store64(out, at, _fold_ascii(x))
+            _fold_step(data, i, stop, out, at)
             at += plain
             i += plain
         # One character after another: what is not ASCII seldom stands alone.
@@ -206,9 +194,10 @@ def windows(units: np.ndarray, count: int, n: int, out: np.ndarray) -> int:
         leaving *= _B
     salt = np.uint64(size) * _G
     out[0] = _mixed(h + salt)
-    for i in range(size, count):
-        h = h * _B + (units[i] - units[i - size] * leaving)
-        out[i - size + 1] = _mixed(h + salt)
+    coming, after = units[size:count], out[1:]
+    for i in range(count - size):
+        h = h * _B + (coming[i] - units[i] * leaving)
+        after[i] = _mixed(h + salt)
     return count - size + 1
 
 
@@ -292,6 +281,25 @@ def _unit_reference(point: int) -> int:
 
 
 @njit(cache=True, nogil=True)
+def _ascii_ahead(data: np.ndarray, i: int, stop: int) -> int:
+    """How many ASCII bytes there are from data[i] on, counted no further than one step folds."""
+    if i + 32 <= stop:
+        return min(trailing_zeros(high32(data, i)), 32)
+    x = load64(data, i) if i + 8 <= stop else _rest(data, i, stop)
+    return min(trailing_zeros(x & _HIGH) >> 3, stop - i)
+
+
+@njit(cache=True, nogil=True)
+def _fold_step(data: np.ndarray, i: int, stop: int, out: np.ndarray, at: int) -> None:
+    """Folds the bytes that `_ascii_ahead` looked at; those behind them are written over later."""
+    if i + 32 <= stop:
+        fold32(data, i, out, at)
+    else:
+        x = load64(data, i) if i + 8 <= stop else _rest(data, i, stop)
+        store64(out, at, _fold_ascii(x))
+
+
+@njit(cache=True, nogil=True)
 def _rest(data: np.ndarray, start: int, stop: int) -> np.uint64:
     """The at most eight bytes data[start:stop], and zeros."""
     x = np.uint64(0)
@@ -310,17 +318,6 @@ def _fold_ascii(x: np.uint64) -> np.uint64:
 
 
 @njit(cache=True, nogil=True)
-def _filled(data: np.ndarray, base: int) -> np.uint64:
-    """One bit for each of 64 bytes, set where it is not zero."""
-    bits = np.uint64(0)
-    for k in range(8):
-        x = load64(data, base + 8 * k)
-        filled = ((((x & ~_HIGH) + ~_HIGH) | x) & _HIGH) >> _SEVEN
-        bits |= ((filled * _GATHER) >> _TOP) << np.uint64(8 * k)
-    return bits
-
-
-@njit(cache=True, nogil=True)
 def _word(data: np.ndarray, start: int, stop: int) -> np.uint64:
     h = np.uint64(0)
     while stop - start >= 16:
@@ -328,9 +325,9 @@ def _word(data: np.ndarray, start: int, stop: int) -> np.uint64:
         h ^= h >> _HALF
         start += 8
     # Both endings are computed and one taken: a jump on the length would often be guessed wrong.
-    size = stop - start
-    first = load64(data, start) & (_FULL >> np.uint64(64 - 8 * min(size, 8)))
-    second = load64(data, start + 8) & ((_ONE << np.uint64(8 * max(size - 8, 0))) - _ONE)
+    size = (stop - start) & 15  # never more; said so that no index is tested
+    first = load64(data, start) & _FIRST[size]
+    second = load64(data, start + 8) & _SECOND[size]
     short = (h ^ first) * _G
     short ^= short >> _HALF
     long = (short ^ second) * _G

@@ -4,7 +4,7 @@ Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import model_spec
+from siftline.stages.references import reference_scores
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import FineTune, TrainResult, finetune
 from siftline.training.material import with_source
@@ -80,6 +81,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
     training = recipe.training
     assert training is not None
     version, curated = curated_version(workspace, recipe)
+    published = ArmRows(curated, f"{recipe.name}/{version}")
     spec = model_spec(workspace, recipe, "target")
     tokenizer = _tokenizer(workspace, recipe)
     sized = tokenize_rows(curated, tokenizer, training.options.max_length)
@@ -90,30 +92,44 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
     options = replace(training.options, loss_tokens=round(budget * training.epochs), steps=passes)
     # Found once for all seeds: one of them asks the sampler.
     offered = {a: offer(workspace, recipe, a, emit) for a in training.arms if a != CURATED}
+    runs: Iterable[tuple[int, str, ArmRows]] = (
+        (seed, arm, drawn(offered[arm], arm, draw, seed) if arm != CURATED else published)
+        for seed in training.seeds
+        for arm in training.arms
+    )
+    references = None
+    if training.reference:  # of all arms before the first hour of training
+        runs = list(runs)
+        learnt = [_trainable(given.rows, draw) for _, _, given in runs]
+        references = reference_scores(workspace, recipe, learnt, emit)
     trained = []
-    for seed in training.seeds:
-        for arm in training.arms:
-            given = ArmRows(curated, f"{recipe.name}/{version}")
-            if arm != CURATED:
-                given = drawn(offered[arm], arm, draw, seed)
-            folder = _folder(
-                workspace, recipe, arm, seed, given.rows, options, spec.path, spec.template, dev
-            )
-            progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
-            result = finetune(
-                Path(spec.path),
-                given.rows,
-                folder,
-                options,
-                seed=seed,
-                dataset_version=given.name,
-                template=spec.template,
-                dev=dev,
-                progress=progress.reach,
-            )
-            progress.close()
-            trained.append(_arm(arm, seed, result))
+    for seed, arm, given in runs:
+        folder = _folder(
+            workspace, recipe, arm, seed, given.rows, options, spec.path, spec.template, dev,
+            references,
+        )  # fmt: skip
+        progress = Progress(f"model {arm} seed {seed}", passes, emit, "steps")
+        result = finetune(
+            Path(spec.path),
+            given.rows,
+            folder,
+            options,
+            seed=seed,
+            dataset_version=given.name,
+            template=spec.template,
+            dev=dev,
+            references=references,
+            progress=progress.reach,
+        )
+        progress.close()
+        trained.append(_arm(arm, seed, result))
     return trained
+
+
+def _trainable(rows: pa.Table, draw: Draw) -> pa.Table:
+    """The rows that training does not skip."""
+    kept = tokenize_rows(rows, draw.tokenizer, draw.max_length).ids
+    return rows.filter(pa.compute.is_in(rows["id"], pa.array(kept, pa.string())))
 
 
 def _arm(arm: str, seed: int, result: TrainResult) -> Arm:
@@ -130,11 +146,14 @@ def _folder(
     base: str,
     template: str | None,
     dev: pa.Table | None,
+    references: Mapping[str, float] | None,
 ) -> Path:
     """Named by everything that decides a run, so an arm is never trained over another."""
     ids = sorted(rows.column("id").to_pylist())
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
     decisive = {k: v for k, v in vars(options).items() if k not in ("save_steps", "report_to")}
     made_of = [ids, decisive, seed, directory_digest(Path(base)), template, watched]
+    if references is not None:
+        made_of.append([references.get(identity) for identity in ids])
     key = shards.content_hash(made_of)
     return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")

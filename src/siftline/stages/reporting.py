@@ -131,8 +131,7 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
             notes.append(_routes_note(stage.name, facts["routes"]))
         if facts.get("shortfall"):
             notes.append(f"{stage.name} fell short of the budget: {facts['shortfall']}.")
-        if output.accounting.failed:
-            notes.append(f"{stage.name}: {output.accounting.failed} rows failed, tried next run.")
+        notes += _left_notes(stage.name, output)
     if accuracy is not None:
         floor = accuracy.filter((pl.col("level") == "all") & pl.col("at_floor").fill_null(False))
         notes += [
@@ -141,6 +140,15 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
         ]
         notes += _forgotten(accuracy)
     return tuple(notes)
+
+
+def _left_notes(name: str, output: StageOutput) -> list[str]:
+    """What the next run tries again."""
+    failed, unanswered = output.accounting.failed, output.facts.get("unanswered")
+    notes = [f"{name}: {failed} rows failed, tried next run."] if failed else []
+    if unanswered:
+        notes.append(f"{name}: {unanswered} questions got no answer, asked again next run.")
+    return notes
 
 
 def _forgotten(accuracy: pl.DataFrame) -> list[str]:

