@@ -7,19 +7,26 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from siftline.assets.shared import build
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.ledger import KEPT
+from siftline.ledger import KEPT, StageResult
 from siftline.recipe import parse
+from siftline.schema import ADDED, bucket_of, make_row, message
 from siftline.scoring.confidence import AGAIN, Confidence, reflections
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import QUESTION_ANSWER
+from siftline.selectors.selection import decisions
 from siftline.stages import models
+from siftline.stages import run as stages_run
+from siftline.stages.confidence import _calibrate
 from siftline.stages.confidence_parts import _likelihoods
+from siftline.stages.context import StageRun
+from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage
 from siftline.workspace import Workspace
 
@@ -46,7 +53,7 @@ def tokenizer(tiny):
     return made
 
 
-def recipe_of(pool, folder, roles=None, **gate):
+def recipe_of(pool, folder, roles=None, stages=None, length=2048, canaries=None, sets=None, **gate):
     return parse(
         {
             "name": "sums",
@@ -55,9 +62,14 @@ def recipe_of(pool, folder, roles=None, **gate):
                 "buckets": 4,
                 "inputs": [{"path": str(pool), "layout": "question_answer", "columns": COLUMNS}],
             },
-            "models": {"base": {"path": str(folder)}, "cross": {"path": str(folder)}},
+            "models": {
+                name: {"path": str(folder), "max_length": length, "device": "cpu"}
+                for name in ("base", "cross")
+            },
             "roles": {"target": "base", **(roles or {})},
-            "stages": [{"confidence": {"reflection": "on", **gate}}],
+            "stages": stages or [{"confidence": {"reflection": "on", **gate}}],
+            **({"canaries": canaries} if canaries else {}),
+            **({"sets": sets} if sets else {}),
             "budget": {"size": 10, "unit": "rows"},
         }
     )
@@ -90,8 +102,6 @@ def world(scripted):
 
 
 def rows_by_id(world):
-    from siftline.schema import make_row, message
-
     found = {}
     for row in world.rows:
         turns = [message("user", row["question"]), message("assistant", row["response"])]
@@ -173,12 +183,12 @@ def test_shares_kept_by_source_and_level_add_up(plain, world):
 
 def test_parts_by_name_share_the_samples_and_missing_ones_are_counted(run, world, plain):
     draws = sum("Proposed" not in text for text in run.engine.asked)
-    weights = {"agreement": 1, "jaccard": 2, "embedding": 1, "nli": 1, "perplexity": 5}
+    weights = {"agreement": 1, "jaccard": 2, "embedding": 1, "nli": 1}
     output = run(world, {"nli": "cross"}, weights=weights)
     table = output.table("confidence")
-    assert table.columns[1:-1] == ["agreement", "jaccard", "embedding", "nli", "perplexity"]
-    assert output.facts["missing"]["perplexity"] == 80  # no likelihood stage before it
-    assert {k for k, v in output.facts["missing"].items() if v} == {"perplexity"}
+    assert table.columns[1:-1] == ["agreement", "jaccard", "embedding", "nli"]
+    assert output.facts["missing"] == dict.fromkeys(weights, 0)
+    assert output.facts["unanswered"] == 0
     found = (table["agreement"] + 2 * table["jaccard"] + table["embedding"] + table["nli"]) / 5
     np.testing.assert_allclose(table["confidence"], found)
     assert table["agreement"].equals(plain.table("confidence")["agreement"])
@@ -188,7 +198,6 @@ def test_parts_by_name_share_the_samples_and_missing_ones_are_counted(run, world
     assert (table["nli"] <= high + 1e-6).all()
     known = output.facts["calibration"]["auroc"]
     assert known["nli"]["value"] > 0.8
-    assert known["perplexity"]["value"] is None
     again = sum("Proposed" not in t and "#### " not in t for t in run.engine.asked)
     assert again == draws, "samples were drawn again"
 
@@ -253,6 +262,187 @@ def test_weights_say_which_models_are_asked(tmp_path):
         of(weights={"jaccard": "x"})
     with pytest.raises(ValueError, match="questions: 3 is not one of 1, 2"):
         of(questions=3)
+    with pytest.raises(ValueError, match=r"stages\.confidence: weights name perplexity.*before it"):
+        of(weights={"agreement": 1, "perplexity": 1})
+    assert of(weights={"agreement": 1, "perplexity": 0}) == ("sampler", "judge")
+
+
+def test_perplexity_needs_the_likelihood_stage_before_it(tmp_path):
+    gate = {"confidence": {"weights": {"perplexity": 1}}}
+    body = {
+        "name": "sums",
+        "pool": {"name": "sums", "inputs": [{"path": "x.jsonl"}]},
+        "models": {"base": {"path": str(tmp_path)}},
+        "budget": {"size": 10, "unit": "rows"},
+    }
+    made = parse({**body, "stages": ["likelihood", gate]})
+    assert [stage.kind for stage in made.stages] == ["likelihood", "confidence"]
+    with pytest.raises(ValueError, match="put likelihood before it"):
+        parse({**body, "stages": [gate, "likelihood"]})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Confidence(weight_consistency=1.0), Confidence(weights={"agreement": 1, "reflection": 0})],
+    ids=["weight_consistency", "weights"],
+)
+def test_reflection_of_no_weight_needs_no_dev_set(options):
+    recipe = SimpleNamespace(sets=SimpleNamespace(dev=()))
+    context = SimpleNamespace(recipe=recipe, stage=SimpleNamespace(name="confidence"), emit=quiet)
+    assert _calibrate(context, options) == (options.weighing, {})
+    with pytest.raises(ValueError, match="no dev set"):
+        _calibrate(context, Confidence())
+
+
+# ---- instances for added rows ------------------------------------------------------------------
+
+
+def adds(*rows):
+    """A stage that keeps everything and adds rows."""
+
+    def stage(context):
+        results = []
+        for bucket in context.buckets:
+            here = [r for r in rows if bucket_of(r["id"], context.pool.buckets) == bucket]
+            lines = [{**r, "parent_id": r["id"], "origin": context.stage.name} for r in here]
+            ids = context.in_play(bucket)
+            kept = decisions(ids, kept=[True] * len(ids))
+            results.append(StageResult(kept, {}, pa.Table.from_pylist(lines, schema=ADDED)))
+        return StageRun(results, {}, {})
+
+    return stage
+
+
+def test_an_instance_for_added_rows_asks_about_these_alone_by_its_own_line(
+    scripted, tokenizer, tiny_model, tmp_path, monkeypatch
+):
+    def row(question, response):
+        return make_row([message("user", question), message("assistant", response)])
+
+    # The judge can't read what `correct` brings; nobody has to ask it.
+    unfit = [row(f"What is {i} + 1?", "y" * 900) for i in range(90, 94)]
+    fresh = [row(f"What is {i} + 2?", f"It makes {i + 2}.\n#### {i + 2}") for i in range(60, 72)]
+    monkeypatch.setitem(stages_run.RUN, "correct", adds(*unfit))
+    monkeypatch.setitem(stages_run.RUN, "s3ft", adds(*fresh))
+    engine = scripted.Scripted("base", tokenizer, votes=scripted.noisy_judge)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    gate = {"weights": {"reflection": 1}, "reflection": "on", "threshold": "quantile"}
+    stages = [
+        {"confidence": {**gate, "cut": 0.2}},
+        {"confidence": {**gate, "cut": 0.6, "name": "strict"}},
+        "correct",
+        "s3ft",
+    ]
+    pool = scripted.make_world(40).write(tmp_path / "in")
+    recipe = recipe_of(pool, tiny_model, stages=stages, length=600)
+    assert [s.name for s in recipe.stages][4:] == ["confidence_added", "strict_added"]
+    workspace = Workspace(tmp_path)
+    build(workspace, recipe, "sums", quiet)
+    found = {s.name: run_stage(workspace, recipe, s.name, quiet)[0] for s in recipe.stages}
+    assert not any("yyyy" in text for text in engine.asked)
+    bounds = {name: found[name].facts["threshold"] for name in ("confidence", "strict")}
+    assert bounds["confidence"] < bounds["strict"]
+    before = set(found["strict"].all_decisions().filter(outcome=KEPT)["id"]) | {
+        r["id"] for r in unfit
+    }
+    new = {r["id"] for r in fresh}
+    for name in ("confidence", "strict"):
+        output = found[f"{name}_added"]
+        assert output.accounting.closes
+        assert (output.accounting.failed, output.facts["threshold"]) == (0, bounds[name])
+        table, decided = output.table("confidence"), output.all_decisions()
+        assert set(table["id"]) == new
+        assert set(decided["id"]) == before | new
+        kept = set(decided.filter(outcome=KEPT)["id"])
+        above = set(table.filter(pl.col("confidence") >= bounds[name])["id"])
+        assert kept == before | above
+        assert output.facts["below"] == len(new - above)
+        new = above
+    assert 0 < len(new) < len(fresh)
+
+
+def test_a_part_that_got_no_answer_is_asked_for_again(
+    scripted, tokenizer, tiny_model, tmp_path, monkeypatch
+):
+    engine = scripted.Scripted("base", tokenizer, scripted.noisy_sampler(0.6), scripted.noisy_judge)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    world = scripted.make_world(20)
+    lost, whole = world.rows[3]["response"], engine.embed
+
+    def refuses(tokens):
+        if any(tokenizer.decode(row) == lost for row in tokens):
+            raise ValueError("not this one")
+        return whole(tokens)
+
+    engine.embed = refuses
+    weights = {"agreement": 1, "embedding": 1}
+    recipe = recipe_of(world.write(tmp_path / "in"), tiny_model, weights=weights)
+    workspace = Workspace(tmp_path)
+    build(workspace, recipe, "sums", quiet)
+    output, _ = run_stage(workspace, recipe, "confidence", quiet)
+    assert output.accounting.failed == 0
+    assert output.facts["missing"]["embedding"] == output.facts["unanswered"] == 1
+    assert run_stage(workspace, recipe, "confidence", quiet)[1]
+    engine.embed = whole
+    output, computed = run_stage(workspace, recipe, "confidence", quiet)
+    assert (computed, output.facts["missing"]["embedding"]) == (True, 0)
+    assert output.facts["unanswered"] == 0
+    assert not run_stage(workspace, recipe, "confidence", quiet)[1]
+
+
+def test_a_dev_verdict_that_got_no_answer_is_asked_for_again(
+    scripted, tokenizer, tiny_model, tmp_path, monkeypatch
+):
+    world = scripted.make_world(40, referenced=1.0)
+    dev = type(world)(world.rows[20:], world.swapped).write(tmp_path / "dev")
+    pool = type(world)(world.rows[:20], world.swapped).write(tmp_path / "in")
+    lost = world.rows[30]["question"]
+
+    def votes(prompt, options):
+        if lost in prompt and not healed:
+            return [float("nan")] * len(options)
+        return scripted.noisy_judge(prompt, options)
+
+    healed = []
+    engine = scripted.Scripted("base", tokenizer, scripted.noisy_sampler(0.5), votes)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    spec = {"path": str(dev), "layout": "question_answer", "columns": COLUMNS}
+    sets = {"dev": [{"name": "held", "inputs": [spec]}]}
+    gate = [{"confidence": {"reflection": "auto"}}]
+    recipe = recipe_of(pool, tiny_model, stages=gate, sets=sets)
+    workspace = Workspace(tmp_path)
+    for name in ("sums", "held"):
+        build(workspace, recipe, name, quiet)
+    output, _ = run_stage(workspace, recipe, "confidence", quiet)
+    assert (output.facts["auroc_rows"], output.facts["unanswered"]) == (38, 2)  # two draws each
+    healed.append(True)
+    output, computed = run_stage(workspace, recipe, "confidence", quiet)
+    assert (computed, output.facts["auroc_rows"], output.facts["unanswered"]) == (True, 40, 0)
+    assert not run_stage(workspace, recipe, "confidence", quiet)[1]
+    stage = SimpleNamespace(name="confidence", kind="confidence", scope="added")
+    facts = SimpleNamespace(facts={"unanswered": 2}, accounting=SimpleNamespace(failed=0))
+    assert _notes([(stage, facts)], None) == (
+        "confidence: 2 questions got no answer, asked again next run.",
+    )
+
+
+def test_canaries_are_judged_by_perplexity_too(scripted, tiny_model, tmp_path):
+    stages = ["likelihood", {"confidence": {"weights": {"perplexity": 1}}}]
+    pool = scripted.make_world(20).write(tmp_path / "in")
+    recipe = recipe_of(pool, tiny_model, stages=stages, canaries={"per_kind": 3})
+    workspace = Workspace(tmp_path)
+    build(workspace, recipe, "sums", quiet)
+    for stage in recipe.stages:
+        output, _ = run_stage(workspace, recipe, stage.name, quiet)
+    told = {line["kind"]: line for line in output.facts["canaries"]}
+    assert told["swapped_answer"]["planted"] == 3
+    assert [line["failed"] for line in told.values()] == [0] * len(told)
+    planted = output.table("canaries")
+    # A swapped answer may be likelier than the row's own, but it is not equally likely.
+    real = dict(output.table("confidence").select("id", "confidence").iter_rows())
+    swapped = planted.filter(kind="swapped_answer")
+    assert swapped["value"].is_between(0, 1, closed="none").all()
+    assert all(line["value"] != real[line["source_id"]] for line in swapped.to_dicts())
 
 
 def test_reflection_off_leaves_the_other_parts():

@@ -25,6 +25,7 @@ from siftline.selectors.correction import (
     preference,
 )
 from siftline.stages import correcting, models
+from siftline.stages.reporting import _correct_notes
 from siftline.stages.run import outputs_so_far, run_stage
 from siftline.story import explain
 from siftline.workspace import Workspace
@@ -142,6 +143,7 @@ def test_bounds_and_folds_are_checked():
         ({"training": {"keep": "best"}}, "keep last"),
         ({"training": {"objective": "poft"}}, "reference scores"),
         ({"training": {"epochs": 0}}, "epochs 0"),
+        ({"training": {"phases": [{"sources": {"a": 1.0}, "share": 1.0}]}}, "phases name sources"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ):
         with pytest.raises(ValueError, match=f"stages.correct.*{says}"):
@@ -418,16 +420,80 @@ def test_a_judge_of_nonsense_takes_few_and_none_that_is_proven_wrong(lab):
     assert not {question(row) for row in lab.added(output)} & set(proven)
 
 
-def test_a_judge_that_refuses_costs_the_verdicts_alone(lab):
-    def refuses(prompt, options):
-        if "Which answer is better?" not in prompt:
-            return lab.scripted.noisy_judge(prompt, options)
-        raise ValueError("no log-probabilities here")
+def refusing(lab, wanted):
+    """A judge that refuses to compare answers to some questions."""
 
-    lab.votes = refuses
+    def votes(prompt, options):
+        if "Which answer is better?" in prompt and wanted(prompt):
+            raise ValueError("no log-probabilities here")
+        return lab.scripted.noisy_judge(prompt, options)
+
+    return votes
+
+
+def test_a_judge_that_refuses_every_pair_stops_the_stage(lab):
+    lab.votes = refusing(lab, lambda prompt: True)
+    with pytest.raises(ValueError, match="the judge refused all 30 pairs, the log says why"):
+        lab.run(lab.recipe())
+
+
+def test_what_got_no_answer_is_tried_again_and_costs_no_other_row(lab):
+    recipe, (asked, *_) = lab.recipe(), sorted(lab.world.swapped)
+    lab.votes = refusing(lab, lambda prompt: asked in prompt)
+    output, _ = lab.run(recipe)
+    assert output.accounting.failed == 0
+    assert (output.facts["judge"]["failed"], output.facts["unanswered"]) == (1, 1)
+    assert output.facts["no_verdict"] == {"refused": 1}
+    assert output.accounting.added == 5  # the other swapped rows
+    before = len(lab.judged)
+    again, fresh = lab.run(recipe)
+    assert fresh
+    assert again.manifest.version == output.manifest.version
+    assert {asked in text for text in lab.judged[before:]} == {True}  # nobody else is asked
+    lab.votes = lab.scripted.noisy_judge
+    healed, fresh = lab.run(recipe)
+    assert fresh
+    assert (healed.facts["unanswered"], healed.accounting.added) == (0, 6)
+    assert not lab.run(recipe)[1]
+
+
+def test_a_candidate_that_the_engine_refused_is_tried_again(lab):
+    whole, (asked, *_) = lab.proposes, sorted(lab.world.swapped)
+
+    def refuses(prompt, seed):
+        if asked in prompt:
+            raise ValueError("not this one")
+        return whole(prompt, seed)
+
+    lab.proposes = refuses
     output, _ = lab.run(lab.recipe())
-    assert output.facts["judge"]["failed"] == output.facts["judge"]["asked"] == 30
-    assert output.facts["vacuous"]
+    assert output.facts["no_candidate"] == {"refused": 1}
+    assert (output.facts["unanswered"], output.accounting.added) == (1, 5)
+    lab.proposes = whole
+    healed, fresh = lab.run(lab.recipe())
+    assert (fresh, healed.facts["unanswered"], healed.accounting.added) == (True, 0, 6)
+
+
+def test_a_fold_without_prompts_trains_on_nothing(
+    tiny_model, tokenizer, scripted, tmp_path, monkeypatch
+):
+    world = scripted.make_world(10)
+    lab = Lab(tmp_path / "root", tiny_model, tokenizer, world, scripted, monkeypatch)
+    output, _ = lab.run(lab.recipe(correct={"folds": 9}))
+    folds = output.facts["folds"]
+    empty = [fold for fold in folds if not fold["prompts"]]
+    assert empty
+    assert {fold["trained_on"] for fold in empty} == {0}
+    assert len(lab.trained) == len(folds) - len(empty)
+    assert all(fold["trained_on"] for fold in folds if fold["prompts"])
+
+
+def test_the_report_counts_pairs_judged_by_place_alone():
+    judge = {"asked": 10, "failed": 1, "undecided": 9, "always_first": 3, "always_second": 1}
+    facts = {"corrected": 0, "rescued": 0, "judge": judge}
+    assert not any("by place" in note for note in _correct_notes("correct", facts))
+    facts["judge"] = {**judge, "always_second": 2}
+    assert "correct: the judge chose by place in 5 of 9 pairs." in _correct_notes("correct", facts)
 
 
 def test_no_candidate_where_nothing_whole_was_said(lab):
@@ -439,6 +505,8 @@ def test_no_candidate_where_nothing_whole_was_said(lab):
     lost = output.facts["no_candidate"]
     assert lost == {"cut": 10, "empty": 10}
     assert output.facts["outcomes"]["no_candidate"] == 20
+    assert output.facts["unanswered"] == 0  # they would say the same again
+    assert not lab.run(lab.recipe())[1]
 
 
 def test_a_candidate_that_says_the_same_asks_no_judge(lab):

@@ -1,7 +1,10 @@
 """Gradient features: against autograd and an explicit projection, Adam against torch's, planted."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +17,10 @@ from siftline import schema
 from siftline.scoring.engines import Failed, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import response_span
+from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients
+from siftline.stages import gradients as stage
+from siftline.stages.gradients import warmed
 from siftline.training import gradients, random_projection
 from siftline.training.gradients import GradientEngine, GradientModel, gradient_features
 from siftline.training.random_projection import project, signs
@@ -185,7 +191,7 @@ def test_neighbours_groups_and_order_change_nothing(model, warm, monkeypatch):
     np.testing.assert_allclose(together, turned, atol=2e-6)
     monkeypatch.setitem(gradients.HELD_BYTES, "cpu", 8 * model.size)  # two rows at a time
     np.testing.assert_allclose(np.stack(engine.features(asked, "update")), together, atol=2e-6)
-    assert (np.stack(engine.features(asked, "update")) != together.mean()).any()
+    assert np.abs(together - together[:1])[1:].max() > 1e-2  # rows differ by more than the bound
 
 
 def test_a_row_without_a_gradient_is_told(model, monkeypatch):
@@ -306,6 +312,46 @@ def test_rows_of_the_targets_kind_score_higher(spec, tmp_path):
         score = {i: float(v.astype(float) @ aim) for i, v in of.items()}
         own, rest = ([score[i] for i in t["id"].to_pylist() if i in score] for t in (kind, other))
         assert min(own) > max(rest)
+
+
+def test_a_model_without_gradients_is_refused_before_the_warm_up(spec, tmp_path):
+    for wrong, says in (
+        ({"adapter": "somewhere"}, "merge it first"),
+        ({"engine": "sentence-transformers"}, "has no gradients: give a local model"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            warmed(replace(spec, **wrong), rows(), tmp_path, ASKED, 0, print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_rows_are_asked_first_and_one_without_features_ends_the_stage(monkeypatch):
+    asked = []
+
+    def features(seats, buckets, *, target):
+        asked.append(target)
+        yield 0, ({}, {"t": "too_long"} if target else {})
+
+    monkeypatch.setattr(stage, "features", features)
+    monkeypatch.setattr(stage, "warmed", lambda *given: [None])
+    monkeypatch.setattr(stage, "differentiating", lambda *given: nullcontext([[]]))
+    manifest = SimpleNamespace(rows=lambda name: 1)
+    pool = SimpleNamespace(rows=None, buckets=1, manifest=manifest)
+    monkeypatch.setattr(stage, "Pool", lambda path: pool)
+    context = SimpleNamespace(
+        stage=SimpleNamespace(name="select", options=Select("less")),
+        recipe=SimpleNamespace(sets=SimpleNamespace(target=[SimpleNamespace(name="t")])),
+        workspace=SimpleNamespace(model=Path, pool=Path, store=Path("store")),
+        spec=lambda role: None,
+        buckets=range(1),
+        in_play=lambda bucket: ["a"],
+        rows_of=lambda ids: rows(1),
+        store_buckets=list,
+        opened=SimpleNamespace(close=lambda: None),
+        emit=lambda line: None,
+    )
+    with pytest.raises(ValueError, match=r"1 target rows have no gradient features.*too_long"):
+        stage.featured(context)
+    assert asked == [True]
 
 
 def test_what_has_no_gradient_is_refused(spec):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from siftline.cli import main
 from siftline.config import build
 from siftline.kernels.blocks import unit
+from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT
 from siftline.recipe import parse
 from siftline.schema import digest
@@ -105,6 +106,10 @@ def test_a_warm_up_draws_a_share_that_more_rows_hardly_move():
     more = warm_share([*ids, *(digest("v", i) for i in range(10))], 0.05, 0)
     assert len(drawn - more) <= 2
     assert not warm_share(ids, 0.0, 0)
+    assert len(warm_share(ids[:100], 0.07, 0)) == 7  # the product is a last bit above
+    assert len(warm_share(ids[:100], 0.071, 0)) == 8
+    u = dict(zip(ids, uniforms(0, "less warm-up", ids), strict=True))
+    assert min(u[i] for i in drawn) > max(u[i] for i in ids if i not in drawn)
 
 
 # ---- files ---------------------------------------------------------------------------------------

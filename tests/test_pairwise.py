@@ -102,7 +102,42 @@ def test_a_malformed_reply_is_a_reason(judge, reply, reason):
     assert told == Verdict(None, "7", f"verifier_error: {reason}")
 
 
-def test_a_judge_that_refuses_everything_or_answers_too_little_stops_nothing(judge):
+def picky(scripted, batch_tokens, root, tokenizer):
+    """A judge that refuses any call in which one of the answers is forbidden."""
+    from dataclasses import replace
+
+    def votes(prompt, options):
+        if "forbidden" in prompt:
+            raise ValueError("no such answer")
+        return scripted.perfect_pairs(prompt)
+
+    engine = scripted.Scripted("picky", tokenizer, votes=votes)
+    spec = replace(ModelSpec("nowhere", max_length=2048), batch_tokens=batch_tokens)
+    return Recorder(engine, spec, root)
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 300, 100_000])
+def test_one_refused_pair_costs_no_other_its_verdict(scripted, tokenizer, tmp_path, batch_tokens):
+    # With small batches a batch holds the refused pair alone, and the engine refuses all of it.
+    pairs = {str(i): (ASKED, f"It is {20 + i}.\n#### {20 + i}", RIGHT) for i in range(9)}
+    pairs["4"] = (ASKED, "forbidden\n#### 8", RIGHT)
+    found = prefer(picky(scripted, batch_tokens, tmp_path / "store", tokenizer), 0, pairs)
+    assert {i for i, told in found.items() if told.reason == REFUSED} == {"4"}
+    assert {told.verdict for i, told in found.items() if i != "4"} == {"candidate"}
+    held = {i: (ASKED, RIGHT, answer) for i, (_, answer, _) in pairs.items()}
+    recorder = picky(scripted, batch_tokens, tmp_path / "other", tokenizer)
+    recorder.engine.votes = lambda prompt, options: refusing(scripted, prompt, options)
+    told = verdict_against_reference(recorder, 0, held)
+    assert {i for i, line in told.items() if line.reason.endswith(REFUSED)} == {"4"}
+
+
+def refusing(scripted, prompt, options):
+    if "forbidden" in prompt:
+        raise ValueError("no such answer")
+    return same(scripted)(prompt, options)
+
+
+def test_a_judge_that_refuses_everything_or_answers_too_little_stops_no_bucket(judge):
     def refuses(prompt, options):
         raise ValueError("no log-probabilities")
 

@@ -388,7 +388,7 @@ PUBLIC = {
     "Bounds": "max_failed max_removed",
     "Canaries": "per_kind",
     "Card": "license description language tags",
-    "Training": "options arms epochs seeds",
+    "Training": "options arms epochs seeds reference",
     "PoolSpec": "name inputs buckets max_quarantine",
     "Source": "path format layout columns source instruction answer_pattern split",
     "ModelSpec": "path engine dtype device max_length template batch_tokens trust_remote_code "

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -14,6 +16,7 @@ from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT
 from siftline.recipe import parse, scorers_read
 from siftline.schema import digest
+from siftline.selectors.chosen import Select
 from siftline.selectors.method import applied, select
 from siftline.selectors.rounds import KmeansRounds
 from siftline.selectors.spending import Budget
@@ -56,14 +59,14 @@ def kept(plan):
 @settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(3, 25), min_size=2, max_size=5),
-    st.floats(0.2, 0.9),
+    st.one_of(st.just(0.0), st.floats(0.2, 0.9)),  # 0: the longest row, or a row a round
     st.integers(1, 4),
     st.sampled_from(["rows", "loss_tokens"]),
 )
 def test_a_budget_is_met_in_rounds(counts, share, rounds, unit):
     pool = blobs(counts)
     whole = pool.height if unit == "rows" else int(pool["n_tokens"].sum())
-    budget = Budget(max(int(share * whole), 10 * rounds if unit != "rows" else rounds), unit)
+    budget = Budget(max(int(share * whole), rounds if unit == "rows" else 30), unit, "smaller")
     if budget.size >= whole:
         return
     calls = []
@@ -73,14 +76,29 @@ def test_a_budget_is_met_in_rounds(counts, share, rounds, unit):
     spent = taken.height if unit == "rows" else taken["n_tokens"].sum()
     assert spent == plan.facts["spent"] <= budget.size
     assert spent == budget.size if unit == "rows" else spent > budget.size - 30
-    assert [number for number, _ in calls] == list(range(rounds - 1))
+    by_round = [fact["picked"] for fact in plan.facts["rounds"]]
+    taught = [number for number in range(rounds - 1) if by_round[number]]
+    assert [number for number, _ in calls] == taught
     seen = [set(ids) for _, ids in calls]
     assert all(a <= b for a, b in zip(seen, [*seen[1:], set(kept(plan))], strict=False))
-    by_round = [fact["picked"] for fact in plan.facts["rounds"]]
     assert sum(by_round) == len(kept(plan))
     table = plan.tables["rounds"]
     for number in range(1, rounds + 1):
         assert table.filter(round=number)["weight"].sum() == pytest.approx(1)
+
+
+def test_a_round_whose_tokens_buy_nothing_teaches_nothing_and_keeps_the_weights():
+    pool = blobs([6, 6]).with_columns(n_tokens=pl.lit(10))
+    calls = []
+    # Three tokens a round: the first row is drawn when four rounds' are together.
+    method = KmeansRounds(clusters=2, rounds=4, quota="proportional")
+    plan = refined(method, pool, Budget(12, "loss_tokens", "smaller"), 0, calls)
+    assert [fact["picked"] for fact in plan.facts["rounds"]] == [0, 0, 0, 1]
+    assert (plan.facts["spent"], len(kept(plan)), calls) == (10, 1, [])
+    weights = plan.tables["rounds"].sort("round", "cluster")["weight"].to_list()
+    assert weights == weights[:2] * 4
+    with pytest.raises(ValueError, match="5 loss_tokens buys nothing, the shortest row"):
+        refined(KmeansRounds(clusters=2, rounds=1), pool, Budget(5, "loss_tokens", "smaller"))
 
 
 def test_the_cluster_whose_answers_are_worst_gains_in_the_next_round():
@@ -329,6 +347,52 @@ def test_a_stage_killed_twice_goes_on_to_the_same_bytes(chain, monkeypatch, forw
     names = [sorted(p.name for p in w.root.glob("models/*")) for w in (whole, cut)]
     assert names[0] == names[1]
     assert len(names[0]) == 2
+
+
+def test_a_row_without_an_answer_is_asked_again_at_the_next_run(chain, monkeypatch):
+    workspace, recipe = chain()
+    whole = refining.draw_samples
+    lost = []
+
+    def times_out(recorder, bucket, tokens, *rest):
+        drawn, failed = whole(recorder, bucket, tokens, *rest)
+        if not lost or lost[0] in tokens:
+            lost[:] = [min(tokens)]
+            drawn, failed = drawn.filter(pl.col("prompt_id") != lost[0]), {lost[0]: "timeout"}
+        return drawn, failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refining, "draw_samples", times_out)
+        first, _ = run(workspace, recipe)
+    assert (first.facts["rounds"][0]["scored"], first.facts["unanswered"]) == (5, 1)
+    second, fresh = run(workspace, recipe)
+    assert (fresh, second.facts["rounds"][0]["scored"], second.facts["unanswered"]) == (True, 6, 0)
+    assert not run(workspace, recipe)[1]
+
+
+def test_a_training_method_of_ones_own_says_how_it_is_taught(monkeypatch):
+    module = ModuleType("own_rounds")
+
+    @dataclass(frozen=True)
+    class Own:
+        needs: ClassVar = ("training",)
+        compare: str = "perplexity"
+
+        def summarise(self, bucket): ...
+        def decide(self, states, budget, target=None): ...
+        def apply(self, bucket, plan): ...
+        def refine(self, states, budget, teach): ...
+
+    @dataclass(frozen=True)
+    class Whole(Own):
+        max_new_tokens: int = 8
+        seed: int = 0
+
+    module.Own, module.Whole = Own, Whole
+    monkeypatch.setitem(sys.modules, "own_rounds", module)
+    with pytest.raises(ValueError, match="training and has no option max_new_tokens, seed"):
+        Select("own_rounds:Own")
+    assert Select("own_rounds:Whole", seed=3).configured().seed == 3
 
 
 def test_a_model_that_has_no_room_to_answer_is_told(chain, tiny_model):

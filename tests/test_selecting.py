@@ -1,17 +1,28 @@
 """The select stage: registered methods inside a recipe."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import dagster as dg
+import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import yaml
 
+from siftline import schema
 from siftline.assets import keys
 from siftline.assets.stages import stage_asset
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, REMOVED
 from siftline.recipe import parse
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.recorder import Recorder
 from siftline.selectors.chosen import Select
-from siftline.selectors.registry import METHODS
+from siftline.selectors.less import Gradients
+from siftline.selectors.registry import METHODS, find
+from siftline.selectors.spending import Budget
+from siftline.stages import selecting
 from siftline.stages.run import models_used, run_stage, sets_used
 from siftline.workspace import Workspace
 
@@ -130,6 +141,56 @@ def test_what_cannot_be_selected_is_refused_with_the_remedy(root, recipe_of):
     run_stage(Workspace(root), recipe, "duplicates", quiet)
     with pytest.raises(ValueError, match=r"selects towards a target.*add sets\.target"):
         run_stage(Workspace(root), recipe, "select", quiet)
+
+
+def test_a_pool_too_large_is_refused_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setattr(selecting, "MAX_VALUES", 100)
+    turns = [schema.message("user", "Why?"), schema.message("assistant", "So.")]
+    rows = [schema.make_row([*turns[:1], {**turns[1], "content": str(i)}]) for i in range(8)]
+    blank = [{**row, "parent_id": row["id"], "origin": "x"} for row in rows]
+    table = pa.Table.from_pylist(blank, schema=schema.ADDED).sort_by("id")
+    asked = []
+
+    class Embedder:
+        def fingerprint(self):
+            return "embedder"
+
+        def embed_texts(self, texts):
+            asked.extend(texts)
+            return np.ones((len(texts), 20), np.float32)
+
+    def never(context):
+        raise AssertionError("gradients were made")
+
+    monkeypatch.setattr(selecting, "featured", never)
+    recorder = Recorder(Embedder(), ModelSpec("nowhere"), tmp_path)
+    halves = [table.slice(0, 4), table.slice(4)]
+
+    def run(method, **options):
+        stage = SimpleNamespace(name="select", options=Select(method, **options))
+        return selecting.select(
+            SimpleNamespace(
+                stage=stage,
+                recipe=SimpleNamespace(budget=Budget(3, "rows")),
+                buckets=range(2),
+                rows=halves.__getitem__,
+                store_buckets=lambda: enumerate(halves),
+                recorders=lambda role, progress: [recorder],
+                emit=quiet,
+            )
+        )
+
+    with pytest.raises(ValueError, match="8 rows x 16 dimensions is over 100 values"):
+        run("less", gradients=Gradients(dimensions=4, epochs=4))
+    with pytest.raises(AssertionError, match="gradients were made"):  # without a warm-up: one pass
+        run("less", gradients=Gradients(dimensions=4, epochs=4, share=0.0))
+    with pytest.raises(ValueError, match="8 rows x 20 dimensions is over 100 values"):
+        run("kmeans_quality")
+    assert len(asked) == 4  # the first of two buckets
+    with_limit = replace(find("random"), limit=7)
+    monkeypatch.setattr(Select, "entry", property(lambda self: with_limit))
+    with pytest.raises(ValueError, match="8 rows, and random takes 7 at most"):
+        run("random")
 
 
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)

@@ -65,8 +65,8 @@ def test_cosines_are_clipped_and_asked_once_a_text(tiny_model, tmp_path):
     spec = ModelSpec(str(tiny_model), device="cpu", max_length=256)
     engine = open_engine(spec)
     recorder = Recorder(engine, spec, tmp_path / "store")
-    found = cosines(recorder, 0, HELD)
-    assert set(found) == {"right", "wrong"}
+    found, lost = cosines(recorder, 0, HELD)
+    assert (set(found), lost) == ({"right", "wrong"}, {})
     assert recorder.tally.computed == 5  # two responses, three samples; a row alone has no pair
     for name in found:
         own, *others = (
@@ -75,7 +75,7 @@ def test_cosines_are_clipped_and_asked_once_a_text(tiny_model, tmp_path):
         )
         plain = np.mean([max(0.0, float(own @ other)) for other in others])
         assert found[name] == pytest.approx(plain, abs=2e-3)
-    assert cosines(recorder, 0, HELD) == found
+    assert cosines(recorder, 0, HELD) == (found, {})
     assert recorder.tally.computed == 5
 
     class Opposed:
@@ -88,7 +88,22 @@ def test_cosines_are_clipped_and_asked_once_a_text(tiny_model, tmp_path):
 
     opposed = Recorder(Opposed(), spec, tmp_path / "store")
     pairs = {"x": Held("", "a", ("b", "a")), "y": Held("", "b", ("a",))}
-    assert cosines(opposed, 0, pairs) == {"x": 0.5, "y": 0.0}
+    assert cosines(opposed, 0, pairs) == ({"x": 0.5, "y": 0.0}, {})
+
+
+def test_a_text_without_a_vector_is_told_with_its_reason(tmp_path):
+    class Picky:
+        def fingerprint(self):
+            return "picky"
+
+        def embed_texts(self, asked):
+            if "b" in asked:
+                raise ValueError("not this one")
+            return np.array([[1.0, 0.0]] * len(asked), np.float32)
+
+    recorder = Recorder(Picky(), ModelSpec("nowhere"), tmp_path / "store")
+    held = {"x": Held("", "a", ("b", "c")), "y": Held("", "a", ("c",)), "z": Held("", "b", ())}
+    assert cosines(recorder, 0, held) == ({"y": 1.0}, {"x": "refused"})
 
 
 # ---- entailment ------------------------------------------------------------------------------
@@ -99,8 +114,8 @@ def test_entailment_asks_both_orders_with_the_prompt_before_both(
 ):
     engine = scripted.ScriptedNli(tiny.make_tokenizer())
     recorder = Recorder(engine, ModelSpec(str(tiny_model)), tmp_path / "store")
-    found = agreements(recorder, 0, HELD)
-    assert set(found) == {"right", "wrong"}
+    found, lost = agreements(recorder, 0, HELD)
+    assert (set(found), lost) == ({"right", "wrong"}, {})
     for name, held in HELD.items():
         if not held.samples:
             continue
@@ -111,7 +126,7 @@ def test_entailment_asks_both_orders_with_the_prompt_before_both(
     assert found["right"] > found["wrong"]
     assert all(part.startswith(QUESTION) for pair in engine.asked for part in pair)
     assert len(engine.asked) == 12
-    assert agreements(recorder, 0, HELD) == found
+    assert agreements(recorder, 0, HELD) == (found, {})
     assert len(engine.asked) == 12
 
 
@@ -154,8 +169,9 @@ def test_a_cross_encoder_agrees_with_its_pipeline(tiny, tmp_path):
     spec = make_nli(tiny, tmp_path / "nli")
     recorder = Recorder(open_classifier(spec), spec, tmp_path / "store")
     long = Held(QUESTION, "y" * 200, ("#### 7",))
-    found = agreements(recorder, 0, {**HELD, "long": long})
-    assert set(found) == {"right", "wrong"}  # no part for a pair that does not fit
+    found, lost = agreements(recorder, 0, {**HELD, "long": long})
+    assert set(found) == {"right", "wrong"}
+    assert lost == {"long": "too_long"}  # no part for a pair that does not fit
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(spec.path).eval()
 

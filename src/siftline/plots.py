@@ -117,9 +117,13 @@ def histogram(
         dark: Colours for a dark page.
     """
     finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    # One value alone gets room around it, in steps that a float of its size has.
+    room = max(0.5, 1e-6 * max(abs(low), abs(high))) if high - low < 1e-9 * abs(high) else 0.0
+    edges = np.unique(np.linspace(low - room, high + room, bins + 1))
 
     def paint(axes: Any, theme: Theme) -> None:
-        axes.hist(finite, bins=bins, color=theme.kept, alpha=0.85)
+        axes.hist(finite, bins=edges if len(edges) > 1 else 1, color=theme.kept, alpha=0.85)
         for threshold in sorted(set(thresholds)):
             axes.axvline(threshold, color=theme.removed, linewidth=1.4, linestyle=(0, (4, 2)))
             axes.annotate(

@@ -218,6 +218,8 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     _check_nli(stages, raw.get("roles"))
     chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
     _check_retained(sets, chosen.get("evaluation"))
+    if "training" in chosen:
+        chosen["training"].check_models(models)
     return Recipe(
         name=name,
         seed=seed,
@@ -318,6 +320,8 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
         if "seed" in {f.name for f in fields(STAGES[kind])} and kind != "duplicates":
             options.setdefault("seed", seed)
         stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
+        if kind == "confidence":
+            stages[-1].options.check_after([s.kind for s in stages], f"stages.{name}")
         if kind == "correct" and "confidence" not in [s.kind for s in stages]:
             raise ValueError(f"stages.{name}: correct mends what confidence judged: put it after")
         if kind in GATES_AGAIN:

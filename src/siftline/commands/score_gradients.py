@@ -148,7 +148,7 @@ def _made(
             differentiating(spec, snapshots, asked, seed, out / STORE, tracker.advance) as seats,
             _writing(out / GRADIENTS, width) as write,
         ):
-            for each in (pool, target):
+            for each in (target, pool):  # the few first: what is wrong with them shows at once
                 done = 0
                 buckets = by_store_bucket(each.rows, each.buckets)
                 for bucket, (found, reasons) in features(seats, buckets, target=each is target):
@@ -160,8 +160,8 @@ def _made(
     finally:
         tracker.close()
     return Differentiated(
-        rows=written[0],
-        target_rows=written[1],
+        rows=written[1],
+        target_rows=written[0],
         failed=pl.concat(failed).sort("file", "row", "id"),
         warmup_rows=rows.num_rows,
         checkpoints=[s.step for s in snapshots if s is not None],

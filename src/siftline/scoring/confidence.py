@@ -109,6 +109,22 @@ class Confidence:
         roles = {"embedding": "embedder", "nli": "nli"}
         return tuple(role for part, role in roles.items() if self.weighing.get(part, 0.0) > 0)
 
+    def check_after(self, kinds: Sequence[str], where: str) -> None:
+        """Refuses a weight for what no stage before this one gives.
+
+        Args:
+            kinds: Of the stages before it.
+            where: Its place in the recipe.
+
+        Raises:
+            ValueError: if perplexity has a weight and no likelihood stage comes before.
+        """
+        if self.weighing.get("perplexity", 0.0) > 0 and "likelihood" not in kinds:
+            raise ValueError(
+                f"{where}: weights name perplexity, which the likelihood stage gives: put "
+                "likelihood before it"
+            )
+
     def gate(self, weights: Mapping[str, float]) -> ConfidenceGate:
         """The gate with the weights that calibration settled on."""
         return ConfidenceGate(threshold=self.threshold, cut=self.cut, weights=dict(weights))

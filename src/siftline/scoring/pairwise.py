@@ -2,7 +2,8 @@
 
 Judges favour a place, so every pair is asked in both orders and a verdict stands only where both
 agree. Replies are the log-probabilities of A and B, recorded facts like all others; a judge without
-usable ones costs the pair its verdict and is counted, it stops nothing.
+usable ones costs the pair its verdict and is counted, it stops nothing. Pairs that the engine
+refuses are found by asking in halves, so none loses its verdict to a neighbour.
 """
 
 import logging
@@ -36,6 +37,8 @@ MALFORMED = "malformed"
 
 Pair = tuple[Sequence[Mapping[str, Any]], str, str]
 """A conversation, whose last message is ignored, and two answers to it."""
+Question = tuple[Sequence[Mapping[str, Any]], Sequence[str]]
+"""As `ask_choices` takes it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def prefer(recorder: Recorder, bucket: int, asked: Mapping[str, Pair]) -> dict[s
         asked: By id: conversation, original, candidate.
 
     Returns:
-        A preference for every id.
+        A preference for every id. Where every pair has the reason `refused`, it may be the call
+        that is wrong, not the pairs: a caller that has asked about all can tell.
     """
     found = {}
     for i, told in _both_orders(recorder, "pairwise", BETTER, bucket, asked).items():
@@ -123,11 +127,7 @@ def _both_orders(
         for order, (first, second) in enumerate(((one, other), (other, one))):
             about = about_answers(messages, question, first=first, second=second)
             questions[f"{i} {order}"] = (about, REPLIES)
-    try:
-        replies, failed = ask_choices(recorder, scorer, VERSION, bucket, questions, lead_in=True)
-    except ValueError as error:  # the judge refuses, or answers in no form that can be read
-        logger.warning("%s: the judge answered none of %d questions: %s", scorer, len(asked), error)
-        replies, failed = {}, dict.fromkeys(questions, REFUSED)
+    replies, failed = _told(recorder, scorer, bucket, questions)
     found: dict[str, tuple[float, float] | str] = {}
     for i in asked:
         shares = [_share(replies.get(f"{i} {order}")) for order in (0, 1)]
@@ -136,6 +136,27 @@ def _both_orders(
         else:
             found[i] = failed.get(f"{i} 0") or failed.get(f"{i} 1") or MALFORMED
     return found
+
+
+def _told(
+    recorder: Recorder, scorer: str, bucket: int, questions: Mapping[str, Question]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Replies and reasons; of questions that are refused together, each half is asked alone."""
+    try:
+        return ask_choices(recorder, scorer, VERSION, bucket, questions, lead_in=True)
+    except ValueError as error:  # a whole batch was refused, or answered in no form to be read
+        refusal = error
+    if len(questions) == 1:
+        logger.warning("%s: question refused: %s", scorer, refusal)
+        return {}, dict.fromkeys(questions, REFUSED)
+    names = list(questions)
+    replies: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+        found, reasons = _told(recorder, scorer, bucket, {i: questions[i] for i in half})
+        replies |= found
+        failed |= reasons
+    return replies, failed
 
 
 def _share(logprobs: Sequence[float] | None) -> float | None:

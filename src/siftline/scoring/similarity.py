@@ -9,7 +9,7 @@ texts are asked once, and every answer is a recorded fact.
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from siftline.schema import digest
 from siftline.scoring.classifiers import ask_logits, softmax
 from siftline.scoring.embedding import embed_texts
+from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 
 _WORD = re.compile(r"\w+")
@@ -57,7 +58,11 @@ def overlaps(held: Mapping[str, Held]) -> dict[str, float]:
     }
 
 
-def cosines(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> dict[str, float]:
+Similar = tuple[dict[str, float], dict[str, str]]
+"""Values by id, and reasons by id of rows with samples that have no value."""
+
+
+def cosines(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> Similar:
     """Mean cosine with the samples, each clipped to [0, 1] (cleanlab/tlm).
 
     Args:
@@ -66,17 +71,26 @@ def cosines(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> dict[s
         held: By id.
 
     Returns:
-        By id; rows without samples, or with a text that got no vector, are left out.
+        Means by id, and reasons by id of rows with a text that got no vector; rows without samples
+        are in neither.
     """
     asked = {i: (one.own, *one.samples) for i, one in held.items() if one.samples}
     texts = {text: text for needed in asked.values() for text in needed}
-    vectors, _ = embed_texts(recorder, bucket, texts)
-    found = {}
+    vectors, reasons = embed_texts(recorder, bucket, texts)
+    found, lost = {}, {}
     for i, needed in asked.items():
         if all(text in vectors for text in needed):
             own, *others = (_unit(vectors[text]) for text in needed)
             found[i] = float(np.clip([own @ other for other in others], 0.0, 1.0).mean())
-    return found
+        else:
+            lost[i] = _why(needed, vectors, reasons)
+    return found, lost
+
+
+def _why(needed: Sequence[str], known: Container[str], reasons: Mapping[str, str]) -> str:
+    """Of the reasons of what is missing the first that another try may end, else the first."""
+    given = sorted(reasons[name] for name in needed if name not in known)
+    return next((reason for reason in given if unanswered([reason])), given[0])
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -85,7 +99,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return np.asarray(wide / max(float(np.linalg.norm(wide)), 1e-12))
 
 
-def agreements(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> dict[str, float]:
+def agreements(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> Similar:
     """Mean of 1 - (p_contra(y, y_i) + p_contra(y_i, y)) / 2 over the samples (BSDetector).
 
     Both texts of a pair carry the prompt before them, and both orders are asked.
@@ -96,7 +110,8 @@ def agreements(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> dic
         held: By id.
 
     Returns:
-        By id; rows without samples, or with a pair that is too long, are left out.
+        Means by id, and reasons by id of rows with a pair that has no answer (one that is
+        `too_long`, say); rows without samples are in neither.
 
     Raises:
         ValueError: if the model is no NLI cross-encoder that this can ask.
@@ -113,17 +128,20 @@ def agreements(recorder: Recorder, bucket: int, held: Mapping[str, Held]) -> dic
         name: list(tokenizer(first, second, verbose=False)["input_ids"])
         for name, (first, second) in pairs.items()
     }
-    logits, _ = ask_logits(recorder, bucket, tokens)
+    logits, reasons = ask_logits(recorder, bucket, tokens)
     against = {name: float(softmax(line)[at]) for name, line in logits.items()}
-    found = {}
+    found, lost = {}, {}
     for i, one in held.items():
         own = _with_prompt(one.prompt, one.own)
         others = [_with_prompt(one.prompt, text) for text in one.samples]
         names = [(_name(own, other), _name(other, own)) for other in others]
-        if names and all(name in against for both in names for name in both):
+        if all(name in against for both in names for name in both):
             shares = [1.0 - 0.5 * (against[a] + against[b]) for a, b in names]
-            found[i] = float(np.mean(shares))
-    return found
+            if shares:
+                found[i] = float(np.mean(shares))
+        else:
+            lost[i] = _why([name for both in names for name in both], against, reasons)
+    return found, lost
 
 
 def _with_prompt(prompt: str, text: str) -> str:

@@ -42,6 +42,8 @@ Need = Literal[
 ]
 Scope = Literal["bucketed", "global"]
 STEPS = ("summarise", "decide", "apply")
+TAUGHT = ("compare", "max_new_tokens", "seed")
+"""Options of a method that trains which say how its models are trained and asked."""
 WIDTH = 384
 """Dimensions that the limits of methods with embeddings are stated for."""
 
@@ -303,6 +305,11 @@ def _own(path: str) -> Entry:
         )
     if "training" in needs and not callable(getattr(found, "refine", None)):
         raise ValueError(f"method {path!r} needs training and has no refine: see rounds.py")
+    lacking = [name for name in TAUGHT if name not in {f.name for f in dataclasses.fields(found)}]
+    if "training" in needs and lacking:
+        raise ValueError(
+            f"method {path!r} needs training and has no option {', '.join(lacking)}: see rounds.py"
+        )
     document = (inspect.getdoc(found) or "").partition("\n")[0]
     return Entry(
         path,

@@ -174,7 +174,7 @@ class KmeansRounds(KmeansQuality):
         quota: Weights of the first round: "equal" (the paper) or "proportional" to cluster sizes.
         quality: Column of weights of the draw inside a cluster; None draws evenly.
         seed: Seed of the clustering, the draws, the trainings and what the models answer.
-        rounds: How many (the paper: 3). One less is followed by a training.
+        rounds: How many (the paper: 3). One less is followed by a training, if it drew a row.
         compare: How given answers and the model's own are scored: "perplexity" under the model
             just trained (log PPL(given) - log PPL(own)), or the name of a quality scorer of the
             recipe. The paper's best is a reward model (47.0; perplexity 44.9).
@@ -205,7 +205,7 @@ class KmeansRounds(KmeansQuality):
         Args:
             states: What `summarise` gave.
             budget: The budget.
-            teach: Called after every round but the last.
+            teach: Called after every round that drew a row, but the last.
 
         Raises:
             ValueError: as `decide`, or if the budget has less than a row for each round.
@@ -227,7 +227,7 @@ class KmeansRounds(KmeansQuality):
         course = self._course(members, budget, teach)
         round_of = dict(zip(course.taken, course.numbers, strict=True))
         numbers = np.array([round_of.get(i, 0) for i in ids.to_list()])
-        order = np.lexsort((np.arange(pool.height), numbers))[-len(round_of) :]
+        order = np.lexsort((np.arange(pool.height), numbers))[pool.height - len(round_of) :]
         spent = Spent(order, int(amounts[order].sum()), True)
         tables = {
             "members": members.select("id", "cluster").with_columns(
@@ -257,7 +257,7 @@ class KmeansRounds(KmeansQuality):
             course.taken += drawn
             course.numbers += [number + 1] * len(drawn)
             scored = None
-            if number + 1 < self.rounds:
+            if drawn and number + 1 < self.rounds:  # else there is nothing new to learn
                 told = teach(number, sorted(course.taken))
                 scored = told.join(members.select("id", "cluster"), on="id", validate="1:1")
             course.note(members, drawn, weights, scored)

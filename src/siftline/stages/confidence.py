@@ -15,14 +15,17 @@ from siftline.scoring.confidence import (
     reflections,
     without_reflection,
 )
+from siftline.scoring.reasons import unanswered
 from siftline.scoring.samples import draw_samples
 from siftline.scoring.verifiers import get_verifier
 from siftline.selectors.calibration import calibration, kept_by, shown
 from siftline.selectors.confidence import auroc
 from siftline.selectors.difficulty import level_of
+from siftline.selectors.selection import Selection, decisions
 from siftline.stages.canaries import Judged, measured
-from siftline.stages.confidence_parts import Scores, score_parts
-from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
+from siftline.stages.confidence_parts import Scores, mean_probabilities, score_parts
+from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
+from siftline.stages.scores import score_rows
 
 CALIBRATION_DRAWS = 2
 """Draws per dev prompt that reflection is measured on."""
@@ -39,30 +42,33 @@ def confidence(context: Context) -> StageRun:
     earlier = _settled(context)
     weights, calibrated = earlier or _calibrate(context, options)
     gate = options.gate(weights)
-    scores = score_parts(context, options, list(context.store_buckets()), weights)
-    frames = [scores.frame(context.in_play(bucket), gate.parts) for bucket in context.buckets]
-    judged = [_judged(context, bucket) for bucket in context.buckets]
-    counted = [
-        frame if new is None else frame.filter(pl.col("id").is_in(list(new)))
-        for frame, new in zip(frames, judged, strict=True)
-    ]
-    plan = gate.decide([gate.summarise(frame) for frame in counted])
+    asked = [_asked(context, bucket) for bucket in context.buckets]
+
+    def rows(bucket: int) -> pa.Table:
+        return context.everything(bucket, asked[bucket])
+
+    buckets = list(by_store_bucket(rows, context.pool.buckets))
+    scores = score_parts(context, options, buckets, weights)
+    frames = [scores.frame(ids, gate.parts) for ids in asked]
+    plan = gate.decide([gate.summarise(frame) for frame in frames])
     if earlier is not None:  # rows that were added are held to the line the first instance drew
         plan = type(plan)(calibrated["threshold"], {**plan.facts, **calibrated})
     results: list[StageResult] = []
     table = []
-    for frame, new in zip(frames, judged, strict=True):
+    for bucket, frame in zip(context.buckets, frames, strict=True):
         selection = gate.apply(frame, plan)
-        here = set(context.in_play(len(results)))
-        failed = {i: why for i, why in scores.failed.items() if i in here}
+        failed = {i: scores.failed[i] for i in asked[bucket] if i in scores.failed}
         failed |= dict.fromkeys(selection.facts["no_confidence"], "no_confidence")
-        if new is not None:
-            failed = {i: why for i, why in failed.items() if i in new}
-        results.append(split_failed(pass_earlier(selection, new), failed))
+        results.append(
+            split_failed(_with_earlier(context, bucket, asked[bucket], selection), failed)
+        )
         confidences = selection.decisions.select("id", pl.col("value").alias("confidence"))
         table.append(frame.join(confidences, on="id", how="left", maintain_order="left"))
+    decided = [result.decisions["kept"] for result in results]
     facts = {**plan.facts, "weights": weights, **calibrated}
-    facts["vacuous"] = plan.facts["below"] == 0
+    facts["below"] = sum(int((~kept).sum()) for kept in decided)
+    facts["vacuous"] = facts["below"] == 0
+    facts["unanswered"] = scores.unanswered() + calibrated.get("unanswered", 0)
     lines = pl.concat(table).sort("id")
     side = {"confidence": lines}
     if earlier is None:
@@ -71,14 +77,36 @@ def confidence(context: Context) -> StageRun:
         side |= more
 
     def judge(planted: pa.Table) -> Judged:
-        asked = list(by_store_bucket(lambda bucket: planted, 1))
-        found = score_parts(context, options, asked, weights)
+        likely: dict[str, float] = {}
+        unlikely: dict[str, str] = {}
+        if "perplexity" in gate.parts:  # real rows were scored by the likelihood stage
+            fresh, unlikely = score_rows(context, lambda bucket: planted, 1, planted.num_rows)
+            likely = mean_probabilities(fresh)
+        spoiled = list(by_store_bucket(lambda bucket: planted, 1))
+        found = score_parts(context, options, spoiled, weights, likely)
+        found.failed |= unlikely
         selection = gate.apply(found.frame(planted.column("id").to_pylist(), gate.parts), plan)
         lost = {**found.failed, **dict.fromkeys(selection.facts["no_confidence"], "no_confidence")}
         decided = selection.decisions
         return decided.filter(~pl.col("id").is_in(list(lost))), lost
 
     return measured(context, judge, StageRun(results, side, facts))
+
+
+def _asked(context: Context, bucket: int) -> list[str]:
+    """Ids in play of one bucket that this instance has to judge, sorted."""
+    ids, new = context.in_play(bucket), _judged(context, bucket)
+    return ids if new is None else [i for i in ids if i in new]
+
+
+def _with_earlier(
+    context: Context, bucket: int, asked: Sequence[str], selection: Selection
+) -> pl.DataFrame:
+    """Decisions of one bucket in which rows that were judged before stay."""
+    judged = set(asked)
+    earlier = [i for i in context.in_play(bucket) if i not in judged]
+    stay = decisions(earlier, kept=[True] * len(earlier))
+    return pl.concat([selection.decisions, stay]).sort("id")
 
 
 def _judged(context: Context, bucket: int) -> set[str] | None:
@@ -101,8 +129,12 @@ def _settled(context: Context) -> tuple[dict[str, float], dict[str, Any]] | None
     """Weights and threshold of the instance that this one repeats for added rows."""
     if context.stage.scope == "all":
         return None
-    output = context.output("confidence")
-    assert output is not None
+    own = context.stage
+    output = next(
+        output
+        for stage, output in context.before
+        if (stage.kind, stage.options) == (own.kind, own.options)
+    )
     facts = {k: v for k, v in output.facts.items() if k in SETTLED}
     return output.facts["weights"], facts
 
@@ -163,7 +195,7 @@ def _levels(context: Context, scores: Scores) -> dict[str, int]:
 def _calibrate(context: Context, options: Confidence) -> tuple[dict[str, float], dict[str, Any]]:
     """Weights of the parts, and the AUROC of reflection on checked draws for dev prompts."""
     weights = options.weighing
-    if "reflection" not in weights:
+    if not weights.get("reflection"):
         return weights, {}
     dev = context.recipe.sets.dev
     if not dev:
@@ -173,15 +205,17 @@ def _calibrate(context: Context, options: Confidence) -> tuple[dict[str, float],
                 "add one, or set reflection: on or off"
             )
         return weights, {}
-    scores, labels = _dev_verdicts(context, options)
+    scores, labels, silent = _dev_verdicts(context, options)
+    left = {"unanswered": unanswered(silent)}
     try:
         found = auroc(np.array(scores), np.array(labels))
     except ValueError as error:
         if options.reflection == "on":
-            return weights, {}
+            return weights, left
         context.emit(f"{context.stage.name}: reflection gets weight 0: {error}")
-        return without_reflection(weights), {"auroc": None, "auroc_rows": len(labels)}
+        return without_reflection(weights), {**left, "auroc": None, "auroc_rows": len(labels)}
     facts = {
+        **left,
         "auroc": found.value,
         "auroc_low": found.low,
         "auroc_high": found.high,
@@ -195,19 +229,27 @@ def _calibrate(context: Context, options: Confidence) -> tuple[dict[str, float],
     return (weights if use else without_reflection(weights)), facts
 
 
-def _dev_verdicts(context: Context, options: Confidence) -> tuple[list[float], list[bool]]:
-    """Reflection on the sampler's own draws for dev prompts, and whether each was right."""
+def _dev_verdicts(
+    context: Context, options: Confidence
+) -> tuple[list[float], list[bool], list[str]]:
+    """Reflection on the sampler's own draws for dev prompts, whether each was right; and reasons.
+
+    The reasons are of prompts without draws, and of draws without a verdict.
+    """
     check = get_verifier("math" if options.answers == "math" else "exact")
     sampler, judge = context.recorder("sampler"), context.recorder("judge")
     scores: list[float] = []
     labels: list[bool] = []
+    silent: list[str] = []
     for spec in context.recipe.sets.dev:
         pool = Pool(context.workspace.pool(spec.name))
         for bucket, rows in by_store_bucket(pool.rows, pool.buckets):
             by_prompt = {r["prompt_id"]: r for r in rows.to_pylist() if r["answer"] is not None}
             tokens, _ = prompts_of(sampler, rows)
             draws = {p: range(CALIBRATION_DRAWS) for p in tokens if p in by_prompt}
-            drawn, _ = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
+            drawn, lost = draw_samples(
+                sampler, bucket, tokens, draws, options.sampling, options.seed
+            )
             asked = {}
             right = {}
             for line in drawn.to_dicts():
@@ -215,8 +257,9 @@ def _dev_verdicts(context: Context, options: Confidence) -> tuple[list[float], l
                 name = f"{line['prompt_id']}-{line['draw']}"
                 asked[name] = (row["messages"], line["text"])
                 right[name] = bool(check(line["text"], row["answer"]).correct)
-            found, _ = reflections(judge, bucket, asked, options.questions)
+            found, failed = reflections(judge, bucket, asked, options.questions)
+            silent += [*lost.values(), *failed.values()]
             for name, value in found.items():
                 scores.append(value)
                 labels.append(right[name])
-    return scores, labels
+    return scores, labels, silent

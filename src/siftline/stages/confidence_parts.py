@@ -16,9 +16,10 @@ from siftline.scoring.confidence import (
     reflections,
     sampled_answers,
 )
+from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.samples import draw_samples
-from siftline.scoring.similarity import Held, agreements, cosines, overlaps
+from siftline.scoring.similarity import Held, Similar, agreements, cosines, overlaps
 from siftline.selectors.confidence import PARTS, consistency
 from siftline.stages.context import Context
 from siftline.stages.spread import over_buckets
@@ -32,11 +33,13 @@ class Scores:
         parts: Values in [0, 1]; a row that lacks a part is not in it.
         failed: Reason by id of rows that could not be asked about.
         solved: Samples that came to the independent answer, and samples, by prompt id.
+        lost: Reason by id of rows that lack a part which asks another model, by part.
     """
 
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     solved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, other: "Scores") -> None:
         """Takes in what was found for other rows."""
@@ -44,6 +47,13 @@ class Scores:
             self.parts.setdefault(part, {}).update(values)
         self.failed.update(other.failed)
         self.solved.update(other.solved)
+        for part, reasons in other.lost.items():
+            self.lost.setdefault(part, {}).update(reasons)
+
+    def unanswered(self) -> int:
+        """Values of rows that did not fail, which another try may give."""
+        lost = (reasons.items() for reasons in self.lost.values())
+        return unanswered(why for items in lost for i, why in items if i not in self.failed)
 
     def frame(self, ids: Sequence[str], parts: Sequence[str]) -> pl.DataFrame:
         """What the gate reads about those of the rows that did not fail."""
@@ -58,10 +68,16 @@ def score_parts(
     options: Confidence,
     buckets: Sequence[tuple[int, pa.Table]],
     weights: Mapping[str, float],
+    likely: Mapping[str, float] | None = None,
 ) -> Scores:
     """Every part that has a weight, for the rows of store buckets.
 
-    Rows that no earlier stage scored, planted ones among them, lack the perplexity part.
+    Args:
+        context: The stage.
+        options: The stage's.
+        buckets: Rows by store bucket.
+        weights: Weight by part.
+        likely: The perplexity part by id; None takes it from the stages before this one.
     """
     wanted = [part for part in PARTS if weights.get(part, 0.0) > 0]
     scores = Scores()
@@ -70,7 +86,7 @@ def score_parts(
     if "reflection" in wanted:
         _score_reflection(context, options, buckets, scores)
     if "perplexity" in wanted:
-        known = _likelihoods(context)
+        known = _likelihoods(context) if likely is None else likely
         ids = [i for _, rows in buckets for i in rows.column("id").to_pylist()]
         scores.parts["perplexity"] = {i: known[i] for i in ids if i in known}
     return scores
@@ -139,13 +155,15 @@ def _held_against_samples(
         before = "\n".join(m["content"] or "" for m in row["messages"][:-1])
         held[row["id"]] = Held(before, own, texts[row["prompt_id"]])
     scores.solved = _solved(lines, answers, options)
-    similar: dict[str, Callable[[], dict[str, float]]] = {
-        "agreement": lambda: agreement,
-        "jaccard": lambda: overlaps(held),
+    similar: dict[str, Callable[[], Similar]] = {
+        "agreement": lambda: (agreement, {}),
+        "jaccard": lambda: (overlaps(held), {}),
         "embedding": lambda: cosines(seat["embedding"], bucket, held),
         "nli": lambda: agreements(seat["nli"], bucket, held),
     }
-    scores.parts = {part: similar[part]() for part in SAMPLED if part in wanted}
+    for part in SAMPLED:
+        if part in wanted:
+            scores.parts[part], scores.lost[part] = similar[part]()
     return scores
 
 
@@ -198,6 +216,11 @@ def _likelihoods(context: Context) -> dict[str, float]:
     for _, output in context.before:
         table = output.table("likelihood")
         if table is not None:
-            clipped = pl.col("logprob_mean").exp().clip(0.0, 1.0)
-            found |= dict(table.select("id", clipped).drop_nulls().iter_rows())
+            found |= mean_probabilities(table)
     return found
+
+
+def mean_probabilities(scored: pl.DataFrame) -> dict[str, float]:
+    """The perplexity part by id, of rows with columns id and logprob_mean."""
+    clipped = pl.col("logprob_mean").exp().clip(0.0, 1.0)
+    return dict(scored.select("id", clipped).drop_nulls().iter_rows())

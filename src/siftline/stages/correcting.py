@@ -3,6 +3,9 @@
 The rows in play are what the confidence gate kept. Fold models are trained on them and kept in the
 workspace by what decides their weights; candidates and verdicts are recorded facts. So a run that
 is killed goes on, and a rerun decides the same.
+
+Memory: the judged responses and their candidates are held as text until the side table is written,
+and so are the rows that one fold's model is trained on.
 """
 
 from collections import Counter
@@ -18,7 +21,8 @@ from siftline.ledger import REMOVED, StageResult
 from siftline.progress import Progress
 from siftline.scoring.confidence import prompts_of
 from siftline.scoring.pairwise import Preference, prefer
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.reasons import unanswered
+from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.samples import draw_samples
 from siftline.scoring.verifiers import get_verifier
 from siftline.selectors.correction import ADOPTED, PROPOSALS, fold_of, judged_facts
@@ -86,7 +90,8 @@ def correct(context: Context) -> StageRun:
     assert isinstance(options, Correct)
     judged = _judged(context)
     candidates, folds = _propose(context, judged, options)
-    lines = _judge(context, judged, candidates, options)
+    lines, silent = _judge(context, judged, candidates, options)
+    _check_judge(context, lines, silent)
     frame = pl.DataFrame(lines, schema={k: v for k, v in CORRECTIONS.items() if k != "outcome"})
     frame = _bar_known(context, frame.sort("id"))
     frame = frame.with_columns(options.rule.outcomes(frame.select(list(PROPOSALS))))
@@ -100,6 +105,8 @@ def correct(context: Context) -> StageRun:
         "outcomes": counts,
         "judge": judged_facts(frame),
         "no_candidate": dict(sorted(Counter(_lost(candidates)).items())),
+        "no_verdict": dict(sorted(Counter(silent).items())),
+        "unanswered": unanswered([*_lost(candidates), *silent]),
         "folds": folds,
         "vacuous": not any(adopted.values()),
     }
@@ -135,7 +142,8 @@ def _propose(
             _of_folds(context.rows(b), others, options) for b in context.buckets
         )
         prompts = _generate(context, judged, rows, fold, options, candidates)
-        facts.append({"fold": fold, "trained_on": rows.num_rows, "prompts": prompts})
+        trained = rows.num_rows if prompts else 0  # a fold without prompts needs no model
+        facts.append({"fold": fold, "trained_on": trained, "prompts": prompts})
     return candidates, facts
 
 
@@ -201,23 +209,38 @@ def _answers(
 
 # ---- verdicts --------------------------------------------------------------------------------
 
+Verdicts = tuple[list[dict[str, Any]], list[str]]
+"""Lines of `CORRECTIONS` without their outcome, and the reasons of those the judge failed on."""
+
 
 def _judge(
     context: Context, judged: _Judged, candidates: Candidates, options: Correct
-) -> list[dict[str, Any]]:
-    """Lines of `CORRECTIONS` without their outcome, one per judged response."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of `CORRECTIONS` without their outcome, one per judged response; why verdicts lack."""
     progress = Progress(f"{context.stage.name} verdicts", 0, context.emit, "questions")
     playing = {i for bucket in context.buckets for i in context.in_play(bucket)}
     lines: list[dict[str, Any]] = []
+    silent: list[str] = []
 
-    def work(recorder: Recorder, bucket: int, rows: pa.Table) -> list[dict[str, Any]]:
+    def work(recorder: Recorder, bucket: int, rows: pa.Table) -> Verdicts:
         return _verdicts(recorder, bucket, rows, candidates, playing, options)
 
     buckets = by_store_bucket(judged.rows, context.pool.buckets)
     for _, found in over_buckets(context.recorders("judge", progress), buckets, work):
-        lines += found
+        lines += found[0]
+        silent += found[1]
     progress.close()
-    return lines
+    return lines, silent
+
+
+def _check_judge(context: Context, lines: Sequence[dict[str, Any]], silent: Sequence[str]) -> None:
+    """Refuses a judge that refused every pair: then the call is wrong, not a pair."""
+    asked = sum(line["as_second"] is not None for line in lines) + len(silent)
+    if asked > 1 and silent.count(REFUSED) == asked:
+        raise ValueError(
+            f"{context.stage.name}: the judge refused all {asked} pairs, the log says why: give "
+            "the role judge a model that scores its prompts"
+        )
 
 
 def _verdicts(
@@ -227,7 +250,7 @@ def _verdicts(
     candidates: Candidates,
     playing: set[str],
     options: Correct,
-) -> list[dict[str, Any]]:
+) -> Verdicts:
     check = get_verifier(options.verifier) if options.verifier else None
     lines, asked = [], {}
     for row in rows.to_pylist():
@@ -259,13 +282,15 @@ def _verdicts(
         )
     told = prefer(recorder, bucket, asked)
     nothing = Preference(None, None, None, None)
+    silent = []
     for line in lines:
         said = told.get(line["id"], nothing)
         names = ("verdict", "confidence", "as_second", "as_first")
         line |= {name: getattr(said, name) for name in names}
         if said.reason is not None:
             line["barred"] = "judge_failed"
-    return lines
+            silent.append(said.reason)
+    return lines, silent
 
 
 def _row(parent: Mapping[str, Any], text: str) -> dict[str, Any]:

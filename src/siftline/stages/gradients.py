@@ -49,9 +49,9 @@ class Featured:
 
 
 def warm_share(ids: Iterable[str], share: float, seed: int) -> set[str]:
-    """The ids of a warm-up: `share` of them, rounded up, those with the smallest draws."""
+    """The ids of a warm-up: `share` of them, rounded up, those with the largest draws."""
     names = sorted(ids)
-    size = math.ceil(share * len(names))
+    size = math.ceil(round(share * len(names), 9))  # 0.07 of 100 is 7.000000000000001
     u = uniforms(seed, "less warm-up", names)
     return {names[i] for i in gumbel_top_k(u, names, size)}
 
@@ -68,11 +68,16 @@ def warmed(
         asked: How it is made.
         seed: Of its order and first weights.
         emit: Takes lines of progress.
+
+    Raises:
+        ValueError: if the model has no gradients that features could be made of.
     """
-    if not rows.num_rows:
-        return [None]
+    from siftline.training.gradients import check_model
     from siftline.training.warmup import warm_up
 
+    check_model(spec)
+    if not rows.num_rows:
+        return [None]
     decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share", "adam")}
     key = content_hash([identity(spec), sorted(rows["id"].to_pylist()), decisive, seed])
     progress = Progress("warm-up", 0, emit, "steps")
@@ -145,14 +150,14 @@ def featured(context: Context) -> Featured:
     failed: dict[str, str] = {}
     aim: dict[str, np.ndarray] = {}
     with differentiating(spec, snapshots, asked, options.seed, store, progress.advance) as seats:
-        for _, (found, reasons) in features(seats, context.store_buckets(), target=False):
-            pool |= found
-            failed |= reasons
-        for wanted in sets:
+        for wanted in sets:  # first: few rows, and one without features ends the stage
             buckets = by_store_bucket(wanted.rows, wanted.buckets)
             for _, (found, reasons) in features(seats, buckets, target=True):
                 aim |= found
                 _all_there(reasons)
+        for _, (found, reasons) in features(seats, context.store_buckets(), target=False):
+            pool |= found
+            failed |= reasons
         tally = total([recorder for seat in seats for recorder in seat])
     progress.close()
     facts = {

@@ -6,7 +6,7 @@ again, which costs nothing, and goes on where it was.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ Values = tuple[dict[str, float], dict[str, str]]
 
 
 def round_options(recipe: Recipe) -> FineTune:
-    """How the model of a round is trained: as the recipe's own, for one pass over the rows."""
+    """How the model of a round is trained: as the recipe's own, for one pass over the rows.
+
+    Reference scores are of arms alone, so a round of a recipe with objective poft learns by sft.
+    """
     own = FineTune() if recipe.training is None else recipe.training.options
+    if own.objective == "poft":
+        own = replace(own, objective="sft")
     # A round may lack a source that a phase names, and has one pass only.
     return replace(
         own,
@@ -53,10 +58,20 @@ def round_options(recipe: Recipe) -> FineTune:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Trains on the rows of a round and says how far its answers fall short of the given ones."""
+    """Trains on the rows of a round and says how far its answers fall short of the given ones.
+
+    An answer that is cut at its length is scored as the others are, with an end of turn behind it
+    that the model did not write.
+
+    Attributes:
+        context: The stage.
+        method: Its method.
+        lost: Why rows had no difference, by round and id.
+    """
 
     context: Context
     method: KmeansRounds
+    lost: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, number: int, ids: list[str]) -> pl.DataFrame:
         """Columns id and difference of the rows of `ids` that could be scored.
@@ -68,6 +83,7 @@ class Teacher:
         self._check()
         spec = self._trained(number, rows)
         given, own, failed = self._answered(number, spec, rows)
+        self.lost.update({f"{number + 1} {i}": why for i, why in failed.items()})
         lines = {i: given[i] - own[i] for i in sorted(given) if i in own}
         if not lines:
             reason = sorted(failed.items())[0]

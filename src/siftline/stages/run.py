@@ -198,7 +198,8 @@ def run_stage(
 ) -> tuple[StageOutput, bool]:
     """Runs one stage, or finds its output where nothing it depends on changed.
 
-    Failed rows are tried again: an output with failed rows is not reused.
+    Failed rows are tried again: an output with failed rows is not reused, nor is one whose facts
+    count questions that got no answer (`unanswered`) though its rows were decided.
 
     Args:
         workspace: The root.
@@ -214,7 +215,7 @@ def run_stage(
     inputs = _inputs(workspace, recipe, stage, before)
     path = _path(workspace, recipe, stage, inputs)
     found = _written(path)
-    if found is not None and not found.accounting.failed:
+    if found is not None and not found.accounting.failed and not found.facts.get("unanswered"):
         return found, False
     pool = Pool(workspace.pool(recipe.pool.name))
     with engines() as opened:

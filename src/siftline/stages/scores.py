@@ -142,10 +142,10 @@ def _score_missing(context: Context, missing: set[str]) -> tuple[pl.DataFrame, d
         found = context.rows(bucket)
         return found.filter(pa.compute.is_in(found["id"], wanted))
 
-    return _score(context, rows, context.pool.buckets, len(missing))
+    return score_rows(context, rows, context.pool.buckets, len(missing))
 
 
-def _score(
+def score_rows(
     context: Context, rows: Callable[[int], pa.Table], buckets: int, total: int
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Scores of the rows that `rows` reads by bucket, and reasons of the failed by id."""
@@ -185,7 +185,7 @@ def likelihood_gate(context: Context) -> StageRun:
     facts = {**plan.facts, "vacuous": plan.vacuous}
 
     def judge(planted: pa.Table) -> Judged:
-        fresh, lost = _score(context, lambda bucket: planted, 1, planted.num_rows)
+        fresh, lost = score_rows(context, lambda bucket: planted, 1, planted.num_rows)
         return options.apply(_with_source(fresh, planted), plan).decisions, lost
 
     run = StageRun(results, {"likelihood": pl.concat(table).sort("id")}, facts)

@@ -12,9 +12,11 @@ from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.scoring.embedding import embed_texts
+from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.chosen import Select
-from siftline.selectors.method import RANKS
+from siftline.selectors.less import Gradients
+from siftline.selectors.method import MAX_ROWS, MAX_VALUES, RANKS
 from siftline.selectors.selection import Selection
 from siftline.selectors.spending import Budget
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
@@ -47,9 +49,10 @@ def select(context: Context) -> StageRun:
         lost = [i for frame in frames for i in frame["id"].to_list() if i not in have]
         failed = {**dict.fromkeys(lost, f"no_{name}"), **failed}
         frames = [frame.join(known, on="id") for frame in frames]
+    rows = sum(frame.height for frame in frames)
+    _check_size(options, rows)
     if options.embeds:
-        rows = pl.concat(frame.select("id") for frame in frames)["id"].to_list()
-        vectors, unread = _embedded(context, context.store_buckets(), len(rows))
+        vectors, unread = _embedded(context, context.store_buckets(), rows)
         failed = {**unread, **failed}
         frames = [_with_vectors(frame, vectors) for frame in frames]
     made = None
@@ -61,13 +64,43 @@ def select(context: Context) -> StageRun:
     budget = Budget(size, context.recipe.budget.unit, "smaller")
     target = _target(context, options, made) if entry.targeted else None
     states = [method.summarise(frame) for frame in frames]
+    more = {} if made is None else made.facts
     if options.trains:
-        plan = method.refine(states, budget, Teacher(context, method))
+        teacher = Teacher(context, method)
+        plan = method.refine(states, budget, teacher)
+        more = {"unanswered": unanswered(teacher.lost.values())}
     else:
         plan = method.decide(states, budget, target)
     selections = [method.apply(frame, plan) for frame in frames]
     run = _run(context, selections, failed)
-    return run if made is None else replace(run, facts={**run.facts, **made.facts})
+    return replace(run, facts={**run.facts, **more})
+
+
+def _check_size(options: Select, rows: int) -> None:
+    """Refuses what the method can't take, before anything is computed for it.
+
+    Raises:
+        ValueError: with the number of rows, or of values, and the limit.
+    """
+    # The registry's own limits are stated for one width of vectors, which is looked at below.
+    stated = (options.embeds or options.differentiates) and ":" not in options.method
+    most = MAX_ROWS if stated else options.entry.limit
+    if rows > most:
+        raise ValueError(
+            f"{rows} rows, and {options.method} takes {most} at most: draw a part with random "
+            "first, or use a method without that limit"
+        )
+    if options.differentiates:
+        asked = options.gradients or Gradients()
+        _check_values(rows, asked.dimensions * (asked.epochs if asked.share > 0 else 1))
+
+
+def _check_values(rows: int, width: int) -> None:
+    if rows * width > MAX_VALUES:
+        raise ValueError(
+            f"{rows} rows x {width} dimensions is over {MAX_VALUES} values: draw a part with "
+            "random first, or take fewer dimensions"
+        )
 
 
 def _run(context: Context, selections: list[Selection], failed: dict[str, str]) -> StageRun:
@@ -127,6 +160,8 @@ def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
     vectors: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
     for _, (found, reasons) in over_buckets(recorders, buckets, work):
+        if found and not vectors:  # the first bucket tells the width
+            _check_values(total, len(next(iter(found.values()))))
         vectors.update(found)
         failed.update(reasons)
     progress.close()

@@ -49,6 +49,10 @@ class Correct:
             raise ValueError("training.objective poft needs reference scores, which rows have not")
         if self.training.keep == "best":
             raise ValueError("training.keep is 'best': these models see no dev rows, keep last")
+        if self.training.phases:
+            raise ValueError(
+                "training.phases name sources, which the rows of a fold may lack: leave them out"
+            )
         self.rule  # noqa: B018  its own checks
         self.sampling  # noqa: B018
 

@@ -57,6 +57,18 @@ Kind = Literal["update", "gradient"]
 Question = tuple[list[int], Span]
 
 
+def check_model(spec: ModelSpec) -> None:
+    """Refuses models without gradients of an adapter of their own.
+
+    Raises:
+        ValueError: if it has an adapter already, or is no local model.
+    """
+    if spec.adapter is not None:
+        raise ValueError(f"adapter {spec.adapter!r} under the features' own: merge it first")
+    if spec.engine not in ("transformers", "vllm"):
+        raise ValueError(f"engine {spec.engine!r} has no gradients: give a local model")
+
+
 class GradientModel:
     """A model with an adapter, whose gradients are taken at any snapshot of its warm-up."""
 
@@ -67,10 +79,7 @@ class GradientModel:
             ValueError: if it has an adapter already, is no local model, or changes its logits in a
                 way that training does not know.
         """
-        if spec.adapter is not None:
-            raise ValueError(f"adapter {spec.adapter!r} under the features' own: merge it first")
-        if spec.engine not in ("transformers", "vllm"):
-            raise ValueError(f"engine {spec.engine!r} has no gradients: give a local model")
+        check_model(spec)
         self.spec, self.asked, self.seed = spec, asked, seed
         self.tokenizer = load_tokenizer(spec)
         self.max_length = spec.max_length
