@@ -19,22 +19,32 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def beside(name: str) -> ModuleType:
+    """A module of this folder."""
+    known = f"siftline_tests_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[known] = module
+        spec.loader.exec_module(module)
+    return sys.modules[known]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tests/tiny.py: `make_model(folder, ...)` and `make_tokenizer(...)`.
 
     Loaded by file, because --import-mode=importlib keeps tests/ off sys.path.
     """
-    if "siftline_tests_tiny" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "siftline_tests_tiny", Path(__file__).with_name("tiny.py")
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["siftline_tests_tiny"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["siftline_tests_tiny"]
+    return beside("tiny")
+
+
+@pytest.fixture(scope="session")
+def scripted() -> ModuleType:
+    """The module tests/scripted.py: models that answer by a script."""
+    return beside("scripted")
 
 
 @pytest.fixture(scope="session")

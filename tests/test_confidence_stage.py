@@ -1,8 +1,5 @@
 """The confidence gate as a stage, on a scripted world in which a fifth of the rows are swapped."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,16 +31,6 @@ COLUMNS = {name: name for name in ("question", "response", "answer", "source")}
 
 
 def quiet(line): ...
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    name = "siftline_tests_scripted"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("scripted.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")

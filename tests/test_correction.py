@@ -1,8 +1,6 @@
 """Auto-Correct: folds, verdicts and decisions by themselves, then the stage on a scripted world."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,16 +151,6 @@ def test_bounds_and_folds_are_checked():
 
 
 # ---- the stage on a scripted world -------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    name = "siftline_tests_scripted"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("scripted.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 COLUMNS = {name: name for name in ("question", "response", "answer", "source")}

@@ -1,9 +1,5 @@
 """A model as judge of two answers: both orders, no side, every way of not answering."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,16 +13,6 @@ from siftline.scoring.verifiers import Verdict
 
 ASKED = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "x"}]
 RIGHT, WRONG = "It is 7.\n#### 7", "It is 8.\n#### 8"
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    name = "siftline_tests_scripted"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("scripted.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")

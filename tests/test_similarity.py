@@ -1,10 +1,7 @@
 """Similarity with samples: by words, vectors and entailment, each against a plain computation."""
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,16 +20,6 @@ HELD = {
     "wrong": Held(QUESTION, "It is 9.\n#### 9", ("#### 7", "I say 7.\n#### 7", "#### 9")),
     "alone": Held(QUESTION, "It is 7.", ()),
 }
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    name = "siftline_tests_scripted"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("scripted.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 # ---- words -----------------------------------------------------------------------------------

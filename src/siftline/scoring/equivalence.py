@@ -32,7 +32,10 @@ class Equivalence:
 
     Attributes:
         timeout: Seconds one comparison may take.
+        command: What the interpreter of the child is told to run.
     """
+
+    command: tuple[str, ...] = ("-m", "siftline.scoring.equivalence")
 
     def __init__(self, timeout: float = 5.0) -> None:
         self.timeout = timeout
@@ -67,7 +70,7 @@ class Equivalence:
         # After a fork the pipes belong to the parent too: a new process takes a child of its own.
         if self._child is None or self._owner != os.getpid():
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "siftline.scoring.equivalence"],
+                [sys.executable, "-P", *self.command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -12,7 +12,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache, partial
-from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,7 +57,7 @@ from siftline.scoring.server_replies import (
     read_draw,
 )
 from siftline.scoring.spans import encode, start_token, stop_tokens
-from siftline.scoring.streaming import Pull
+from siftline.scoring.streaming import Pull, fitting
 from siftline.scoring.templates import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -207,11 +206,8 @@ class ServerEngine:
                 given = pull(self.slots - len(flying), not flying)
                 if not given and not flying:
                     return
-                fits = [0 < len(tokens) < self.max_length for _, tokens, _ in given]
-                asked = list(compress(given, fits))
-                for (name, _, _), room in zip(given, fits, strict=True):
-                    if not room:
-                        yield name, Failed(REFUSED)
+                asked, refused = fitting(given, self.max_length)
+                yield from refused
                 if not asked and not flying:
                     continue
                 for name, tokens, seed in asked:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 
 from siftline.scoring.engines import Failed, Generation, Sampling
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.samples import RECORD, sample_store, seed_of
 from siftline.selectors.trials import Campaign, Outcome
 from siftline.store import Store, score_key
@@ -48,6 +48,13 @@ class Streaming(Protocol):
             ValueError: if a draw is refused before it begins; those under way are dropped.
         """
         ...
+
+
+def fitting(asked: list[Ask], max_length: int) -> tuple[list[Ask], list[tuple[Any, Failed]]]:
+    """The draws whose prompts leave room for a token, and the others as refused."""
+    fits = [ask for ask in asked if 0 < len(ask[1]) < max_length]
+    others = [ask for ask in asked if not 0 < len(ask[1]) < max_length]
+    return fits, [(name, Failed(REFUSED)) for name, _, _ in others]
 
 
 @dataclass(frozen=True)

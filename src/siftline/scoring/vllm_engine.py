@@ -18,7 +18,6 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,9 +45,8 @@ from siftline.scoring.engines import (
 )
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.pipe import Frame, list_column
-from siftline.scoring.recorder import REFUSED
 from siftline.scoring.spans import stop_tokens
-from siftline.scoring.streaming import Pull
+from siftline.scoring.streaming import Pull, fitting
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.worker_process import WorkerProcess
 
@@ -227,11 +225,8 @@ class VllmEngine:
                 given = pull(self.slots - len(flying), not flying)
                 if not given and not flying:
                     return
-                fits = [0 < len(tokens) < self.max_length for _, tokens, _ in given]
-                asked = list(compress(given, fits))
-                for (name, _, _), room in zip(given, fits, strict=True):
-                    if not room:
-                        yield name, Failed(REFUSED)
+                asked, refused = fitting(given, self.max_length)
+                yield from refused
                 if not asked and not flying:
                     continue
                 numbers = range(begun, begun + len(asked))

@@ -6,11 +6,9 @@ an alarm whose default action ends it, whatever it is doing.
 """
 
 import json
-import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import IO, Any, Literal
@@ -34,18 +32,7 @@ class Constraint(Equivalence):
     def __init__(self, kind: Literal["regex", "json_schema"], timeout: float) -> None:
         super().__init__(timeout)
         self.kind = kind
-
-    def _start(self) -> "subprocess.Popen[str]":
-        if self._child is None or self._owner != os.getpid():
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"import {__name__} as c; c.main()", self.kind],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-            )
-            self._owner = os.getpid()
-        return self._child
+        self.command = ("-c", f"import {__name__} as c; c.main()", kind)
 
 
 def matches(pattern: str, text: str) -> bool:
