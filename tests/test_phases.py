@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from siftline import schema
 from siftline.config import build
 from siftline.kernels.draws import uniforms
+from siftline.stages import arms
 from siftline.training.budget import epoch_order
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out
 from siftline.training.phases import Phase, rows_for_phases
+from siftline.workspace import Workspace
 
 DUAL = (Phase({"math": 1.0}, share=0.4), Phase({"*": 0.9, "math": 0.1}, share=0.6))
 
@@ -202,3 +205,17 @@ def test_a_run_in_phases_trains_and_says_what_they_held(tiny_model, tmp_path, mo
     )
     assert "phases" not in mixed.facts
     assert mixed.facts["run"] != result.facts["run"]
+
+
+def test_an_arm_with_phases_has_a_folder_of_its_own(tiny_model, tmp_path):
+    rows = pa.table({"id": ["b", "a"]})
+    recipe = SimpleNamespace(name="mine")
+    options = FineTune()
+    phased = replace(options, phases=DUAL)
+    found = [
+        arms._folder(
+            Workspace(tmp_path), recipe, "curated", 0, rows, each, str(tiny_model), None, None, None
+        )
+        for each in (options, phased)
+    ]
+    assert found[0] != found[1]

@@ -444,3 +444,14 @@ def test_every_option_is_documented(cls):
     assert cls.__doc__ is not None
     for f in dataclasses.fields(cls):
         assert f"\n        {f.name}: " in cls.__doc__, f"{cls.__name__}.{f.name}"
+
+
+def test_draws_are_held_to_the_verifier_of_the_rows():
+    recipe = small(stages=[{"verify": {"verifier": "regex"}}, "rejection_sampling", "s3ft"])
+    kinds = {s.kind: s.options for s in recipe.stages}
+    assert kinds["rejection_sampling"].verifier == kinds["s3ft"].verifier == "regex"
+    own = small(
+        stages=[{"verify": {"verifier": "regex"}}, {"rejection_sampling": {"verifier": "exact"}}]
+    )
+    assert own.stages[1].options.verifier == "exact"
+    assert small(stages=["rejection_sampling"]).stages[0].options.verifier == "math"

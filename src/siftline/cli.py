@@ -126,6 +126,8 @@ def summary(workspace: Workspace, recipe: Recipe) -> dict[str, Any]:
 
     folder = resolve_latest(workspace.curated(recipe.name))
     page = workspace.report(recipe.name) / f"{folder.name}.html"
+    if not page.with_suffix(".json").exists():
+        raise ValueError(f"version {folder.name} has no report yet: run the recipe to its end")
     numbers = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     accuracy = {
         line["arm"]: {k: line[k] for k in ("accuracy", "low", "high", "seeds", "n", "at_floor")}
@@ -220,6 +222,10 @@ def status(root: Path, as_json: bool) -> None:
             click.echo(funnel_text(recipe["rows"]))
         for version in recipe["versions"]:
             click.echo(f"curated {version}")
+    known = {recipe["name"] for recipe in said["recipes"]}
+    for folder in sorted(_workspace(root).root.glob("curated/*")):
+        if folder.name not in known:
+            say(f"curated/{folder.name}: set SIFTLINE_RECIPES to its recipe's folder to see more")
 
 
 def recipe_outputs(
@@ -259,6 +265,8 @@ def explain(
         ]
         click.echo(json.dumps(told))
         return
+    if recipe is None and any(title.startswith("pool ") for title, _ in stories):
+        say("a recipe of your own is told with --recipe FILE, or its folder in SIFTLINE_RECIPES")
     for title, chapters in stories:
         click.echo(title)
         for chapter in chapters:

@@ -319,6 +319,9 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
             options = _with_budget(options, budget)
         if "seed" in {f.name for f in fields(STAGES[kind])} and kind != "duplicates":
             options.setdefault("seed", seed)
+        if kind in ("rejection_sampling", "s3ft"):  # draws are held to what the rows were held to
+            checks = [s.options.verifier for s in stages if s.kind == "verify"]
+            options.setdefault("verifier", checks[-1] if checks else "math")
         stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
         if kind == "confidence":
             stages[-1].options.check_after([s.kind for s in stages], f"stages.{name}")

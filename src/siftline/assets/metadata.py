@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline import plots
-from siftline.ledger import DECISIONS, FAILED, StageOutput, reasons
+from siftline.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
 from siftline.recipe import STAGE_ROLES, Bounds, Stage
 
 
@@ -103,7 +103,26 @@ def check_results(
             asset_key=key,
             passed=bool(passed),
             severity=dg.AssetCheckSeverity.ERROR,
-            metadata={"numbers": dg.MetadataValue.json(shown)},
+            metadata={
+                "numbers": dg.MetadataValue.json(shown),
+                "said": _said(name, shown, counts, total),
+            },
         )
         for name, (passed, shown) in verdicts.items()
     ]
+
+
+def _said(check: str, shown: dict[str, Any], counts: Accounting, total: int) -> str:
+    """The numbers of a check in one line, with what can be done."""
+    if check == "accounting":
+        return f"{counts.as_json()} does not close: this is a fault of Siftline's, report it"
+    if check == "failed_rows":
+        why = ", ".join(f"{reason} {n:,}" for reason, n in shown["reasons"].items()) or "no reason"
+        return (
+            f"{counts.failed:,} of {total:,} rows failed ({why}), bounds.max_failed is "
+            f"{shown['bound']:g}: see one with siftline explain, mend it, or raise the bound"
+        )
+    return (
+        f"{counts.removed:,} of {total:,} rows removed, bounds.max_removed is "
+        f"{shown['bound']:g}: loosen the gate, or raise the bound"
+    )

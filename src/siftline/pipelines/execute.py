@@ -230,9 +230,11 @@ class _Watcher:
         if evaluation.passed:
             return
         name = f"{evaluation.asset_key.to_user_string()} {evaluation.check_name}"
+        said = evaluation.metadata.get("said")
         shown = {k: getattr(v, "value", v) for k, v in evaluation.metadata.items()}
-        self.error = self.error or f"check {name} failed: {shown}"
-        self._say(f"check {name} failed: {shown}")
+        line = f"check {name} failed: {shown if said is None else said.value}"
+        self.error = self.error or line
+        self._say(line)
 
 
 def root_message(error: Any) -> str:

@@ -60,7 +60,7 @@ class Preview:
         return asdict(self)
 
     def __str__(self) -> str:
-        parts = [f"{_said(self.draws)} draws", f"{_said(self.tokens)} tokens"]
+        parts = [f"{_said(self.draws)} draws", f"{_said(self.tokens)} new tokens"]
         if self.seconds is not None:
             parts.append(f"{_said(self.seconds)} s")
         said = f"{self.prompts:,} prompts open: {', '.join(parts)}; {_said(self.met)} targets met"

@@ -5,7 +5,7 @@ Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` 
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _folder(
     """Named by everything that decides a run, so an arm is never trained over another."""
     ids = sorted(rows.column("id").to_pylist())
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
-    decisive = {k: v for k, v in vars(options).items() if k not in ("save_steps", "report_to")}
+    decisive = {k: v for k, v in asdict(options).items() if k not in ("save_steps", "report_to")}
     made_of = [ids, decisive, seed, directory_digest(Path(base)), template, watched]
     if references is not None:
         made_of.append([references.get(identity) for identity in ids])

@@ -196,6 +196,9 @@ def _sampling_notes(name: str, facts: dict[str, Any]) -> list[str]:
             f"{name}: {unsolved} prompts given up without one verified answer; look at them, many "
             "are mislabelled (difficulty table, status unsolved)."
         )
+    cut = facts["refused"].get("truncated", 0)
+    if cut > 0.1 * facts["draws"]:
+        notes.append(f"{name}: {cut} of {facts['draws']} draws were cut: raise max_new_tokens.")
     if ends.get("capped"):
         notes.append(f"{name}: {ends['capped']} prompts reached the cap with answers missing.")
     if ends.get("failed"):

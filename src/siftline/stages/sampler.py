@@ -169,7 +169,7 @@ class Sampler:
             new = [line for name, line in self.lines.items() if name not in before]
             self.limits.charge(len(new), sum(line["n_tokens"] for line in new))
             computed, tokens = computed + made.computed, tokens + made.tokens
-            self._say(campaign, made.lost)
+            self._say(made.lost)
         return computed, tokens
 
     def _judge(self, batch: Sequence[Draw]) -> list[dict[str, Any]]:
@@ -206,12 +206,13 @@ class Sampler:
         targets = pl.DataFrame(stand, schema=columns, orient="row")
         return Judgement(pl.DataFrame(lines, schema=JUDGED), targets)
 
-    def _say(self, campaign: Campaign, lost: Mapping[str, str]) -> None:
+    def _say(self, lost: Mapping[str, str]) -> None:
         right = sum(line["correct"] for line in self.lines.values())
         refused = f", {len(lost)} prompts refused" if lost else ""
+        new = sum(line["n_tokens"] for line in self.lines.values())
         self.emit(
-            f"rejection_sampling: {len(self.lines):,} draws, {right:,} correct, "
-            f"{len(campaign.open()):,} prompts open{refused}"
+            f"rejection_sampling: {len(self.lines):,} draws so far, {right:,} correct, {new:,} new "
+            f"tokens{refused}"
         )
 
 

@@ -64,6 +64,11 @@ def rejection_sampling(context: Context) -> StageRun:
     judged = sampler.judged(campaign)
     taken = accept(judged.draws, judged.targets)
     table = _table(sampler, judged, found.other)
+    if sampler.options.target == "vanilla":  # nothing was aimed at
+        drawn = pl.col("status").is_in(["met", "capped", "unsolved"])
+        table = table.with_columns(
+            pl.when(drawn).then(pl.lit("drawn")).otherwise(pl.col("status")).alias("status")
+        )
     results = _results(context, added_rows(sampler.problems, judged.draws, taken))
     facts = {
         "prompts": len(sampler.problems),

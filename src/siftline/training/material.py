@@ -42,7 +42,10 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
         raise ValueError("no Parquet shard to train on: give the files of a version's data folder")
     tables = []
     for path in data:
-        names = pq.read_schema(path).names
+        try:
+            names = pq.read_schema(path).names
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not Parquet: give a curated version's folder") from error
         missing = {"id", "messages"} - set(names)
         if missing:
             raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
