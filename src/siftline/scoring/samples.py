@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.kernels.draws import hash64
-from siftline.scoring.engines import Failed, Sampling
+from siftline.scoring.engines import Failed, Generation, Sampling
 from siftline.scoring.recorder import Recorder
 from siftline.store import Namespace, Store, score_key
 
@@ -44,6 +44,11 @@ def sample_store(recorder: Recorder, sampling: Sampling) -> Store:
     """Where draws of this model made so are kept."""
     fingerprint = recorder.engine.fingerprint()
     return Store(recorder.root, Namespace(SCORER, VERSION, fingerprint, asdict(sampling)), RECORD)
+
+
+def text_of(line: Mapping[str, Any]) -> Generation:
+    """The text that a line of samples, or a record of the store, holds."""
+    return Generation(line["text"], line["n_tokens"], line["finish_reason"])
 
 
 def draw_samples(

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from siftline.scoring.engines import Failed, Generation, Sampling
 from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.scoring.samples import RECORD, sample_store, seed_of
+from siftline.scoring.samples import RECORD, sample_store, seed_of, text_of
 from siftline.selectors.trials import Campaign, Outcome
 from siftline.store import Store, score_key
 
@@ -205,11 +205,10 @@ class _State:
                 else:
                     self.made.found += 1
                     self.recorder.tally.found += 1
-                    self._read(prompt, draw, record)
+                    self._read(prompt, draw, text_of(record))
         return out
 
-    def _read(self, prompt: str, draw: int, record: Mapping[str, Any]) -> None:
-        text = Generation(record["text"], record["n_tokens"], record["finish_reason"])
+    def _read(self, prompt: str, draw: int, text: Generation) -> None:
         (outcome,) = self.judge([(prompt, draw, text)])
         self.campaign.feed(prompt, draw, outcome)
 
@@ -229,7 +228,7 @@ class _State:
                 self.recorder.tally.computed += 1
                 self.recorder.tally.tokens += given.n_tokens
                 self.recorder.progress(1, given.n_tokens)
-                self._read(prompt, draw, asdict(given))
+                self._read(prompt, draw, given)
             self.change.notify_all()
 
     def flush(self) -> None:

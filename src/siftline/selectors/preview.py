@@ -7,8 +7,7 @@ the prior, so their sums are close to normal. What the interval leaves out: the 
 and that an answer found before is less likely to be new.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -84,7 +83,8 @@ def preview(
     """
     total, variance, words, met, met_variance = 0.0, 0.0, 0.0, 0.0, 0.0
     states = {p: _state(t) for p, t in trials.items() if t.status == "open"}
-    known = {state: _cost(trials[p].rule, *state) for p, state in _first(states.items())}
+    one_of = {state: prompt for prompt, state in states.items()}
+    known = {state: _cost(trials[prompt].rule, *state) for state, prompt in one_of.items()}
     for prompt, state in states.items():
         mean, spread, share = known[state]
         drawn, took = tokens[prompt]
@@ -104,17 +104,6 @@ _State = tuple[int, int, int, int]
 def _state(trial: Trial) -> _State:
     """What the future of a trial depends on."""
     return trial.used, trial.distinct, trial.correct, trial.target
-
-
-def _first(items: Iterable[tuple[str, _State]]) -> list[tuple[str, _State]]:
-    """One prompt of each state."""
-    seen: Counter[_State] = Counter()
-    out = []
-    for prompt, state in items:
-        if not seen[state]:
-            out.append((prompt, state))
-        seen[state] += 1
-    return out
 
 
 def _cost(

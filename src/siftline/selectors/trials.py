@@ -109,7 +109,7 @@ class Trial:
         used: Draws read so far; none after the stop is ever read.
         correct: Of them verified.
         status: "open" until it stops.
-        allowed: Draws it may make for now, at most the rule's cap.
+        allowed: Draws it may make until the next grant, at most the rule's cap.
     """
 
     def __init__(self, target: int, rule: Rule) -> None:

@@ -8,9 +8,9 @@ it makes the same draws to the last bit; several devices take a bucket each.
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from siftline.scoring.engines import Generation, Sampling
+from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import MAX_ROWS, REFUSED, Recorder
-from siftline.scoring.samples import draw_samples
+from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.streaming import Judge, Made, Prompt, Streaming, stream_campaign
 from siftline.selectors.trials import Campaign, Outcome, run
 from siftline.stages.spread import over_buckets
@@ -87,14 +87,7 @@ def _in_batches(
             tokens = {prompt: prompts[prompt].tokens for prompt in wanted}
             drawn, lost = draw_samples(recorder, bucket, tokens, wanted, sampling, seed)
             here.lost |= lost
-            ended = [
-                (
-                    line["prompt_id"],
-                    line["draw"],
-                    Generation(line["text"], line["n_tokens"], line["finish_reason"]),
-                )
-                for line in drawn.to_dicts()
-            ]
+            ended = [(line["prompt_id"], line["draw"], text_of(line)) for line in drawn.to_dicts()]
             here.tokens += sum(text.n_tokens for _, _, text in ended)
             with one_at_a_time:
                 outcomes = judge(ended)

@@ -150,24 +150,21 @@ class Sampler:
         """
         computed = tokens = 0
         homes = {prompt: problem.home for prompt, problem in self.problems.items()}
-        rule = next((trial.rule for trial in campaign.trials.values()), None)
-        while rule is not None and campaign.open():
+
+        def judge(batch: Sequence[Draw]) -> list[Outcome]:
+            lines = self._judge(batch)
+            self.lines |= {(line["prompt_id"], line["draw"]): line for line in lines}
+            self.limits.charge(len(lines), sum(line["n_tokens"] for line in lines))
+            return [_outcome(line, campaign.trials[line["prompt_id"]].rule) for line in lines]
+
+        while campaign.open():
             left = self.limits.left()
             if left is not None and not (left and campaign.grant(left)):
                 break
-            before = set(self.lines)
-
-            def judge(batch: Sequence[Draw]) -> list[Outcome]:
-                lines = self._judge(batch)
-                self.lines |= {(line["prompt_id"], line["draw"]): line for line in lines}
-                return [_outcome(line, rule) for line in lines]
-
             made = run_campaign(
                 self.recorders, campaign, homes, self.options.sampling, self.options.seed, judge,
                 guess=left is None, stream=self.options.verifier != JUDGE,
             )  # fmt: skip
-            new = [line for name, line in self.lines.items() if name not in before]
-            self.limits.charge(len(new), sum(line["n_tokens"] for line in new))
             computed, tokens = computed + made.computed, tokens + made.tokens
             self._say(made.lost)
         return computed, tokens

@@ -13,7 +13,7 @@ from siftline.progress import Progress
 from siftline.scoring.engines import Generation
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.s3ft import PARAPHRASE, SelfAnswers
-from siftline.scoring.samples import draw_samples
+from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.streaming import Prompt
 from siftline.scoring.verifiers import Verifier, get_verifier
@@ -170,8 +170,7 @@ def _tokens(
 def _by_name(drawn: pl.DataFrame) -> dict[str, list[Generation]]:
     texts: dict[str, list[Generation]] = {}
     for line in drawn.sort("prompt_id", "draw").to_dicts():
-        given = Generation(line["text"], line["n_tokens"], line["finish_reason"])
-        texts.setdefault(line["prompt_id"], []).append(given)
+        texts.setdefault(line["prompt_id"], []).append(text_of(line))
     return texts
 
 

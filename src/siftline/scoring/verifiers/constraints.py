@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any, Literal
 
-from siftline.scoring.equivalence import Equivalence
+from siftline.scoring.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.verifiers.verdict import Verdict
 
 MEMORY = 1 << 30  # bytes of address space of the child
 
@@ -33,6 +34,14 @@ class Constraint(Equivalence):
         super().__init__(timeout)
         self.kind = kind
         self.command = ("-c", f"import {__name__} as c; c.main()", kind)
+
+    def verdict(self, reference: str, extracted: str) -> Verdict:
+        """The verdict on a text; a call that fails leaves it open."""
+        try:
+            correct = self(reference, extracted)
+        except EquivalenceError as error:
+            return Verdict(None, extracted, f"verifier_error: {error}")
+        return Verdict(correct, extracted, "match" if correct else "wrong_answer")
 
 
 def matches(pattern: str, text: str) -> bool:

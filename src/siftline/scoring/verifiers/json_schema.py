@@ -3,7 +3,6 @@
 import importlib.util
 from functools import cache
 
-from siftline.scoring.equivalence import EquivalenceError
 from siftline.scoring.fences import blocks
 from siftline.scoring.verifiers.constraints import Constraint, strict_json
 from siftline.scoring.verifiers.verdict import Verdict
@@ -47,11 +46,7 @@ class JsonSchemaVerifier:
             return Verdict(None, None, "no_final_answer")
         if len(extracted) > LONGEST_JSON:
             return Verdict(None, extracted, "verifier_error: response too long")
-        try:
-            correct = self._constraint(answer, extracted)
-        except EquivalenceError as error:
-            return Verdict(None, extracted, f"verifier_error: {error}")
-        return Verdict(correct, extracted, "match" if correct else "wrong_answer")
+        return self._constraint.verdict(answer, extracted)
 
     def close(self) -> None:
         """Ends the child process, if one was started."""

@@ -3,7 +3,6 @@
 from functools import cache
 
 from siftline.scoring.answers import extract_answer
-from siftline.scoring.equivalence import EquivalenceError
 from siftline.scoring.verifiers.constraints import Constraint
 from siftline.scoring.verifiers.verdict import Verdict
 
@@ -38,11 +37,7 @@ class RegexVerifier:
             return Verdict(None, extracted, "no_reference")
         if extracted is None:
             return Verdict(None, None, "no_final_answer")
-        try:
-            correct = self._constraint(answer, extracted)
-        except EquivalenceError as error:
-            return Verdict(None, extracted, f"verifier_error: {error}")
-        return Verdict(correct, extracted, "match" if correct else "wrong_answer")
+        return self._constraint.verdict(answer, extracted)
 
     def close(self) -> None:
         """Ends the child process, if one was started."""
