@@ -27,7 +27,7 @@ from siftline.kernels.rows import Texts
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
 
-TEXTS_IN_MEMORY = 256 << 20
+TEXTS_IN_MEMORY = 1 << 30
 """Bytes of text above which files are read a second time rather than held."""
 CHANGED, SCRATCH = "changes.parquet", ".scratch"
 

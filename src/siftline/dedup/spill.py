@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from siftline.kernels.rows import Rows
 
-KEYS_IN_MEMORY = 128 << 20
+KEYS_IN_MEMORY = 512 << 20
 """Bytes of band keys above which they go to disk."""
 SETS_IN_MEMORY = 1 << 30
 """Bytes of shingle sets above which they go to disk."""
