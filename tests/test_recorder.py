@@ -362,3 +362,42 @@ def test_progress_counts_every_question(bench):
     score_likelihood(recorder, 0, rows_of(*PAIRS))
     assert sum(rows for rows, _ in seen) == 2 * len(PAIRS)
     assert sum(tokens for _, tokens in seen) == 0, "nothing was computed"
+
+
+class Refusing:
+    """Answers questions but those that hold a mark, which it refuses with the whole batch."""
+
+    def fingerprint(self):
+        return {"engine": "refusing"}
+
+    def answer(self, batch):
+        if any("~" in question for question in batch):
+            raise ValueError("no ~ here")
+        return [{"value": question} for question in batch]
+
+
+def asked_of(recorder, questions):
+    schema = pa.schema([("key", pa.string()), ("value", pa.string())])
+    named = {question: (4, question) for question in questions}
+    call = recorder.engine.answer
+    return recorder.ask("refusing", 1, {}, schema, 0, named, call)
+
+
+def test_one_refused_row_alone_in_its_bucket_stops_nothing(tmp_path):
+    recorder = Recorder(Refusing(), ModelSpec("m", max_length=64), tmp_path)
+    _, failed = asked_of(recorder, ["~ in one order", "~ in the other"])
+    assert failed == {"~ in one order": "refused", "~ in the other": "refused"}
+
+
+def test_a_call_that_is_refused_whole_stops_the_run_unless_the_engine_has_answered(tmp_path):
+    refused = [f"~ {i}" for i in range(8)]
+    recorder = Recorder(Refusing(), ModelSpec("m", max_length=64), tmp_path)
+    with pytest.raises(ValueError, match="no ~ here"):
+        asked_of(recorder, refused)
+    found, failed = asked_of(recorder, ["a", "b"])
+    assert sorted(found["value"]) == ["a", "b"] and not failed
+    assert set(asked_of(recorder, refused)[1].values()) == {"refused"}
+    # A run of its own has the answers in the store, which say as much.
+    later = Recorder(Refusing(), ModelSpec("m", max_length=64), tmp_path)
+    asked_of(later, ["a"])
+    assert set(asked_of(later, refused)[1]) == set(refused)

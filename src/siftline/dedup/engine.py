@@ -37,7 +37,7 @@ from siftline.kernels.rows import (
     summarise,
 )
 
-HELD = 128 << 20
+HELD = 512 << 20
 """Bytes of shingles that may stay in memory between the two times they are wanted; those of later
 rows are made again. Memory that is touched for the first time costs more than it saves."""
 _TASK_BYTES = 1 << 20

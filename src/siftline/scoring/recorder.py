@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 Question = TypeVar("Question")
 REFUSED = "refused"
 """Reason of a row that the engine refuses while it accepts others; the log says why."""
+ASKED_OF_ONE = 4
+"""One row may be asked so many questions (two orders, two ways to reflect): refusing them all says
+nothing of the others."""
 MAX_ROWS = 256
 """Most questions of one planned batch, and so the most that a killed run computes again."""
 
@@ -90,17 +93,20 @@ class Recorder:
         names = [order[key] for key in keys] if order else keys
         batches = plan_batches(lengths, names, self.spec.batch_tokens, MAX_ROWS)
         before = self.tally.tokens
+        answers = self.tally.computed + self.tally.found - self.tally.failed
 
         def compute(positions: list[int]) -> tuple[pa.Table, dict[str, str]]:
+            nonlocal answers
             asked = [keys[i] for i in positions]
             self.tally.tokens += sum(lengths[i] for i in positions)
             lines, reasons = [], {}
-            given_all = accepted(answer, [questions[k][1] for k in asked])
+            given_all = accepted(answer, [questions[k][1] for k in asked], proven=answers > 0)
             for key, given in zip(asked, given_all, strict=True):
                 if isinstance(given, str):
                     reasons[key] = given
                 else:
                     lines.append({"key": key, **given})
+            answers += len(lines)
             return pa.Table.from_pylist(lines, schema=schema), reasons
 
         def done(rows: int) -> None:
@@ -116,29 +122,42 @@ class Recorder:
 
 
 def accepted(
-    answer: Callable[[Sequence[Question]], list[dict[str, Any] | str]], batch: Sequence[Question]
+    answer: Callable[[Sequence[Question]], list[dict[str, Any] | str]],
+    batch: Sequence[Question],
+    proven: bool = False,
 ) -> list[dict[str, Any] | str]:
     """Answers of a batch in which a row may be one the engine refuses.
 
     A refused batch is asked in halves, down to the refused row, whose reason is then `refused`.
 
+    Args:
+        answer: Answers a batch, or refuses it with a `ValueError`.
+        batch: Questions.
+        proven: Whether the engine has answered such questions: then the rows are at fault, however
+            many of a batch they are.
+
     Raises:
-        ValueError: if the engine refuses every row of a batch: then the call is wrong, not a row.
+        ValueError: if an engine that has not answered yet refuses more questions than one row
+            has, and answers none: then the call is wrong, not a row.
     """
+    out, refusal = _halved(answer, batch)
+    several = len(batch) > ASKED_OF_ONE
+    if refusal and several and not proven and all(given == REFUSED for given in out):
+        raise refusal
+    return out
+
+
+def _halved(
+    answer: Callable[[Sequence[Question]], list[dict[str, Any] | str]], batch: Sequence[Question]
+) -> tuple[list[dict[str, Any] | str], ValueError | None]:
     try:
-        return answer(batch)
+        return answer(batch), None
     except ValueError as error:
         refusal = error
     if len(batch) == 1:
         logger.warning("row refused: %s", refusal)
-        return [REFUSED]
+        return [REFUSED], refusal
     middle = (len(batch) + 1) // 2
-    out: list[dict[str, Any] | str] = []
-    for half in (batch[:middle], batch[middle:]):
-        try:
-            out += accepted(answer, half)
-        except ValueError:  # every row of the half
-            out += [REFUSED] * len(half)
-    if all(given == REFUSED for given in out):
-        raise refusal
-    return out
+    left, _ = _halved(answer, batch[:middle])
+    right, _ = _halved(answer, batch[middle:])
+    return left + right, refusal
