@@ -70,8 +70,8 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
     from value_arms import World
 
     from siftline.progress import Progress
-    from siftline.stages.arms import _folder
-    from siftline.stages.evaluation import _evaluated, test_rows
+    from siftline.stages.arms import arm_folder
+    from siftline.stages.evaluation import evaluated, test_rows
     from siftline.training.finetune import finetune
 
     world = World(Path(root), data, say)
@@ -85,8 +85,8 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
         tokens = round(data["budget"]["size"] * training.epochs)
         steps = max(1, round(tokens / 30 / training.options.batch_rows))
         options = replace(training.options, loss_tokens=tokens, steps=steps)
-        folder = _folder(
-            workspace, recipe, "bench", seed, rows, options, spec.path, spec.template, None
+        folder = arm_folder(
+            workspace, recipe, "bench", seed, rows, options, spec.path, spec.template, None, None
         )
         finetune(
             Path(spec.path), rows, folder, options,
@@ -94,7 +94,7 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
         )  # fmt: skip
     questions = test_rows(workspace, recipe, recipe.evaluation.level_column)
     progress = Progress(f"{name} seed {seed}", questions.height, lambda line: None, "questions")
-    return _evaluated(workspace, recipe, folder, questions, progress)
+    return evaluated(workspace, recipe, folder, questions, progress)
 
 
 def arms_of(world: Any, size: str) -> tuple[list[str], dict[str, str]]:
@@ -190,6 +190,8 @@ def main() -> None:
                 cell = pool.submit(train_and_ask, str(root), data, rows, name, seed)
                 cells.setdefault(name, []).append(cell)
             say(f"{time.perf_counter() - started:6.0f} s  {name}: {facts[name]['rows']} rows")
+            for cell in (c for runs in cells.values() for c in runs if c.done()):
+                cell.result()  # an arm that fails stops the table now, not at its end
         results = {name: [cell.result() for cell in runs] for name, runs in cells.items()}
     lines = lines_of(results, facts)
     commit = subprocess.run(

@@ -213,7 +213,7 @@ def test_an_arm_with_phases_has_a_folder_of_its_own(tiny_model, tmp_path):
     options = FineTune()
     phased = replace(options, phases=DUAL)
     found = [
-        arms._folder(
+        arms.arm_folder(
             Workspace(tmp_path), recipe, "curated", 0, rows, each, str(tiny_model), None, None, None
         )
         for each in (options, phased)

@@ -104,7 +104,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
         references = reference_scores(workspace, recipe, learnt, emit)
     trained = []
     for seed, arm, given in runs:
-        folder = _folder(
+        folder = arm_folder(
             workspace, recipe, arm, seed, given.rows, options, spec.path, spec.template, dev,
             references,
         )  # fmt: skip
@@ -136,7 +136,7 @@ def _arm(arm: str, seed: int, result: TrainResult) -> Arm:
     return Arm(arm, seed, result.model_dir, result.curve, result.loss_tokens, result.steps)
 
 
-def _folder(
+def arm_folder(
     workspace: Workspace,
     recipe: Recipe,
     arm: str,
@@ -148,7 +148,7 @@ def _folder(
     dev: pa.Table | None,
     references: Mapping[str, float] | None,
 ) -> Path:
-    """Named by everything that decides a run, so an arm is never trained over another."""
+    """Where a run goes: named by everything that decides it, so no arm is trained over another."""
     ids = sorted(rows.column("id").to_pylist())
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
     decisive = {k: v for k, v in asdict(options).items() if k not in ("save_steps", "report_to")}

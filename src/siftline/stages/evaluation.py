@@ -86,7 +86,7 @@ def evaluate_arms(
     folders = [(BASE, 0, base), *((arm.arm, arm.seed, arm.folder) for arm in arms)]
     for name, seed, folder in folders:
         progress = Progress(f"evaluation {name} seed {seed}", questions.height, emit, "questions")
-        answered = _evaluated(workspace, recipe, folder, questions, progress)
+        answered = evaluated(workspace, recipe, folder, questions, progress)
         progress.close()
         results.setdefault(name, []).append(answered)
     sets = questions.select("id", "set")
@@ -141,9 +141,10 @@ def _retained(
     return line.with_columns(pl.lit(v).alias(n) for n, v in zip(CHANGES, values, strict=True))
 
 
-def _evaluated(
+def evaluated(
     workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
 ) -> pl.DataFrame:
+    """A model's graded answers to the test questions; asked once, by all that decides them."""
     settings = recipe.evaluation
     assert settings is not None
     spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
