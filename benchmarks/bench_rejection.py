@@ -91,7 +91,7 @@ def trials(facts: Facts, targets: Mapping[str, int], cap: int, budget: int) -> S
     """The stage's own spending: pilot, then granted turns."""
     made = PILOT * len(targets)
     firsts = [[facts[p, j][0] for j in range(PILOT)] for p in targets]
-    prior = fit_prior([sum(f) for f in firsts], [PILOT] * len(firsts))  # type: ignore[arg-type]
+    prior = fit_prior([sum(f) for f in firsts], [PILOT] * len(firsts))
     campaign = Campaign.of(targets, Rule(cap, PILOT, prior))
 
     def draw(batch: list[tuple[str, int]]) -> list[tuple[str, int, Outcome]]:
@@ -120,7 +120,7 @@ def recorded(root: Path, seed: int, cap: int) -> tuple[Facts, dict[str, Prompt],
     with engines() as opened:
         spec = model_spec(workspace, recipe, "sampler")
         recorder = opened.recorder(spec, workspace.store)
-        problems, _ = problems_of(recorder, by_store_bucket(pool.rows, pool.buckets))
+        problems, _ = problems_of(recorder, by_store_bucket(pool.rows, pool.buckets), "math")
         sampler = Sampler.of(options, problems, [recorder], lambda line: None, by_verifier("math"))
         sampler.run(Campaign.of(dict.fromkeys(problems, cap), Rule(cap=cap, pilot=cap)))
     facts = {name: (line["correct"], line["dedup_key"]) for name, line in sampler.lines.items()}
@@ -150,7 +150,7 @@ def timed(homes: dict[str, Prompt], setting: Any, count: int, k: int) -> dict[st
 
     spec, options, _ = setting
     chosen = {p: homes[p] for p in sorted(homes)[:count]}
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     with engines() as opened:
         engine = opened.get(replace(spec, engine="vllm"))
         rows = [list(h.tokens) for h in chosen.values()]
@@ -168,8 +168,8 @@ def timed(homes: dict[str, Prompt], setting: Any, count: int, k: int) -> dict[st
                         [recorder], campaign, chosen, options.sampling, 0,
                         lambda ended: [Outcome(True, str(j)) for _, j, _ in ended], guess=False,
                     )  # fmt: skip
-            seconds.setdefault(name, []).append(time.perf_counter() - began)  # type: ignore[attr-defined]
-    return {name: statistics.median(all_) for name, all_ in seconds.items()}  # type: ignore[arg-type]
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    return {name: statistics.median(all_) for name, all_ in seconds.items()}
 
 
 def main() -> None:
