@@ -1,8 +1,9 @@
-"""What canaries cost: the gates that ask no model, with and without them, on one pool.
+"""What canaries cost: three gates that ask no model, with and without them, on one pool.
 
     .venv/bin/python benchmarks/bench_canaries.py [--rows 100000] [--rounds 3]
 
-Rows are word problems from a template with an independent answer; a tenth of them are copied with
+The gates are duplicates, decontamination and verify; quality_rules is not among them. Rows are word
+problems from a template with an independent answer; a tenth of them are copied with
 words at the ends, and 200 evaluation rows are of the same kind. Each round runs every gate without
 and with canaries (200 of each kind), in turns, its output removed before. Seconds are medians; the
 share is what canaries add to the sum. Decisions must be equal.

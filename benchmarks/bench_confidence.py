@@ -1,15 +1,16 @@
 """What the confidence gate and Auto-Correct do to word problems of which a fifth are swapped.
 
     .venv/bin/python benchmarks/bench_confidence.py --root DIR [--rows 300] [--steps 3000]
+        [--base MODEL_DIR]
 
 The world is the demo's, without its defects: one response per question, and a fifth of the
 responses exchanged among themselves. The model is trained here from the demo's corpus, in which
 some texts ask which of two answers is better, on other problems: without them so small a model
-takes A and B for noise. References are withheld from the pool, but for the last line, where
-candidates are checked against them.
+takes A and B for noise. Or it is the one at --base, such as the demo's. References are withheld
+from the pool, but for the last line, where candidates are checked against them.
 
 Printed are the AUROC of confidence and of its parts (95 %, DeLong), what the gate removes at
-CLEAR's median and at the true share of swapped rows, and what Auto-Correct makes of the pool:
+CLEAR's median, at the true share of swapped rows and where no sample supports a row, and what Auto-Correct makes of the pool:
 swapped rows that end up right, and right rows that end up wrong. A root that is used again trains
 nothing anew.
 """
@@ -110,8 +111,21 @@ def preferences(
     return texts
 
 
+def model(folder: Path, steps: int, base: Path | None) -> dict[str, Any]:
+    """The model that answers, judges and is trained: one at hand, or made here."""
+    lengths = {"max_length": 512, "batch_tokens": 65536}
+    if base is not None:
+        window = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+        return {**lengths, "path": str(base.absolute()), "max_length": min(512, window)}
+    sizes = {
+        "vocab": 128, "hidden": 128, "layers": 2, "context": 512, "steps": steps,
+        "batch_tokens": 2048, "lr": 3e-3,
+    }  # fmt: skip
+    return {**lengths, "pretrain": sizes, "corpus": str(folder / "corpus.jsonl")}
+
+
 def recipe(
-    folder: Path, pool: str, steps: int, gate: dict[str, Any], fix: dict[str, Any]
+    folder: Path, pool: str, base: dict[str, Any], gate: dict[str, Any], fix: dict[str, Any]
 ) -> Recipe:
     """The chain: the gate, then Auto-Correct."""
 
@@ -124,17 +138,7 @@ def recipe(
             "name": "bench_confidence",
             "pool": spec(pool, folder / f"{pool}.jsonl", 4),
             "sets": {"dev": [spec("bench_dev", folder / "world" / "dev.jsonl", 1)]},
-            "models": {
-                "base": {
-                    "pretrain": {
-                        "vocab": 128, "hidden": 128, "layers": 2, "context": 512, "steps": steps,
-                        "batch_tokens": 2048, "lr": 3e-3,
-                    },
-                    "corpus": str(folder / "corpus.jsonl"),
-                    "max_length": 512,
-                    "batch_tokens": 65536,
-                }
-            },
+            "models": {"base": base},
             "stages": [{"confidence": gate}, {"correct": fix}],
             "budget": {"size": 1, "unit": "rows"},
         }
@@ -148,7 +152,8 @@ def run(workspace: Workspace, chosen: Recipe) -> tuple[StageOutput, StageOutput]
     """Runs both stages."""
     for spec in (chosen.pool, *chosen.sets.dev):
         build(workspace, chosen, spec.name, quiet)
-    train_base(workspace, chosen, "base", quiet)
+    if chosen.models["base"].pretrain:
+        train_base(workspace, chosen, "base", quiet)
     gate, _ = run_stage(workspace, chosen, "confidence", quiet)
     fix, _ = run_stage(workspace, chosen, "correct", quiet)
     return gate, fix
@@ -173,12 +178,13 @@ def filter_lines(gate: StageOutput, asked: dict[str, str], world: World) -> list
         found = auroc(table[name].to_numpy()[known], ~wrong[known])
         lines.append(f"AUROC {name:<12} {found.value:.3f} ({found.low:.3f} to {found.high:.3f})")
     values = table["confidence"].to_numpy()
-    for cut in (0.5, SWAPPED):
-        at = np.sort(values)[int(cut * len(values))]
+    cuts = {f"lowest {cut:.0%}": np.sort(values)[int(cut * len(values))] for cut in (0.5, SWAPPED)}
+    cuts["without support"] = np.nextafter(0.0, 1.0)  # a small model supports few rows at all
+    for name, at in cuts.items():
         gone = values < at
         caught = int((gone & wrong).sum())
         lines.append(
-            f"lowest {cut:.0%}: removes {gone.sum()} rows, {caught} of {wrong.sum()} swapped; "
+            f"{name}: removes {gone.sum()} rows, {caught} of {wrong.sum()} swapped; "
             f"precision {caught / max(1, gone.sum()):.2f}, recall {caught / wrong.sum():.2f}, "
             f"at random {gone.mean():.2f}"
         )
@@ -218,7 +224,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--steps", type=int, default=3000, help="of the base model")
+    parser.add_argument("--base", type=Path, help="take this model")
     parser.add_argument("--corpus", type=int, default=12000)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of these")
     parser.add_argument("--epochs", type=float, default=3.0, help="of the models that propose")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -227,8 +235,10 @@ def main() -> None:
     world = make(folder, given.rows, given.seed, given.corpus)
     workspace = Workspace(given.root / "root")
     gate = {"samples": 6, "max_new_tokens": 128, "threshold": "quantile", "cut": SWAPPED}
+    made = model(folder, given.steps, given.base)
     training = {
-        "learning_rate": 1e-3, "batch_rows": 16, "max_length": 512, "epochs": given.epochs,
+        "learning_rate": given.rate, "batch_rows": 16, "max_length": made["max_length"],
+        "epochs": given.epochs,
     }  # fmt: skip
     fix = {"max_new_tokens": 128, "training": training, "confidence": 0.8}
     print(f"{len(world.rows)} rows, {len(world.swapped)} swapped, seed {given.seed}")
@@ -238,7 +248,7 @@ def main() -> None:
         ("folds 1 (CLEAR), eta 0.8", "withheld", {"folds": 1}),
         ("folds 2, eta 0.5, checked", "checked", {"confidence": 0.5}),
     ):
-        chosen = recipe(folder, pool, given.steps, gate, fix | more)
+        chosen = recipe(folder, pool, made, gate, fix | more)
         found, mended = run(workspace, chosen)
         asked = questions_of(workspace, chosen)
         if name.startswith("folds 2, eta 0.8"):

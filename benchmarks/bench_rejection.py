@@ -20,15 +20,19 @@ are also drawn for on vLLM, once in passes with a barrier behind each and once a
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from siftline.ingest.pool import Pool
 from siftline.library import find
+from siftline.scoring.engines import Sampling
+from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import RejectionSampling
-from siftline.scoring.streaming import Prompt
+from siftline.scoring.samples import seed_of
+from siftline.scoring.streaming import Ask, Prompt, Pull
 from siftline.selectors.trials import Campaign, Outcome, Rule, fit_prior, run
 from siftline.stages.context import by_store_bucket
 from siftline.stages.drawing import run_campaign
@@ -127,14 +131,19 @@ def recorded(root: Path, seed: int, cap: int) -> tuple[Facts, dict[str, Prompt],
     return facts, {p: problem.home for p, problem in problems.items()}, (spec, options, workspace)
 
 
+def whole(facts: Facts, prompts: Iterable[str], cap: int) -> list[str]:
+    """Prompts with all their draws; of one that the model refused at some draw there are fewer."""
+    return sorted(p for p in prompts if all((p, draw) in facts for draw in range(cap)))
+
+
 def compare(facts: Facts, prompts: list[str], k: int, cap: int) -> list[tuple[float, Any]]:
     """(answers, targets met) of the three samplers at each budget, and the budget."""
     targets = dict.fromkeys(prompts, k)
-    whole = needed(facts, targets, cap)
+    everything = needed(facts, targets, cap)
     lines = []
     own, *_ = trials(facts, targets, cap, cap * len(prompts))
-    for share in sorted([*SHARES, own / whole]):
-        budget = max(round(share * whole), PILOT * len(prompts))
+    for share in sorted([*SHARES, own / everything]):
+        budget = max(round(share * everything), PILOT * len(prompts))
         found = {
             "passes": passes(facts, targets, cap, budget, exact=False),
             "passes, exact": passes(facts, targets, cap, budget, exact=True),
@@ -144,8 +153,36 @@ def compare(facts: Facts, prompts: list[str], k: int, cap: int) -> list[tuple[fl
     return lines
 
 
+class Watched:
+    """A streaming engine that notes how many draws are under way, each time it asks for more."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.slots = engine, int(engine.slots)
+        self.busy: list[tuple[float, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Any]]:
+        def watching(free: int, idle: bool) -> list[Ask]:
+            given = pull(free, idle)
+            self.busy.append((time.perf_counter(), self.slots - free + len(given)))
+            return given
+
+        yield from self.engine.stream(watching, sampling)
+
+    def occupancy(self) -> float:
+        """Mean share of the slots in use, by time."""
+        whole = self.busy[-1][0] - self.busy[0][0]
+        used = sum(n * (end - at) for (at, n), (end, _) in pairwise(self.busy))
+        return used / whole / self.slots
+
+
 def timed(homes: dict[str, Prompt], setting: Any, count: int, k: int) -> dict[str, float]:
-    """Seconds on vLLM for the same draws: in passes with a barrier, and as a stream."""
+    """Seconds on vLLM for the same draws: in passes with a barrier, and as a stream.
+
+    Prints how full the stream kept the engine's slots.
+    """
     import tempfile
 
     spec, options, _ = setting
@@ -159,15 +196,18 @@ def timed(homes: dict[str, Prompt], setting: Any, count: int, k: int) -> dict[st
             began = time.perf_counter()
             if name == "passes":
                 for draw in range(k):
-                    engine.generate(rows, [[draw]] * len(rows), options.sampling)
+                    seeds = [[seed_of(0, prompt, draw)] for prompt in chosen]
+                    engine.generate(rows, seeds, options.sampling)
             else:
                 with tempfile.TemporaryDirectory() as root:
-                    recorder = opened.recorder(replace(spec, engine="vllm"), Path(root))
+                    watched = Watched(engine)
+                    recorder = Recorder(watched, replace(spec, engine="vllm"), Path(root))
                     campaign = Campaign.of(dict.fromkeys(chosen, k), Rule(cap=k, pilot=k))
                     run_campaign(
                         [recorder], campaign, chosen, options.sampling, 0,
                         lambda ended: [Outcome(True, str(j)) for _, j, _ in ended], guess=False,
                     )  # fmt: skip
+                print(f"stream: {watched.occupancy():.0%} of {watched.slots} slots in use")
             seconds.setdefault(name, []).append(time.perf_counter() - began)
     return {name: statistics.median(all_) for name, all_ in seconds.items()}
 
@@ -181,10 +221,15 @@ def main() -> None:
     parser.add_argument("--vllm", type=int, default=0, help="prompts to time on vLLM")
     asked = parser.parse_args()
     runs: list[list[tuple[float, Any]]] = []
+    counts: list[int] = []
     for seed in range(asked.seeds):
         facts, homes, setting = recorded(asked.root, seed, asked.cap)
-        runs.append(compare(facts, sorted(homes), asked.k, asked.cap))
-    count = len(homes)
+        prompts = whole(facts, homes, asked.cap)
+        if len(prompts) < len(homes):
+            print(f"seed {seed}: {len(homes) - len(prompts)} prompts lack draws and are left out")
+        counts.append(len(prompts))
+        runs.append(compare(facts, prompts, asked.k, asked.cap))
+    count = min(counts)
     print(f"{count} prompts, k {asked.k}, cap {asked.cap}, medians over {asked.seeds} seeds")
     print(f"{'budget':>13}  {'sampler':<14} {'made':>7} {'per 1000':>9} {'targets met':>12}")
     for i in range(len(SHARES) + 1):
@@ -195,7 +240,7 @@ def main() -> None:
             spent = [lines[i][1][1][name] for lines in runs]
             made = statistics.median(s[0] for s in spent)
             per = statistics.median(1000 * s[1] / s[0] for s in spent)
-            met[name] = statistics.median(s[2] / count for s in spent)
+            met[name] = statistics.median(s[2] / n for s, n in zip(spent, counts, strict=True))
             where = f"{share:>5.0%} {budget:>7,.0f}"
             print(f"{where}  {name:<14} {made:>7,.0f} {per:>9.0f} {met[name]:>11.1%}")
     if asked.vllm:

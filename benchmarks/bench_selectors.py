@@ -1,22 +1,22 @@
 """Selection methods beside what one would call instead: seconds, peak memory, and agreement.
 
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/bench_selectors.py [--rows 10000,100000]
-        [--only kmeans,rds] [--limit 900] [--json FILE]
+        [--targets 1000] [--only kmeans,rds] [--limit 900] [--json FILE]
 
-Rows are unit vectors of 384 dimensions at float16 around 300 centres, made by a seed; targets are
-near three of the centres. A tenth of the rows is selected, 10,000 at most. In groups, each with the
-same work:
+Rows are unit vectors of 384 dimensions at float16 around 300 centres, made by a seed, with numbers
+and with texts of 40 words around as many topics; target rows, --targets of them, are near three of
+the centres. A tenth of the rows is selected, 10,000 at most. In groups, each with the same work:
 
     kmeans     siftline's k-means (25 iterations at most, all rows), scikit-learn's KMeans (25, one
                start) and MiniBatchKMeans (its defaults), k = round(sqrt(rows / 2)); the sum of
                squared distances is given beside the time
     transport  GOT-D (epsilon 0.02, tolerance 0.01, no momentum) and Sinkhorn on the whole matrix in
-               float64, 1,000 targets; rank correlation of the gradients
-    rds        RDS+ and its definition on the matrix of all pairs, 200 queries; share of rows chosen
-               by both
+               float64; rank correlation of the gradients
+    rds        RDS+ and its definition on the matrix of all pairs; share of rows chosen by both
     facility   facility location (all rows covered up to 10,000) and plain greedy on the whole
                matrix, 100 rows chosen; the value reached on the covered rows (up to 10,000 rows)
-    others     the other methods, alone
+    others     every other method of the registry, alone, but those that train. Gradient features
+               of less are as wide as the embeddings here; its own are 32,768 wide by default
 
 Each contender is a process of its own, one after the other. Seconds are those of the work without
 making the rows; memory is the largest resident size, and how much of it came on top of the process
@@ -48,15 +48,6 @@ GROUPS = {
     "transport": ("siftline got_d", "dense Sinkhorn"),
     "rds": ("siftline rds_plus", "all pairs RDS"),
     "facility": ("siftline facility_location", "plain greedy"),
-    "others": (
-        "siftline random",
-        "siftline balanced_random",
-        "siftline ifd",
-        "siftline best_fit",
-        "siftline kmeans_quality",
-        "siftline deita",
-        "siftline simcore",
-    ),
 }
 DENSE_VALUES = 500_000_000
 """Numbers of a matrix that a dense peer is given; above it is left out."""
@@ -76,43 +67,74 @@ def made(n: int, seed: int, centres: int, near: int | None = None) -> np.ndarray
     return out
 
 
-def frame(x: np.ndarray, prefix: str) -> Any:
+def groups() -> dict[str, tuple[str, ...]]:
+    """Contenders by group: every registered method that needs no training is in one."""
+    from siftline.selectors.registry import METHODS
+
+    own = [f"siftline {entry.name}" for entry in METHODS if "training" not in entry.needs]
+    peered = {name for group in GROUPS.values() for name in group}
+    return {**GROUPS, "others": tuple(name for name in own if name not in peered)}
+
+
+def words(n: int, seed: int, near: int | None = None) -> list[str]:
+    """Texts of 40 words, half of them of one of 300 topics (of the first few with `near`)."""
+    g = np.random.default_rng(seed)
+    topics = g.integers(0, near or 300, n)
+    common = np.minimum(g.zipf(1.3, (n, 20)), 5000)
+    rare = 100 * topics[:, None] + g.integers(0, 100, (n, 20))
+    return [
+        " ".join([*(f"w{i}" for i in a), *(f"t{i}" for i in b)])
+        for a, b in zip(common.tolist(), rare.tolist(), strict=True)
+    ]
+
+
+def frame(x: np.ndarray, prefix: str, texts: list[str] | None) -> Any:
     import polars as pl
 
     n = len(x)
     g = np.random.default_rng(1)
     column = pl.Series("embedding", x, dtype=pl.Array(pl.Float16, WIDTH))
-    return pl.DataFrame(
-        {
-            "id": [f"{prefix}{i:030d}" for i in range(n)],
-            "prompt_id": [f"{i // 2:020d}" for i in range(n)],
-            "source": g.choice(["a", "b", "c"], n, p=[0.8, 0.15, 0.05]),
-            "ifd_loss_ratio": 1.2 * g.random(n),
-            "logprob_mean": -g.random(n),
-            "complexity": g.random(n),
-            "quality": g.random(n),
-        }
-    ).with_columns(column)
+    numbers = (
+        "perplexity", "complexity", "quality", "reward", "understandability", "naturalness",
+        "coherence",
+    )  # fmt: skip
+    columns = {
+        "id": [f"{prefix}{i:030d}" for i in range(n)],
+        "prompt_id": [f"{i // 2:020d}" for i in range(n)],
+        "source": g.choice(["a", "b", "c"], n, p=[0.8, 0.15, 0.05]),
+        "ifd_loss_ratio": 1.2 * g.random(n),
+        "logprob_mean": -g.random(n),
+        "n_tokens": g.integers(1, 400, n),
+        **{name: g.random(n) for name in numbers},
+        **({} if texts is None else {"text": texts}),
+    }
+    return pl.DataFrame(columns).with_columns(column)
 
 
 def clusters(n: int) -> int:
     return round(float(np.sqrt(n / 2)))
 
 
-def run_siftline(name: str, n: int) -> Callable[[], dict[str, Any]]:
+def run_siftline(name: str, n: int, targets: int) -> Callable[[], dict[str, Any]]:
     from siftline.selectors.method import select
     from siftline.selectors.registry import find
     from siftline.selectors.spending import Budget
 
     options = {
         "got_d": {"momentum": 1.0, "epsilon": EPSILON},
-        "facility_location": {},
         "simcore": {"stop": False},
         "kmeans_quality": {"quality": "quality"},
     }.get(name, {})
-    sizes = {"got_d": 1000, "rds_plus": 200}
-    pool, target = frame(made(n, 1, 300), "p"), frame(made(sizes.get(name, 500), 2, 300, 3), "t")
-    method = find(name).method(**options)
+    entry = find(name)
+    if n > entry.limit:
+        raise ValueError(f"{name} takes {entry.limit:,} rows at most")
+    reads = "text" in entry.needs
+    pool = frame(made(n, 1, 300), "p", words(n, 1) if reads else None)
+    target = None
+    if entry.targeted:
+        near = words(targets, 2, 3) if reads else None
+        target = frame(made(targets, 2, 300, 3), "t", near)
+    method = entry.method(**options)
     budget = Budget(100 if name == "facility_location" else min(n // 10, 10_000), "rows", "smaller")
 
     def work() -> dict[str, Any]:
@@ -151,8 +173,8 @@ def run_kmeans(kind: str, n: int) -> Callable[[], dict[str, Any]]:
     return work
 
 
-def run_dense_sinkhorn(n: int) -> Callable[[], dict[str, Any]]:
-    x, y = made(n, 1, 300), made(1000, 2, 300, 3)
+def run_dense_sinkhorn(n: int, targets: int) -> Callable[[], dict[str, Any]]:
+    x, y = made(n, 1, 300), made(targets, 2, 300, 3)
 
     def soft(z: np.ndarray, axis: int) -> np.ndarray:
         top = z.max(axis=axis, keepdims=True)
@@ -173,8 +195,8 @@ def run_dense_sinkhorn(n: int) -> Callable[[], dict[str, Any]]:
     return work
 
 
-def run_all_pairs(n: int) -> Callable[[], dict[str, Any]]:
-    x, y = made(n, 1, 300), made(200, 2, 300, 3)
+def run_all_pairs(n: int, targets: int) -> Callable[[], dict[str, Any]]:
+    x, y = made(n, 1, 300), made(targets, 2, 300, 3)
 
     def work() -> dict[str, Any]:
         wide, y32 = x.astype(np.float32), y.astype(np.float32)
@@ -206,22 +228,22 @@ def run_greedy(n: int) -> Callable[[], dict[str, Any]]:
     return work
 
 
-def prepared(name: str, n: int) -> Callable[[], dict[str, Any]]:
+def prepared(name: str, n: int, targets: int) -> Callable[[], dict[str, Any]]:
     kind, _, what = name.partition(" ")
     if what == "kmeans" or kind == "sklearn":
         return run_kmeans("siftline" if what == "kmeans" else what, n)
     if name == "dense Sinkhorn":
-        return run_dense_sinkhorn(n)
+        return run_dense_sinkhorn(n, targets)
     if name == "all pairs RDS":
-        return run_all_pairs(n)
-    return run_greedy(n) if name == "plain greedy" else run_siftline(what, n)
+        return run_all_pairs(n, targets)
+    return run_greedy(n) if name == "plain greedy" else run_siftline(what, n, targets)
 
 
-def one(name: str, n: int, out: Path) -> None:
+def one(name: str, n: int, targets: int, out: Path) -> None:
     """The work of one process."""
-    work = prepared(name, n)
+    work = prepared(name, n, targets)
     # What a first call imports and compiles is no part of the work.
-    prepared(name, 600)()
+    prepared(name, 600, 50)()
     before = resident()
     begun, used = time.perf_counter(), time.process_time()
     found = work()
@@ -238,12 +260,13 @@ def resident() -> float:
         return int(stream.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-def measured(name: str, n: int, folder: Path, limit: float) -> dict[str, Any]:
-    dense = {"dense Sinkhorn": 1000, "all pairs RDS": 200, "plain greedy": n}
+def measured(name: str, n: int, targets: int, folder: Path, limit: float) -> dict[str, Any]:
+    dense = {"dense Sinkhorn": targets, "all pairs RDS": targets, "plain greedy": n}
     if n * dense.get(name, 0) > DENSE_VALUES:
         return {"name": name, "left_out": f"a matrix of {n:,} x {dense[name]:,}"}
     out = folder / f"{name.replace(' ', '_')}.json"
     command = [sys.executable, __file__, "--one", name, "--rows", str(n), "--to", str(out)]
+    command += ["--targets", str(targets)]
     try:
         done = subprocess.run(command, timeout=limit, check=False, capture_output=True, text=True)
     except subprocess.TimeoutExpired:
@@ -256,7 +279,7 @@ def measured(name: str, n: int, folder: Path, limit: float) -> dict[str, Any]:
 
 def agreement(group: str, n: int, folder: Path) -> str:
     """How the results of a group's two contenders compare."""
-    paths = [folder / f"{name.replace(' ', '_')}.npz" for name in GROUPS[group]]
+    paths = [folder / f"{name.replace(' ', '_')}.npz" for name in GROUPS.get(group, ())]
     if group in ("kmeans", "others") or not all(path.exists() for path in paths):
         return ""
     first, second = (np.load(path) for path in paths)
@@ -290,14 +313,15 @@ def report(line: dict[str, Any], first: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default="10000,100000")
-    parser.add_argument("--only", default=",".join(GROUPS))
+    parser.add_argument("--targets", type=int, default=1000)
+    parser.add_argument("--only", default=",".join([*GROUPS, "others"]))
     parser.add_argument("--limit", type=float, default=900)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one")
     parser.add_argument("--to", type=Path)
     given = parser.parse_args()
     if given.one:
-        one(given.one, int(given.rows), given.to)
+        one(given.one, int(given.rows), given.targets, given.to)
         return
     said: dict[str, Any] = {
         "cores": os.cpu_count(),
@@ -305,16 +329,17 @@ def main() -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in ("numpy", "scikit-learn", "faiss-cpu", "scipy")},
         "load_before": os.getloadavg()[0],
+        "targets": given.targets,
         "runs": [],
     }
     for n in map(int, given.rows.split(",")):
-        print(f"\n{n:,} rows x {WIDTH}, k = {clusters(n)}")
+        print(f"\n{n:,} rows x {WIDTH}, {given.targets:,} target rows, k = {clusters(n)}")
         print(f"{'':<28}{'seconds':>9}{'ratio':>8}{'cpu s':>9}{'peak MiB':>10}{'added':>9}")
         for group in given.only.split(","):
             with tempfile.TemporaryDirectory() as scratch:
                 folder, lines = Path(scratch), []
-                for name in GROUPS[group]:
-                    lines.append(measured(name, n, folder, given.limit))
+                for name in groups()[group]:
+                    lines.append(measured(name, n, given.targets, folder, given.limit))
                     first = lines[-1] if group == "others" else lines[0]
                     print(report(lines[-1], first), flush=True)
                 agrees = agreement(group, n, folder)

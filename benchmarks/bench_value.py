@@ -1,22 +1,27 @@
 """Does curation pay? Every arm trained at equal loss tokens and steps, over seeds, with intervals.
 
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/bench_value.py --root DIR
-        [--size small|whole|other] [--seeds 3] [--only NAME]... [--workers 2] > FILE.txt
+        [--size small|whole|other|large] [--seeds 3] [--only NAME]... [--workers 2]
+        [--method package.module:Class]... > FILE.txt
 
 The world is the demo's: graded arithmetic word problems answered by simulated sources, with planted
 defects, and a base model trained here. Arms: the base model as it is; the full pool; random rows of
 the readable pool, of the clean one (deduplicated and decontaminated), and of that with as many
 vanilla draws as the chain made; the default chain, the chain with each stage left out and with
-other choices; and every registered selection method on the clean pool at the chain's budget.
+other choices; and every registered selection method, and those given by --method, on the clean
+pool at the chain's budget.
 
 `small` has the randoms and the chain with each stage left out, `whole` every arm of the same world.
 `other` is every arm of a world with other questions, on whose corpus the same base model learns
-much less: what curation can't do for a model that can't do the task.
+much less: what curation can't do for a model that can't do the task. `large` is every arm of a
+world ten times as big with a larger base model, for a machine with a GPU. NOT MEASURED: no table of
+it exists yet, and its sizes are a guess.
 
 Each arm takes the same loss tokens in the same number of steps. Rows of the random arms and of
 methods that draw differ by seed; a chain's rows are one draw of the recipe's seed, so its interval
 covers training and questions only. The difference to random (clean) is paired by seed and question.
-Every cell is kept under --root by what decides it: an interrupted run goes on, a second is free.
+Every cell is kept under --root by what decides it: an interrupted run goes on, a second is free,
+and arms of the same rows share one. An arm that fails stops the table; cells in training end first.
 """
 
 import argparse
@@ -25,18 +30,25 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-SIZES = {
-    "small": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000),
-    "whole": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000),
-    "other": ({"prompts": 600, "test": 600, "dev": 80, "target": 40, "corpus": 12000}, 6000),
-}
+LARGE = {"hidden": 256, "layers": 6, "heads": 8, "steps": 20000, "batch_tokens": 5120}
+SIZES: dict[str, tuple[dict[str, int], int, dict[str, Any]]] = {
+    "small": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000, {}),
+    "whole": ({"prompts": 450, "test": 400, "dev": 80, "target": 40, "corpus": 12000}, 5000, {}),
+    "other": ({"prompts": 600, "test": 600, "dev": 80, "target": 40, "corpus": 12000}, 6000, {}),
+    "large": (
+        {"prompts": 4500, "test": 2000, "dev": 400, "target": 200, "corpus": 120000}, 50000, LARGE
+    ),
+}  # fmt: skip
+"""World, budget in loss tokens, and what the base model has unlike the demo's, by --size."""
 BASELINE = "random_clean"
 
 
@@ -97,21 +109,52 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
     return evaluated(workspace, recipe, folder, questions, progress)
 
 
-def arms_of(world: Any, size: str) -> tuple[list[str], dict[str, str]]:
+def arms_of(world: Any, size: str, own: list[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the arms in the order of the table, and why others are not run."""
-    from value_arms import RANDOMS, lacking, selectors, variants
+    from value_arms import METHODS, RANDOMS, chains, lacking, selectors
 
-    chains = list(variants(world.data))
+    names, without = ["full", *RANDOMS, *chains(world.data)], {}
     if size == "small":
-        return ["full", *RANDOMS, *chains[:8]], {}
-    names, without = ["full", *RANDOMS, *chains], {}
-    for entry in selectors():
+        names = names[: names.index("chain, uniform targets")]
+    for entry in selectors(own)[len(METHODS) if size == "small" else 0 :]:
         missing = lacking(entry)
         if missing:
             without[entry.name] = f"reads {', '.join(missing)}, which this world has not"
         else:
             names.append(f"select {entry.name}")
     return names, without
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Executor]:
+    """Processes; where the body fails, what waits is dropped and only what runs is waited for."""
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Cells:
+    """Trainings by what decides them, so that no two write one folder."""
+
+    def __init__(self, submit: Callable[[Any, str, int], "Future[Any]"]) -> None:
+        self.submit = submit
+        self.found: dict[tuple[int, tuple[str, ...]], Future[Any]] = {}
+
+    def of(self, rows: Any, name: str, seed: int) -> "Future[Any]":
+        """The training on some rows (None for none) with a seed, submitted once."""
+        key = (seed, () if rows is None else tuple(sorted(rows["id"].to_pylist())))
+        if key not in self.found:
+            self.found[key] = self.submit(rows, name, seed)
+        return self.found[key]
+
+    def check(self) -> None:
+        """Raises what a finished one raised."""
+        for cell in self.found.values():
+            if cell.done():
+                cell.result()
 
 
 def lines_of(results: dict[str, list[Any]], facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,41 +206,42 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", action="append", default=[], help="arms whose names hold this")
+    parser.add_argument("--method", action="append", default=[], help="package.module:Class")
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     started = time.perf_counter()
-    from value_arms import World, recipe_data
+    from value_arms import World, chains, recipe_data
 
     root = asked.root.absolute()
     data = recipe_data(*SIZES[asked.size])
     prepare(root, data)
     world = World(root, data, say)
-    names, not_run = arms_of(world, asked.size)
+    names, not_run = arms_of(world, asked.size, asked.method)
     if asked.only:
         names = [n for n in names if n == BASELINE or any(part in n for part in asked.only)]
     seeds = range(asked.seeds)
     facts: dict[str, Any] = {}
-    cells: dict[str, list[Any]] = {}
-    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
-        cells["zero-shot"] = [pool.submit(train_and_ask, str(root), data, None, "zero-shot", 0)]
+    fixed = {"full", *chains(data)}
+    with workers(asked.workers) as pool:
+        trained = Cells(lambda *cell: pool.submit(train_and_ask, str(root), data, *cell))
+        runs = {"zero-shot": [trained.of(None, "zero-shot", 0)]}
         for name in names:
             for seed in seeds:
-                fixed = name.startswith("chain") or name == "full"
-                if seed == 0 or not fixed:
+                if seed == 0 or name not in fixed:
                     rows, cost = world.arm(name, seed)
                 facts.setdefault(name, cost)
-                cell = pool.submit(train_and_ask, str(root), data, rows, name, seed)
-                cells.setdefault(name, []).append(cell)
+                runs.setdefault(name, []).append(trained.of(rows, name, seed))
             say(f"{time.perf_counter() - started:6.0f} s  {name}: {facts[name]['rows']} rows")
-            for cell in (c for runs in cells.values() for c in runs if c.done()):
-                cell.result()  # an arm that fails stops the table now, not at its end
-        results = {name: [cell.result() for cell in runs] for name, runs in cells.items()}
+            trained.check()
+        for cell in as_completed(trained.found.values()):
+            cell.result()  # an arm that fails stops the table now, not at its turn
+        results = {name: [cell.result() for cell in cells] for name, cells in runs.items()}
     lines = lines_of(results, facts)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    sizes, budget = SIZES[asked.size]
+    sizes, budget, _ = SIZES[asked.size]
     print(f"bench_value.py --size {asked.size} --seeds {asked.seeds}, {date.today()}, {commit}")
     print(f"{json.dumps(sizes)}; budget {budget} loss tokens, trained 3 times")
     print(f"{time.perf_counter() - started:.0f} s in this call, {os.cpu_count()} CPUs\n")

@@ -25,7 +25,10 @@ DOCUMENTS, VECTORS = "documents.parquet", "vectors.npy"
 
 
 def shingles(text):
-    words = text.lower().split()
+    return grams(text.lower().split())
+
+
+def grams(words):
     if len(words) < NGRAM:
         return [" ".join(words)]
     return list(map(" ".join, zip(*(words[k:] for k in range(NGRAM)), strict=False)))

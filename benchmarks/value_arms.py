@@ -1,18 +1,21 @@
 """The rows of every arm of bench_value.py, drawn or selected from one pool at one budget."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import yaml
 
+from siftline.ingest.pool import Pool
+from siftline.ledger import REMOVED
 from siftline.library import recipe_files
 from siftline.recipe import parse
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.chosen import Select
-from siftline.selectors.registry import METHODS, Entry
+from siftline.selectors.registry import METHODS, Entry, find
 from siftline.stages.arm_rows import COLUMNS, Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.publish import final_context, kept_rows
@@ -25,6 +28,9 @@ LEFT_OUT = (
     "duplicates", "decontamination", "verify", "likelihood", "diversity", "confidence",
     "rejection_sampling",
 )  # fmt: skip
+SAMPLING = "rejection_sampling"
+GATES = ("duplicates", "decontamination", "verify")
+VANILLA, STRONGEST = "chain, vanilla targets", "chain, strongest source"
 OPTIONS: dict[str, dict[str, Any]] = {
     # An eighth of the default: minutes a seed on a CPU, at noise of 0.03 in a cosine.
     "less": {"gradients": {"dimensions": 1024}},
@@ -36,11 +42,20 @@ Say = Callable[[str], None]
 def quiet(line: str) -> None: ...
 
 
-def recipe_data(sizes: dict[str, int], budget: int) -> dict[str, Any]:
-    """The demo's recipe with other sizes, as a mapping to change further."""
+def recipe_data(
+    sizes: dict[str, int], budget: int, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The demo's recipe with other sizes, as a mapping to change further.
+
+    Args:
+        sizes: Of the world.
+        budget: Loss tokens.
+        base: Other sizes of the base model.
+    """
     data = yaml.safe_load(recipe_files()["demo"].read_text(encoding="utf-8"))
     data["inputs"]["args"] = sizes
     data["budget"]["size"] = budget
+    data["models"]["base"]["pretrain"] |= base or {}
     # A tenth of the base model's own rate: at the demo's 1e-3 every arm unlearns.
     data["training"]["options"]["learning_rate"] = 3.0e-4
     return data
@@ -103,7 +118,43 @@ class World:
             return found.rows, {"draws": 0, "rows": found.rows.num_rows}
         if name.startswith("select "):
             return self.chain(selecting(self.data, name.removeprefix("select "), seed))
+        if name == VANILLA:
+            return self.chain(vanilla(self.data, self.draws_per_prompt()))
+        if name == STRONGEST:
+            return self.chain(of_source(self.data, self.strongest()))
         return self.chain(variants(self.data)[name])
+
+    def draws_per_prompt(self) -> int:
+        """Draws of the default chain for a prompt, rounded; its stages have run."""
+        facts = [o.facts for s, o in outputs(self.workspace, self.recipe) if s.kind == SAMPLING]
+        draws, prompts = (sum(int(f[name]) for f in facts) for name in ("draws", "prompts"))
+        return max(1, round(draws / prompts))
+
+    def strongest(self) -> str:
+        """The source whose answers the default chain's verify stage found right most often.
+
+        Counted over the rows with an independent answer that reached it, those without a final
+        answer as wrong ones; of equal sources the first by name.
+        """
+        (found,) = [o for s, o in outputs(self.workspace, self.recipe) if s.kind == "verify"]
+        pool = Pool(self.workspace.pool(self.recipe.pool.name))
+        sources = pl.from_arrow(pool.all_rows(["id", "source"]))
+        assert isinstance(sources, pl.DataFrame)
+        removed = pl.col("outcome") == REMOVED
+        judged = found.all_decisions().filter(removed | pl.col("value").is_not_null())
+        rates = judged.join(sources, on="id").group_by("source").agg((~removed).mean())
+        return str(rates.sort(["outcome", "source"], descending=[True, False])["source"][0])
+
+
+def vanilla(data: dict[str, Any], draws: int) -> dict[str, Any]:
+    """The chain with so many draws of every prompt, all that is right kept."""
+    return with_options(data, SAMPLING, target="vanilla", k=draws)
+
+
+def of_source(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """Deduplicated, decontaminated and verified rows of one source, a random part of them."""
+    only = {"answers": 1, "fit": "random", "mixture": {source: 1.0}}
+    return {**data, "stages": [*GATES, {"allocate": only}]}
 
 
 def variants(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -126,6 +177,18 @@ def variants(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def chains(data: dict[str, Any]) -> list[str]:
+    """Arms whose rows one recipe decides, the same for every seed.
+
+    Beside `variants` two that are measured on the default chain first: `VANILLA` spends about its
+    draws (as many for every prompt, rounded) without aiming, and `STRONGEST` trades the answers
+    that fit best for those of the source that verify finds right most often: its deduplicated,
+    decontaminated and verified rows, drawn at random up to the budget. No shortlist, no samples and
+    no confidence gate: one source alone would not fill the budget behind them.
+    """
+    return [*variants(data), VANILLA, STRONGEST]
+
+
 def selecting(data: dict[str, Any], method: str, seed: int) -> dict[str, Any]:
     """A method on the deduplicated and decontaminated pool, and nothing else."""
     chosen = {"method": method, "seed": seed, **OPTIONS.get(method, {})}
@@ -138,9 +201,9 @@ def lacking(entry: Entry) -> list[str]:
     return list(Select(entry.name).scorers())
 
 
-def selectors() -> list[Entry]:
-    """Every registered method; a new one joins by being registered."""
-    return list(METHODS)
+def selectors(own: Sequence[str] = ()) -> list[Entry]:
+    """Every registered method, a new one joins by being registered; and others by import path."""
+    return [*METHODS, *map(find, own)]
 
 
 def loss_tokens(world: World, rows: pa.Table) -> int:

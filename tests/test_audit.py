@@ -66,6 +66,8 @@ def test_a_sheet_shows_removed_rows_and_the_rate_follows_the_labels(call, mini):
     assert (rated["rate"], rated["low"], rated["high"]) == (0.4, expected.low, expected.high)
     assert sum(line["false_drops"] for line in rated["by_reason"].values()) == 2
     assert "false drops 40.0 % (" in call("--stage", "duplicates", "-n", 6)
+    done = {stage.name: output for stage, output in outputs(Workspace(call.root), mini())}
+    assert done["duplicates"].manifest.version[:12] in Path(said["sheet"]).name
 
 
 def test_a_larger_sheet_keeps_rows_and_labels(call):
@@ -76,6 +78,7 @@ def test_a_larger_sheet_keeps_rows_and_labels(call):
     lines = lines_of(large["sheet"])
     assert [line["id"] for line in lines[:4]] == first
     assert [line["label"] for line in lines] == ["right"] * 4 + [""] * 5
+    assert large["sheet"] == small["sheet"]
     other = json.loads(call("--stage", "verify", "-n", 9, "--seed", 1, "--json"))
     assert {line["id"] for line in lines_of(other["sheet"])} != {line["id"] for line in lines}
 
@@ -119,3 +122,13 @@ def test_rates_of_no_and_of_all_labels():
     assert sheets.rate(drawn, {}, 7)["rate"] is None
     all_wrong = sheets.rate(drawn, {"a": "wrong", "b": "wrong", "z": "right"}, 7)
     assert (all_wrong["labelled"], all_wrong["rate"], all_wrong["high"]) == (2, 1.0, 1.0)
+
+
+def test_a_sheet_holds_no_formula(tmp_path):
+    said = {"prompt": "=1+1", "response": "-2", "answer": "@x", "reason": "plain", "value": -0.5}
+    drawn = pl.DataFrame([dict.fromkeys(sheets.SHEET[1:]) | {"id": "a" * 40, **said}])
+    sheets.write_sheet(tmp_path / "s.csv", drawn, {"a" * 40: "right"})
+    (line,) = lines_of(tmp_path / "s.csv")
+    cells = [line[name] for name in said]
+    assert cells == ["'=1+1", "'-2", "'@x", "plain", "-0.5"]
+    assert sheets.read_labels(tmp_path / "s.csv") == {"a" * 40: "right"}

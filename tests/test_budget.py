@@ -2,12 +2,15 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.training.budget import plan_steps, rows_for_budget, rows_for_epochs, tokenize_rows
+from siftline.training.material import read_rows
+from siftline.training.sft import FineTune
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -114,7 +117,40 @@ def test_what_can_not_be_trained_on_is_named(tiny):
     tokens = len("Question: q2\nAnswer: ") + len(("long " * 40).strip()) + 1
     assert reasons == {"too_long": tokens, "empty_response": None}
     assert rows.skipped.filter(reason="too_long")["threshold"].item() == 60
-    with pytest.raises(ValueError, match="none of 1 rows"):
+    said = f"shortest too long has {tokens} tokens, max_length is 60: raise it"
+    with pytest.raises(ValueError, match=f"none of 1 rows can be trained on .too_long; the {said}"):
         tokenize_rows(data.slice(1, 1), tiny.make_tokenizer(), 60)
     with pytest.raises(ValueError, match="1 ids come twice"):
         tokenize_rows(pa.concat_tables([data, data.slice(0, 1)]), tiny.make_tokenizer(), 60)
+
+
+def test_what_is_no_conversation_is_skipped_and_counted(tiny):
+    good = table([("q", "fine")]).to_pylist()[0]
+    user = schema.message("user", "q")
+    shapes = {"a": [schema.message("assistant", "x"), user], "b": [], "c": None, "d": [None, user]}
+    lines = [good, *(good | {"id": identity, "messages": m} for identity, m in shapes.items())]
+    fields = [field.with_nullable(True) for field in schema.ROW]
+    data = pa.Table.from_pylist(lines, schema=pa.schema(fields))
+    rows = tokenize_rows(data, tiny.make_tokenizer(), 60)
+    assert rows.ids == [good["id"]]
+    assert rows.skipped.select("id", "reason").rows() == [
+        (identity, "not_a_conversation") for identity in "abcd"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("id", [3], "column id is int64: ids are strings"),
+        ("messages", ["hello"], "column messages is string: give a list of role and content"),
+        ("messages", [["hello"]], "column messages is list"),
+        ("messages", [[{"from": "a", "value": "b"}]], "give a list of role and content"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path, column, values, said):
+    data = table([("q", "fine")]).select(["id", "messages"])
+    place = data.schema.get_field_index(column)
+    pq.write_table(data.set_column(place, column, pa.array(values)), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=said):
+        read_rows([tmp_path / "d.parquet"], FineTune())
+    assert read_rows(data, FineTune()) is data

@@ -69,6 +69,16 @@ def test_a_defect_differs_in_what_it_says_and_nothing_else(prompt, response, oth
         )
 
 
+def test_a_swapped_answer_is_never_the_right_one():
+    sound, partner = row("Is it A or B?", "It is A, of course", "A"), row("Which?", "A!", "a")
+    swap = DEFECTS["swapped_answer"]
+    assert swap(sound, partner) is None
+    assert swap(row("1/2?", "0.5", "0.5"), row("2/4?", "one half", "1/2")) is None
+    wrong = row("Which?", "B!", "B")
+    assert texts(swap(sound, wrong))[1] == "B!"
+    assert texts(swap(row("Is it A?", "A, yes"), partner))[1] == "A!"  # nobody knows
+
+
 def test_numbers_change_once_and_upwards():
     sound = row("Tom has 12 pens and 5 caps.", "12 + 5 = 17\n#### 17", "17")
     wrong = texts(DEFECTS["one_number"](sound, sound))[1]

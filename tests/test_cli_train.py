@@ -20,7 +20,7 @@ def quick(monkeypatch):
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda curve, path: None)
+    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
     yield
     torch.set_num_threads(before)
 
@@ -81,6 +81,7 @@ def test_options_dev_rows_and_text(call, tiny_model, tmp_path, version):
     )  # fmt: skip
     assert code == 0, err
     assert "at best" in out
+    assert "chat template: none in the model" in out
     assert "training m" in err
     curve = pl.read_csv(tmp_path / "m" / "curve.csv")
     assert {"ce", "mean_weight", "dev_loss"} <= set(curve.columns)
@@ -170,7 +171,12 @@ def test_answers_are_graded_by_level_and_source(call, knowing, tmp_path):
     answers = pl.read_parquet(tmp_path / "e" / "answers.parquet")
     assert answers["correct"].sum() == 2
     written = {path.name: path for path in (tmp_path / "e").iterdir()}
-    assert set(written) == {"answers.parquet", "accuracy.csv", "accuracy.png"}
+    assert set(written) == {"answers.parquet", "accuracy.csv", "accuracy.json", "accuracy.png"}
+    facts = json.loads(written["accuracy.json"].read_text())
+    assert facts["accuracy"] == told["accuracy"]
+    assert facts["settings"]["max_new_tokens"] == 12
+    assert facts["settings"]["answer_pattern"] == "#### (.+)"
+    assert len(facts["fingerprint"]) >= 32
     assert written["accuracy.png"].read_bytes().startswith(b"\x89PNG")
     code, out, _ = call(*arguments)
     assert "accuracy all" in out

@@ -357,7 +357,7 @@ def test_a_part_that_got_no_answer_is_asked_for_again(
     lost, whole = world.rows[3]["response"], engine.embed
 
     def refuses(tokens):
-        if any(tokenizer.decode(row) == lost for row in tokens):
+        if any(lost in tokenizer.decode(row) for row in tokens):
             raise ValueError("not this one")
         return whole(tokens)
 
@@ -375,6 +375,58 @@ def test_a_part_that_got_no_answer_is_asked_for_again(
     assert (computed, output.facts["missing"]["embedding"]) == (True, 0)
     assert output.facts["unanswered"] == 0
     assert not run_stage(workspace, recipe, "confidence", quiet)[1]
+
+
+@pytest.mark.parametrize("silent", ["one", "all"])
+def test_a_row_without_a_verdict_is_judged_by_its_other_parts(
+    scripted, tokenizer, tiny_model, tmp_path, monkeypatch, silent
+):
+    world = scripted.make_world(20)
+    lost = world.rows[3]["question"]
+
+    def votes(prompt, options):
+        if not healed and (silent == "all" or lost in prompt):
+            return [float("nan")] * len(options)
+        return scripted.noisy_judge(prompt, options)
+
+    healed = []
+    engine = scripted.Scripted("base", tokenizer, scripted.noisy_sampler(0.6), votes)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    weights = {"agreement": 1, "reflection": 1}
+    recipe = recipe_of(world.write(tmp_path / "in"), tiny_model, weights=weights)
+    workspace = Workspace(tmp_path)
+    build(workspace, recipe, "sums", quiet)
+    output, _ = run_stage(workspace, recipe, "confidence", quiet)
+    if silent == "all":  # nothing is decided without the judge
+        assert output.accounting.failed == 20
+    else:
+        assert output.accounting.failed == 0
+        assert output.facts["missing"] == {"agreement": 0, "reflection": 1}
+        assert output.facts["unanswered"] == 1
+    healed.append(True)
+    output, computed = run_stage(workspace, recipe, "confidence", quiet)
+    assert (computed, output.accounting.failed, output.facts["unanswered"]) == (True, 0, 0)
+    assert not run_stage(workspace, recipe, "confidence", quiet)[1]
+
+
+def test_a_row_with_neither_a_verdict_nor_another_part_fails(
+    scripted, tokenizer, tiny_model, tmp_path, monkeypatch
+):
+    world = scripted.make_world(20)
+    lost = world.rows[3]["question"]
+
+    def votes(prompt, options):
+        dead = lost in prompt
+        return [float("nan")] * len(options) if dead else scripted.noisy_judge(prompt, options)
+
+    engine = scripted.Scripted("base", tokenizer, None, votes)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    pool = world.write(tmp_path / "in")
+    recipe = recipe_of(pool, tiny_model, weights={"reflection": 1})
+    build(Workspace(tmp_path), recipe, "sums", quiet)
+    output, _ = run_stage(Workspace(tmp_path), recipe, "confidence", quiet)
+    assert output.accounting.failed == 1
+    assert output.facts["unanswered"] == 0  # the row itself is tried again
 
 
 def test_a_dev_verdict_that_got_no_answer_is_asked_for_again(

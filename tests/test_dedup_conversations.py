@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.dedup.keep import Keep
 from siftline.kernels.jaccard import jaccard_reference
+from siftline.kernels.keep import Keep
 from siftline.kernels.text import numbers, plain
 from siftline.schema import canonical_text, make_row, message
 from siftline.selectors.duplicates import Duplicates, normal_answer

@@ -200,6 +200,21 @@ def test_rows_without_text_and_files_without_rows_can_be_added(call, tmp_path):
     assert (said["kept"], said["removed"], said["exact"]) == (1, 2, 1)
 
 
+@pytest.mark.parametrize("keep", ["first", "none"])
+def test_what_is_said_of_a_call_is_about_its_rows(call, tmp_path, keep):
+    said = []
+    for k, column in enumerate((["a b", "a b", "c d", "c d", "e f", "g h"], ["e f", "x y"])):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{k}.parquet")
+        options = ["--index", tmp_path / "index", "--keep", keep]
+        said.append(call(tmp_path / f"{k}.parquet", *options, out=f"o{k}"))
+    assert [one["clusters"] for one in said] == [2, 1]
+    assert [one["pairs_verified"] > 0 for one in said] == [True, True]
+    again = call(tmp_path / "1.parquet", *options, out="again")
+    assert (again["rows"], again["clusters"], again["pairs_verified"]) == (2, 1, 0)
+    both = call(tmp_path / "0.parquet", tmp_path / "1.parquet", *options, out="both")
+    assert (both["rows"], both["clusters"]) == (8, 3)
+
+
 def test_an_unchanged_pair_is_never_compared_again():
     """The promise itself, at the kernel: with nothing new there is nothing to compare."""
     m = 50

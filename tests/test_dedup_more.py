@@ -1,6 +1,7 @@
 """Duplicates by meaning, a target size, and weights from cluster sizes."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from siftline.cli import main
 from siftline.dedup.rehydrate import fitted, published
-from siftline.dedup.semantic import semantic_duplicates, semantic_reference, vectors_of
+from siftline.dedup.semantic import MAX_ROWS, semantic_duplicates, semantic_reference, vectors_of
 
 
 @pytest.fixture
@@ -70,11 +71,52 @@ def test_planted_meanings_are_found_and_priority_decides():
     assert (last.matched[gone] > gone).all()
 
 
+def test_equal_directions_are_found_at_one_however_long_the_vectors_are():
+    x = np.random.default_rng(0).normal(size=(50, 384))
+    same = np.concatenate([x, x, 3 * x, x * 1e-200, x * 1e200])
+    result = semantic_duplicates(same, 1.0)
+    assert result.matched.tolist() == [-1] * 50 + [*range(50)] * 4
+    assert (result.similarity[50:] == 1.0).all()
+    assert result.matched.tolist() == semantic_reference(same[:150], 1.0) + [*range(50)] * 2
+    assert semantic_duplicates(np.concatenate([x, x + 0.01 * x[::-1]]), 1.0).kept.all()
+
+
+def test_many_copies_cost_as_many_comparisons():
+    """And no memory of pairs, of which there are 36 million here, whichever copies go."""
+    x = np.ones((6000, 3), np.float32)
+    for drop in (False, True):
+        tracemalloc.start()
+        result = semantic_duplicates(x, 0.9, drop_all=drop)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert result.pairs <= 6000
+        assert result.matched.tolist() == [1 if drop else -1] + [0] * 5999
+        assert peak < 40e6
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_meaning_across_chunks(drop, monkeypatch):
+    monkeypatch.setattr("siftline.dedup.semantic.CHUNK", 7)
+    x = clustered(150, 6, 3)
+    assert not (whole := semantic_duplicates(x, 0.9, drop_all=drop, block=4)).kept.all()
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    near = unit.astype(np.float64) @ unit.T.astype(np.float64) >= 0.9
+    np.fill_diagonal(near, False)
+    first = np.where(near.any(axis=1), near.argmax(axis=1), -1).tolist()
+    assert whole.matched.tolist() == (first if drop else semantic_reference(x, 0.9))
+
+
 def test_wrong_embeddings_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         semantic_duplicates(np.zeros(3))
-    with pytest.raises(ValueError, match="finite"):
-        semantic_duplicates(np.full((2, 2), np.nan))
+    x = np.ones((6000, 2))
+    x[5001, 1] = np.inf
+    with pytest.raises(ValueError, match=r"row 5,001 .*not finite: embed it again, or leave"):
+        semantic_duplicates(x, priority=-np.arange(6000.0))
+    with pytest.raises(ValueError, match="give numbers"):
+        semantic_duplicates(np.full((2, 2), "a"))
+    with pytest.raises(ValueError, match=r"1,000,001 rows .* by source or topic"):
+        semantic_duplicates(np.broadcast_to(np.float32(1), (MAX_ROWS + 1, 1)))
     with pytest.raises(ValueError, match="threshold=2"):
         semantic_duplicates(np.zeros((2, 2)), 2)
     for wrong in ([[1.0], None], [[1.0], [1.0, 2.0, 3.0]], [[1.0], [1.0, 2.0]]):
@@ -100,8 +142,27 @@ def test_embeddings_come_from_a_column_or_a_file(call, tmp_path):
     np.save(tmp_path / "y.npy", x[:5])
     assert "5 vectors for 60 rows" in call(path, "--embeddings", tmp_path / "y.npy", out="o3")
     assert "no readable" in call(path, "--embeddings", tmp_path / "z.npy", out="o3")
-    assert "leave one out" in call(path, "--embeddings", "v", "--target", "3", out="o3")
     assert "leave one out" in call(path, "--embeddings", "v", "--index", tmp_path / "i", out="o3")
+
+
+def test_a_target_for_embeddings_takes_the_highest_cosine_that_reaches_it(call, tmp_path):
+    x = clustered(300)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["same"] * 300}), path)
+    np.save(tmp_path / "x.npy", x)
+    options = ["--embeddings", tmp_path / "x.npy"]
+    said = call(path, *options, "--threshold", 0.7, "--target", 150, out="o0")
+    steps = [round(1 - 0.01 * k, 6) for k in range(31)]
+    kept = [int(semantic_duplicates(x, step).kept.sum()) for step in steps]
+    place = next(k for k, left in enumerate(kept) if left <= 150)
+    assert 0 < place < 30
+    assert (said["threshold"], said["kept"]) == (steps[place], kept[place])
+    pairs = sum(semantic_duplicates(x, step).pairs for step in steps[: place + 1])
+    assert said["pairs_verified"] == pairs
+    assert call(path, *options, out="o1")["threshold"] == 0.95
+    said = call(path, *options, "--target", 3, out="o2")
+    assert "at threshold 0.95 still" in said
+    assert "lower the threshold" in said
 
 
 # ---- a target size, weights ------------------------------------------------------------------

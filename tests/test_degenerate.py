@@ -49,6 +49,20 @@ VARIED = (
         "He said: \u201cYes, that is so.\u201d",
         "Q. E. D.",
         "2 + 2 = 4",
+        "The answer is **18**",
+        "So x = **5**",
+        "**The answer is 18**",
+        "It is *really*",
+        "It is __really__",
+        "It is ***18***",
+        "Use the language C++",
+        "an A+",
+        "V*",
+        "It is for ages 18+",
+        "**It is so,\nand not otherwise**",
+        "The correct answer is a",
+        "I would choose option a",
+        "So we have found it: a",
     ],
 )
 def test_sound_responses_are_spared(response):
@@ -62,6 +76,11 @@ def test_sound_responses_are_spared(response):
         "So it is \\boxed{\\frac{1}{2}",
         "So 10 - 3 = <<10-3=",
         "So the answer is 10 +",
+        "So we get 3 * 4 *",
+        "So we get 3 + 4+",
+        "So it is **10** +",
+        "So it is **10,",
+        "Tom eats on a",
         "We buy apples, pears,",
         "Tom eats three of the",
         "The sum (3 + 4) is the number (",
@@ -210,4 +229,4 @@ def test_how_many_cut_answers_are_seen():
         answer = row["answer"]
         cut = answer[: draws.randrange(len(answer) // 4, len(answer) - 5)]
         found[degenerate(cut, row["question"])] += 1
-    assert found == {None: 946, "truncated": 373}
+    assert found == {None: 954, "truncated": 365}

@@ -107,6 +107,24 @@ def test_silhouette_peaks_at_the_true_number_of_blobs():
     assert silhouette(x, np.zeros(600, dtype=int), 400, 0, ids) is None
 
 
+def test_silhouette_is_that_of_its_definition():
+    # Rousseeuw 1987: a is the mean distance to the own cluster, b that to the nearest other one.
+    x = np.random.default_rng(2).normal(size=(9, 3)).astype(np.float32)
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3])
+    far = np.sqrt(((x[:, None].astype(np.float64) - x[None]) ** 2).sum(axis=2))
+    values = []
+    for i, own in enumerate(labels):
+        mates = [j for j in range(9) if labels[j] == own and j != i]
+        if not mates:  # alone in a cluster: 0 by convention
+            values.append(0.0)
+            continue
+        a = np.mean([far[i, j] for j in mates])
+        b = min(far[i, labels == other].mean() for other in set(labels.tolist()) - {own})
+        values.append((b - a) / max(a, b))
+    ids = list("abcdefghi")
+    assert silhouette(x, labels, 9, 0, ids) == pytest.approx(np.mean(values), abs=1e-6)
+
+
 def test_map_matches_svd_whatever_the_order():
     x, _, ids = blobs(200, 4)
     points = project_2d(x, ids)

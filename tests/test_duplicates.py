@@ -6,16 +6,25 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.readers import Source
 from siftline.kernels.jaccard import jaccard_reference
+from siftline.kernels.keep import Keep, as_integers
 from siftline.kernels.text import numbers, plain
+from siftline.recipe import parse
 from siftline.schema import make_row, message
 from siftline.selectors.duplicates import Duplicates, normal_answer
 from siftline.selectors.selection import select
+from siftline.stages.gates import LAST, keep_order
+from siftline.stages.run import run_stage
+from siftline.workspace import Workspace
 
 NAMES = ["Ann", "Bob", "Carla", "Dmitri", "Eve", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira"]
 THINGS = ["apples", "pencils", "stickers", "marbles", "books", "oranges", "tickets", "candles"]
@@ -321,6 +330,106 @@ def test_refusals_name_the_value_and_the_remedy():
             Duplicates(**wrong)
     empty = select(Duplicates(), rows.clear())
     assert empty.decisions.is_empty()
+
+
+# ---- which copy stays, in a recipe -------------------------------------------------------------
+
+QUESTION = "Ann has four apples and buys five more at the market. How many apples has she now?"
+REPLY = "She starts with four apples, buys five more at the market, and so she has nine apples now."
+COPIES = [  # of one conversation: its end, source, stars
+    ("", "web", 2),
+    (" Indeed.", "book", -1.5),
+    ("!", "book", 3),
+    (" ", "forum", None),
+]
+
+
+@pytest.fixture
+def place(tmp_path):
+    lines = [
+        {"question": QUESTION + " " * k, "response": REPLY + end, "source": source, "stars": stars}
+        for k, (end, source, stars) in enumerate(COPIES)
+    ]
+    lines.append({"question": "And what is a pear?", "response": "A fruit.", "source": "web"})
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    workspace = Workspace(tmp_path / "root")
+    columns = {"question": "question", "response": "response", "source": "source"}
+    source = Source(path=str(tmp_path / "pool.jsonl"), columns=columns)
+    build_pool(workspace.pool("p"), PoolSpec(name="p", inputs=(source,), buckets=2))
+
+    def kept(**options):
+        recipe = parse(
+            {
+                "name": "r",
+                "pool": {"name": "p", "inputs": [{"path": "x.jsonl"}], "buckets": 2},
+                "models": {"m": {"path": "x"}},
+                "stages": [{"duplicates": {"threshold": 0.6, **options}}],
+                "budget": {"size": 1},
+                "canaries": {"per_kind": 1},
+            }
+        )
+        output, _ = run_stage(workspace, recipe, "duplicates", lambda line: None)
+        rows = Pool(workspace.pool("p")).all_rows().to_pylist()
+        stays = set(output.all_decisions().filter(outcome="kept")["id"])
+        found = [r for r in rows if r["id"] in stays]
+        assert len(found) == 2
+        (one,) = [r for r in found if r["messages"][0]["content"] == QUESTION]
+        (line,) = [
+            line for line in output.table("canaries").to_dicts() if line["kind"] == "near_copy"
+        ]
+        assert line["caught"]
+        first = min(r["id"] for r in rows if r["messages"][0]["content"] == QUESTION)
+        return one["messages"][-1]["content"].removeprefix(REPLY), one["source"], one["id"] == first
+
+    return kept
+
+
+def test_a_policy_decides_which_copy_stays_in_a_recipe(place):
+    assert place()[2]
+    assert place(keep="first") == place()
+    assert place(keep="longest")[:2] == (" Indeed.", "book")
+    assert place(keep="score:stars")[:2] == ("!", "book")
+    assert place(keep="source:source=forum,book")[1] == "forum"
+    assert place(keep="source:source=nobody,web,book")[1] == "web"
+
+
+def test_policies_that_a_gate_cannot_follow_are_refused(place):
+    for wrong, said in (
+        ("none", "keeps one copy"),
+        ("best", "give first, longest"),
+        ("source:origin=a", "give source:source=A,B"),
+    ):
+        with pytest.raises(ValueError, match=f"keep='{wrong}.*{said}"):
+            Duplicates(keep=wrong)
+    with pytest.raises(ValueError, match="keep='score:likes': no row brings that field"):
+        place(keep="score:likes")
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=2, max_size=30))
+@settings(deadline=None, max_examples=50)
+def test_scores_as_integers_keep_their_order_and_added_rows_come_last(values):
+    scores = pa.array(values, pa.float64())
+    names = [f"{k:040d}" for k in range(len(values))]
+    line = [json.dumps({"stars": v}) for v in values]
+    rows = pa.table({"id": names, "origin": pa.array([None] * len(values), pa.string())})
+
+    class Held:
+        def read(self, table, bucket):
+            return pa.table({"id": names, "leftover": line})
+
+    view = pl.DataFrame({"id": names, "prompt": names, "response": names})
+    keep = Keep.parse("score:stars")
+    order, known = keep_order(Held(), 0, rows, view, keep)
+    finite = np.isfinite(values)
+    assert known == finite.sum()
+    wanted = np.where(finite, -np.array(values), np.inf)
+    assert (np.diff(order.to_numpy()[np.argsort(wanted, kind="stable")]) >= 0).all()
+    rough = as_integers(keep.priority(scores, scores))
+    assert (np.argsort(rough, kind="stable") == np.argsort(-np.array(values), kind="stable")).all()
+    added = rows.set_column(1, "origin", pa.array(["made"] * len(values)))
+    later, _ = keep_order(Held(), 0, added, view, keep)
+    assert order.max() < later.min()
+    assert later.max() < LAST
 
 
 def test_gsm8k_has_no_duplicates_and_shows_planted_ones():

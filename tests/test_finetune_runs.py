@@ -14,6 +14,7 @@ import pytest
 from siftline import schema
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out, training_passes
+from siftline.training.sft import check_sharding, last_checkpoint
 
 BASE = FineTune(learning_rate=3e-3, epochs=2, batch_rows=10, max_length=96, warmup_ratio=0)
 PLAIN = ["step", "loss", "learning_rate", "loss_tokens"]
@@ -33,7 +34,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Drawing takes as long as training; tests of the model directory look at the picture."""
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda curve, path: None)
+    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
 
 
 def rows(n=20, start=0):
@@ -384,9 +385,93 @@ def test_out_of_memory_names_the_remedy(tiny_model, tmp_path, monkeypatch, error
         raise getattr(torch, error, RuntimeError)(error)
 
     monkeypatch.setattr(PlannedTrainer, "_score", exhausted)
-    said = r"a forward pass has up to \d+ tokens: raise accumulation \(now 1\), or set gradient_ch"
+    said = (
+        r"a forward pass has up to \d+ tokens: set gradient_checkpointing and go on, or in a new "
+        r"folder raise accumulation \(now 1\), or lower"
+    )
     with pytest.raises(ValueError, match=said):
         train(tiny_model, tmp_path / "m", BASE)
+    monkeypatch.undo()
+    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    went_on = train(tiny_model, tmp_path / "m", replace(BASE, gradient_checkpointing=True))
+    assert went_on.steps == 4
+
+
+def test_the_frozen_start_is_not_copied_from_weights_that_are_not_there(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_sharding(replace(BASE, objective="asft"))
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    check_sharding(BASE)
+    check_sharding(replace(BASE, objective="asft", method="lora"))
+    with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading to false"):
+        train(tiny_model, tmp_path / "m", replace(BASE, objective="asft"))
+
+
+def test_several_gpus_and_one_process_are_refused_before_loading(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process: set CUDA_VISIBLE"):
+        train(tiny_model, tmp_path / "m", BASE)
+
+
+def test_all_have_their_weights_before_the_checkpoints_go(tiny_model, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    from siftline.training import methods
+    from siftline.training.trainer import PlannedTrainer
+
+    told = []
+
+    def telling(owner, name):
+        plain = getattr(owner, name)
+
+        def called(*arguments, **options):
+            told.append(name)
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    telling(PlannedTrainer, "keep")
+    telling(Accelerator, "wait_for_everyone")
+    telling(methods, "export")
+    train(tiny_model, tmp_path / "m", replace(BASE, epochs=0.5))
+    after = told[told.index("keep") :]
+    assert after[:3] == ["keep", "wait_for_everyone", "export"]
+
+
+def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(tmp_path):
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_st'), (15, "")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_balanced_sources_of_poft_have_equal_rows_not_tokens(tiny):
+    config = replace(BASE, epochs=1, source_balance=1.0, objective="poft")
+    tokenizer, known = tiny.make_tokenizer(), references(rows())
+    schedule = lay_out(tokenizer, rows(), config, 0, 1)
+    passes = training_passes(schedule, rows(), tokenizer, config, 0, known)
+    source = dict(zip(rows()["id"].to_pylist(), rows()["source"].to_pylist(), strict=True))
+    sums = {"a": 0.0, "b": 0.0}
+    for identity, weight in zip(schedule.rows.ids, passes.row_weights, strict=True):
+        sums[source[identity]] += weight
+    assert sums["a"] == pytest.approx(sums["b"])
+    assert sum(sums.values()) == pytest.approx(20)
+
+
+def test_the_card_says_what_was_learned_and_with_which_template(tiny_model, tmp_path):
+    config = replace(BASE, epochs=0.5, objective="dft", prompt_weight=0.25, source_balance=0.5)
+    result = train(tiny_model, tmp_path / "m", config)
+    card = " ".join((result.model_dir / "README.md").read_text().split())
+    assert "The loss is cross-entropy times the token's own probability (DFT)" in card
+    assert "and with weight 0.25 on all that stands before it; sources are evened out" in card
+    assert "The base model has no chat template" in card
+    assert result.facts["template"] == "question_answer"
+    own = train(result.model_dir, tmp_path / "n", replace(config, prompt_weight=0.0))
+    assert "its end only;" in " ".join((own.model_dir / "README.md").read_text().split())
 
 
 def test_missing_columns_and_libraries_are_named(tiny_model, tmp_path, monkeypatch):
@@ -431,7 +516,7 @@ import torch
 torch.set_num_threads(1)
 from siftline.training import card
 from siftline.training.finetune import FineTune, finetune
-card.draw_curve = lambda curve, path: None
+card.draw_curve = lambda *_: None
 base, data, dev, out, *objectives = sys.argv[1:]
 for objective in objectives:
     config = FineTune(

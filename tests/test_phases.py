@@ -188,7 +188,7 @@ def test_the_forward_passes_follow_the_phases(tiny):
 
 
 def test_a_run_in_phases_trains_and_says_what_they_held(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda curve, path: None)
+    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
     result = finetune(
         tiny_model, rows(), tmp_path / "m", CONFIG, seed=0, dataset_version="demo-0123456789ab"
     )

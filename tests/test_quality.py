@@ -7,11 +7,14 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from siftline.assets.scores import score
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.recipe import load
-from siftline.stages.models import engines
+from siftline.scoring import likelihood, versions
+from siftline.stages.models import engines, named_spec
 from siftline.stages.scorers import prompt_weights, quality, score_quality, scorer_table
+from siftline.stages.scores import likelihood_table
 from siftline.workspace import Workspace
 
 BRIEF = "scorers.brief={kind: function, path: 'mini_inputs:brevity'}"
@@ -71,6 +74,44 @@ def test_a_changed_option_meets_no_old_table(root, mini):
     scored(root, mini(BRIEF), "brief")
     other = mini("scorers.brief={kind: function, path: 'mini_inputs:brevity', args: {least: 1}}")
     assert scorer_table(Workspace(root), other, "brief").reader() is None
+
+
+def test_a_function_counts_by_its_source(root, mini, tmp_path, monkeypatch):
+    source = "def length(rows):\n    return [float(len(row['id'])) for row in rows]\n"
+    (tmp_path / "own_lengths.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = mini("scorers.own={kind: function, path: 'own_lengths:length'}")
+    assert scored(root, recipe, "own").fresh
+    assert not scored(root, recipe, "own").fresh
+    (tmp_path / "own_lengths.py").write_text(source.replace("row in", "row in  "))
+    assert scored(root, recipe, "own").fresh
+
+
+def test_tables_go_stale_with_the_versions_of_what_made_them(root, mini, monkeypatch):
+    recipe, workspace = mini(BRIEF, RUBRIC), Workspace(root)
+    spec = named_spec(workspace, recipe, "tiny")
+    pool = Pool(workspace.pool("mini"))
+
+    def made_of():
+        table = likelihood_table(root, pool, spec, recipe.likelihood)
+        return [dict(table.inputs), dict(scorer_table(workspace, recipe, "rated").inputs)]
+
+    seen = [made_of()]
+    monkeypatch.setattr(likelihood, "VERSION", 100)
+    seen.append(made_of())
+    monkeypatch.setitem(versions.ENGINES, "transformers", {"scores": 100})
+    seen.append(made_of())
+    assert seen[0][0] != seen[1][0] != seen[2][0]
+    assert seen[0][1] == seen[1][1] != seen[2][1]
+
+
+def test_rows_that_no_question_is_asked_for_count_as_done(root, mini):
+    recipe, said = mini("models.tiny.max_length=90"), []
+    manifest, fresh = score(Workspace(root), recipe, said.append)
+    rows = Pool(Workspace(root).pool("mini")).manifest.rows("rows")
+    assert fresh
+    assert 0 < manifest.info["failed"] < rows
+    assert said[-1].startswith(f"likelihood {2 * rows:,} forward rows in")
 
 
 def test_a_file_counts_by_its_content(root, mini, tmp_path):
@@ -162,7 +203,11 @@ def test_what_a_tuned_model_finds_new_is_clustered_and_named_in_the_report(
         "roles={target: tiny}",
         "scorers.novel={kind: contrast, model: tuned, reference: tiny}",
     )
-    scored(root, contrast, "novel")
+    said = []
+    with engines() as opened:
+        score_quality(Workspace(root), contrast, "novel", opened, said.append)
+    questions = 4 * Pool(Workspace(root).pool("mini")).manifest.rows("rows")
+    assert said[-1].startswith(f"novel {questions:,} forward rows in")
     table = frame_of(root, contrast, "novel")
     difference = table["logprob_mean"] - table["logprob_mean_reference"]
     assert (table["value"] - difference).abs().max() < 1e-9

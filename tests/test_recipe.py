@@ -409,7 +409,7 @@ PUBLIC = {
     "bf16 packing save_steps eval_steps keep report_to",
     "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup "
     "weight_decay seed",
-    "Duplicates": "threshold ngram num_perm numbers seed max_rows",
+    "Duplicates": "threshold ngram num_perm numbers seed max_rows keep",
     "Decontamination": "ngram min_share common near shingle num_perm seed",
     "QualityRules": "text languages keep min_language min_letters identify words scores",
     "Verify": "verifier no_final_answer",

@@ -19,8 +19,8 @@ from siftline.scoring.confidence import (
     sampled_answers,
 )
 from siftline.scoring.embedding import embed_texts
-from siftline.scoring.engines import Inspection, ModelSpec, Sampling, open_engine
-from siftline.scoring.likelihood import COLUMNS, score_likelihood
+from siftline.scoring.engines import Failed, Inspection, ModelSpec, Sampling, open_engine
+from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder, Tally
 from siftline.scoring.samples import draw_samples
 from siftline.scoring.spans import response_span, start_token
@@ -208,6 +208,28 @@ def test_plain_text_and_no_rows(bench):
     assert (empty.height, failed) == (0, {})
 
 
+def test_a_plain_text_without_its_details_is_a_failed_row(bench):
+    """With details it is asked twice under one key, and one of the two may fail alone."""
+
+    class Half(Counting):
+        def inspect(self, tokens, spans, wanted):
+            found = super().inspect(tokens, spans, wanted)
+            return [Failed("no_scores")] * len(tokens) if wanted else found
+
+        details = frozenset(("top1",))
+
+    text = make_row([message("assistant", "once upon a time")])
+    table, asked = pa.Table.from_pylist([text], schema=ROW), Likelihood(details=("top1",))
+    half = bench.recorder(engine=Half(bench.engine.engine))
+    frame, failed = score_likelihood(half, 0, table, asked)
+    assert frame.is_empty()
+    assert failed == {text["id"]: "no_scores"}
+    whole = bench.recorder(engine=bench.engine.engine)
+    (line,) = score_likelihood(whole, 0, table, asked)[0].to_dicts()
+    assert line["top1_rate"] is not None
+    assert line["logprob_mean"] == line["logprob_mean_unconditional"]
+
+
 # Samples
 
 
@@ -248,6 +270,13 @@ def test_a_draw_is_the_same_whoever_asks_and_beside_whichever(bench, model, tmp_
     _, asked, _ = bench.asked(lambda r: draw(r, draws, sampling=hot))
     assert asked == 9
     assert len(set(frame["text"])) > 5, "draws differ"
+
+
+def test_what_counts_as_too_long_is_what_the_engine_takes(bench):
+    allowing = bench.recorder(spec=replace(bench.spec, max_length=4096))
+    tokens, failed = prompts_of(allowing, rows_of(("x" * 500, "-")))
+    assert tokens == {}
+    assert list(failed.values()) == ["too_long"]
 
 
 def test_prompts_are_asked_once_and_too_long_ones_are_reasons(bench):

@@ -42,7 +42,7 @@ def table(numbers):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda curve, path: None)
+    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
 from siftline.schema import make_row, message
-from siftline.scoring.engines import Generation, ModelSpec
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.engines import Failed, Generation, ModelSpec
+from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.rejection import RejectionSampling
-from siftline.scoring.streaming import Prompt
+from siftline.scoring.streaming import Made, Prompt
+from siftline.scoring.verifiers import Verdict
 from siftline.selectors.difficulty import (
     PASS_RATES,
     accept,
@@ -21,11 +24,13 @@ from siftline.selectors.difficulty import (
     stopped_difficulty,
     tally,
 )
-from siftline.selectors.trials import Rule
+from siftline.selectors.trials import Outcome, Rule, Trial
+from siftline.stages import sampler as sampler_stage
 from siftline.stages import sampling
+from siftline.stages.drawing import run_campaign
 from siftline.stages.grading import by_verifier, grader
 from siftline.stages.problems import Problem, negatives
-from siftline.stages.sampler import Sampler
+from siftline.stages.sampler import SILENCE, Sampler
 
 RATES = {"ten": 0.9, "half": 0.5, "rare": 0.15, "never": 0.0, "always": 1.0}
 
@@ -243,10 +248,104 @@ def test_a_prompt_that_one_model_refuses_has_no_trial_and_is_listed(tmp_path):
     assert (line["status"], line["n_trials"], line["sampler_difficulty"]) == ("failed", 0, None)
 
 
+class Refusing(Streams):
+    """Takes many draws at a time, and refuses the second one of one prompt so many times."""
+
+    slots = 64
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def stream(self, pull, how):
+        for name, text in super().stream(pull, how):
+            if self.times and NAMES[name[0]] == "half" and name[1] == 1:
+                self.times -= 1
+                yield name, Failed(REFUSED)
+            else:
+                yield name, text
+
+
+def test_a_draw_that_is_refused_among_others_ends(tmp_path, monkeypatch):
+    rounds = []
+
+    def counted(*args, **options):
+        rounds.append(1)
+        assert len(rounds) < 9
+        return run_campaign(*args, **options)
+
+    monkeypatch.setattr(sampler_stage, "run_campaign", counted)
+    options = {"k": 3, "pilot": 4, "cap": 24}
+    _, plain, _ = made(Streams(), tmp_path / "plain", **options)
+    _, once, _ = made(Refusing(1), tmp_path / "once", **options)
+    assert standing(once) == standing(plain)
+    rounds.clear()
+    engine = Refusing(9)
+    sampler, always, _ = made(engine, tmp_path / "always", **options, max_draws=500)
+    stands = standing(always)
+    assert stands.pop("half") == (1, "failed")
+    assert stands == {k: v for k, v in standing(plain).items() if k != "half"}
+    assert sampler.limits.draws == 500 - len(sampler.lines)
+
+
+def test_a_campaign_that_neither_draws_nor_ends_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler_stage, "run_campaign", lambda *args, **options: Made())
+    with pytest.raises(RuntimeError, match="5 prompts are open"):
+        made(Streams(), tmp_path, k=3, pilot=2, cap=9)
+
+
+def silent_from(first):
+    """A grader that fails on every draw from a number on."""
+    told = by_verifier("math")
+    seen = []
+
+    def grade(draws):
+        seen.extend(draws)
+        dead = Verdict(None, None, "verifier_error: timeout")
+        return told(draws) if len(seen) <= first else [dead] * len(draws)
+
+    return grade
+
+
+@pytest.mark.parametrize(("engine", "draws"), [(Engine, 10), (Streams, 10)])
+def test_a_verifier_that_never_answers_ends_the_pilot(tmp_path, engine, draws):
+    chosen = RejectionSampling(target="uniform", pilot=2, screen=False)
+    recorder = Recorder(engine(), ModelSpec(path="x"), tmp_path)
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, silent_from(0))
+    with pytest.raises(RuntimeError, match=f"no verdict on any of {draws} draws, first: timeout"):
+        sampler.pilot()
+    longer = replace(chosen, pilot=24)
+    sampler = Sampler.of(longer, PROBLEMS, [recorder], lambda line: None, silent_from(0))
+    with pytest.raises(RuntimeError, match="no verdict on any of"):
+        sampler.pilot()
+    assert SILENCE <= len(sampler.lines) < 24 * 5
+    # One that fails later ends nothing, and what it failed on is counted.
+    recorder = Recorder(engine(), ModelSpec(path="x"), tmp_path / "b")
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, silent_from(9))
+    sampler.pilot()
+    judged = sampler.judged()
+    assert 0 < judged.draws["error"].drop_nulls().len() < 10
+    assert set(judged.draws["error"].drop_nulls()) == {"timeout"}
+    assert set(judged.draws.filter(pl.col("error").is_not_null())["reason"]) == {"verifier_error"}
+
+
+def test_what_a_verifier_outside_did_not_answer_is_asked_again(tmp_path):
+    recorder = Recorder(Streams(), ModelSpec(path="x"), tmp_path)
+    chosen = RejectionSampling(target="uniform", pilot=2)
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, silent_from(9))
+    sampler.pilot()
+    campaign = sampling._campaign(SimpleNamespace(), chosen, sampler, None)
+    before = sampler.preview(campaign)
+    for verifier, again in (("judge", True), ("mine:check", True), ("math", False)):
+        facts = sampling._facts(sampler.judged(), campaign, before, verifier)
+        assert facts["verifier_errors"] == facts["refused"]["verifier_error"] > 0
+        assert bool(facts["unanswered"]) == again
+
+
 def test_a_stopped_trial_does_not_flatter_its_prompt():
     """Over many prompts of one rate, the mean of 1 - difficulty is the rate."""
     rng = np.random.default_rng(0)
-    for p, k in ((0.1, 1), (0.5, 4)):
+    for p, k in ((0.1, 3), (0.5, 4)):
         rows = []
         for i in range(4000):
             right = np.cumsum(rng.random(400) < p)
@@ -258,6 +357,26 @@ def test_a_stopped_trial_does_not_flatter_its_prompt():
         plain = 1 - difficulty(rates)["difficulty"].mean()
         assert found == pytest.approx(p, abs=0.02)
         assert plain > found + 0.02
+
+
+def test_a_prompt_that_was_solved_once_behind_the_pilot_is_neither_unsolvable_nor_unmeasured():
+    rows = [("late", 3, 1, 1, "met"), ("never", 3, 0, 0, "unsolved"), ("twice", 5, 2, 2, "met")]
+    rates = pl.DataFrame(rows, schema={**PASS_RATES, "status": pl.String}, orient="row")
+    found = stopped_difficulty(rates, 2)["difficulty"].to_list()
+    assert found == pytest.approx([2 / 3, 1.0, 3 / 4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.lists(st.booleans(), min_size=24, max_size=24))
+def test_a_rate_is_0_only_without_a_success(k, pilot, outcomes):
+    trial = Trial(k, Rule(cap=24, pilot=pilot))
+    for draw, right in enumerate(outcomes):
+        trial.feed(draw, Outcome(right, str(draw)))
+    rows = [("p", trial.used, trial.correct, trial.distinct, trial.status)]
+    rates = pl.DataFrame(rows, schema={**PASS_RATES, "status": pl.String}, orient="row")
+    (found,) = stopped_difficulty(rates, pilot)["difficulty"]
+    assert (found == 1) == (trial.correct == 0)
+    assert 0 <= found <= 1
 
 
 def test_cut_and_stuck_draws_are_refused_unless_told_not_to(tmp_path):
@@ -327,6 +446,8 @@ def test_a_judge_verifies_in_both_orders_and_its_place_bias_keeps_nothing(tmp_pa
     """Scripted replies: says yes to equal answers, or always A; draws it leaves open are lost."""
 
     class Judge:
+        max_length = 2000
+
         def __init__(self, biased):
             from siftline.scoring.templates import load_tokenizer
 

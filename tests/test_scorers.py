@@ -195,6 +195,9 @@ def test_rows_that_cannot_be_read_are_refused(bench):
     for row in ([], [5] * 257):
         with pytest.raises(ValueError, match="1 to 256 fit"):
             classifier.classify([[5, 6], row])
+    beyond = classifier._vocabulary
+    with pytest.raises(ValueError, match=f"token {beyond} where the model knows {beyond}"):
+        classifier.classify([[5, 6], [5, beyond]])
 
 
 def test_a_model_without_a_trained_head_is_refused(tiny_model):
@@ -292,12 +295,11 @@ def test_a_reward_model_needs_one_output_and_a_template(score):
         score(Reward("edu"))
 
 
-def test_a_template_that_refuses_a_row_is_a_reason(bench, tmp_path):
+@pytest.mark.parametrize("fault", ["raise_exception('no')", "'a' + 1", "'ab'.no()", "{}.pop('a')"])
+def test_a_template_that_refuses_a_row_is_a_reason(bench, tmp_path, fault):
     spec, _ = bench("reward")
-    refusing = replace(
-        spec,
-        template="{% if '+' not in messages[0].content %}{{ raise_exception('no') }}{% endif %}x",
-    )
+    template = f"{{% if '+' not in messages[0].content %}}{{{{ {fault} }}}}{{% endif %}}x"
+    refusing = replace(spec, template=template)
     recorder = Recorder(open_classifier(refusing), refusing, tmp_path)
     rows = rows_of(("1 + 1", "2"), ("hello", "you"))
     frame, failed = run_scorer(Reward("m"), {"m": recorder}, 0, rows)

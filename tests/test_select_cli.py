@@ -28,6 +28,9 @@ def write(path, records):
     return path
 
 
+PYTHON = r"```python\n(.*?)```"
+
+
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch):
     """Small pools need no sixteen buckets, and every file is flushed to disk."""
@@ -140,6 +143,24 @@ def test_formats_stay_what_they_are(tmp_path, done):
         record(50, z=1),
         record(51),
     ]
+
+
+def test_columns_of_views_come_through(tmp_path, done):
+    table = pa.table(
+        {
+            "prompt": pa.array([f"p {i}" for i in range(4)], pa.string_view()),
+            "completion": [f"c {i}" for i in range(4)],
+            "raw": pa.array([b"a", None, b"c", b"d"], pa.binary_view()),
+        }
+    ).replace_schema_metadata({"made": "here"})
+    pq.write_table(table, tmp_path / "v.parquet")
+    written = pq.read_table(tmp_path / "v.parquet")
+    assert written.schema.field("prompt").type == pa.string_view()
+    done("random", tmp_path / "v.parquet", "--budget", 2, "--out", tmp_path / "out")
+    rows = [row - 1 for row in lines_of(tmp_path / "out").filter("kept")["row"]]
+    kept = pq.read_table(tmp_path / "out" / "data" / "v.parquet")
+    assert kept.schema.equals(written.schema, check_metadata=True)
+    assert kept.to_pylist() == [table.to_pylist()[i] for i in rows]
 
 
 def test_identical_rows_and_unreadable_ones_are_told(tmp_path, done):
@@ -268,6 +289,20 @@ def test_embeddings_by_id_or_by_place_select_towards_a_target(rows, tmp_path, do
         assert result["facts"]["target_rows"] == 2
 
 
+def test_places_that_are_in_the_pool_and_in_the_target_are_refused(tmp_path, done, refused):
+    for name in ("pool", "tgt"):
+        (tmp_path / name).mkdir()
+    pool = write(tmp_path / "pool" / "a.jsonl", [record(i) for i in range(4)])
+    target = write(tmp_path / "tgt" / "a.jsonl", [record(100)])
+    by_place = embedding_table(tmp_path / "e", vectors(4), file=["a.jsonl"] * 4, row=[1, 2, 3, 4])
+    asked = ["rds_plus", pool, "--budget", 1, "--embeddings", by_place, "--out", tmp_path / "out"]
+    said = refused(*asked, "--target", target)
+    assert "a.jsonl is a file of FILE and another one of --target: key them by id" in said
+    other = target.rename(target.with_name("b.jsonl"))
+    assert "1 target rows have no embedding" in refused(*asked, "--target", other)
+    done(*asked, "--target", pool)  # one file for both: its places mean one thing
+
+
 def test_bad_embeddings_name_the_remedy(rows, tmp_path, done, refused):
     ids = ids_of(rows, tmp_path, done)
     asked = ["kmeans_quality", rows, "--budget", 2, "--out", tmp_path / "out"]
@@ -285,6 +320,16 @@ def test_bad_embeddings_name_the_remedy(rows, tmp_path, done, refused):
     )
     assert "of several kinds" in refused(*asked, "--embeddings", mixed)
     assert "--embedding-column" in refused(*asked, "--embeddings", few, "--embedding-column", "v")
+    (few / "again.parquet").write_bytes((few / "1.parquet").read_bytes())
+    assert "no embedding, first" in refused(*asked, "--embeddings", few)  # equal ones are one
+    stale = embedding_table(tmp_path / "stale", vectors(20), id=ids)
+    embedding_table(stale, vectors(2, seed=1), id=ids[:2], of=[1, 2])
+    said = refused(*asked, "--embeddings", stale)
+    assert f"two embeddings of id {min(ids[:2])} that differ: leave the files of one model" in said
+    place = {"file": ["rows.jsonl"] * 2, "row": [3, 3]}
+    by_place = embedding_table(tmp_path / "place", vectors(2), **place)
+    said = refused(*asked, "--embeddings", by_place)
+    assert "two embeddings of file rows.jsonl, row 3 that differ" in said
     result = done(*asked, "--embeddings", few, "--on-missing", "drop")
     assert result["removed"] == {"no_embedding": 1, "not_drawn": 17}
 
@@ -303,6 +348,9 @@ def test_words_of_a_target_and_rows_that_leaked(tmp_path, call, refused):
         assert "the pool has the prompts of 1 of 2 target rows" in err
         assert lines_of(out).filter("kept")["row"].to_list() == [16]
         assert "kept            1" in said
+    empty = write(tmp_path / "none.jsonl", [])
+    said = refused("dsir", path, "--budget", 1, "--target", empty, "--out", tmp_path / "x")
+    assert "none.jsonl: empty, and a target needs rows: give rows like those" in said
     assert "give --target FILE" in refused("dsir", path, "--budget", 1, "--out", tmp_path / "x")
     assert "knows no target" in refused(
         "random", path, "--budget", 1, "--target", target, "--out", tmp_path / "x"
@@ -369,7 +417,7 @@ class _Steps:
 
 def test_the_method_in_the_documentation_works(rows, tmp_path, done, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "selectors.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (code,) = [c for c in re.findall(PYTHON, text, flags=re.S) if "class MostWords" in c]
     (tmp_path / "documented_method.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     talkative = write(
@@ -379,6 +427,38 @@ def test_the_method_in_the_documentation_works(rows, tmp_path, done, monkeypatch
     result = done("documented_method:MostWords", talkative, "--budget", 2, "--out", out)
     assert lines_of(out).filter("kept")["row"].to_list() == [4, 5]
     assert result["removed"]["fewer_words"] == 5
+
+
+def test_the_fitted_rule_in_the_documentation_works(tmp_path, done, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "selectors.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(PYTHON, text, flags=re.S) if "fit_rule" in c]
+    rows = write(tmp_path / "rows.jsonl", [record(i) for i in range(40)])
+    monkeypatch.chdir(tmp_path)
+    done("random", rows, "--budget", 1, "--out", "ids")
+    ids = lines_of(tmp_path / "ids")["id"].to_list()
+    g = np.random.default_rng(0)
+    ratio, perplexity = g.random(40), 1 + 9 * g.random(40)
+    score_table(tmp_path / "scored", ids, ifd_loss_ratio=ratio, perplexity=perplexity)
+    lines = []
+    for seed in range(8):
+        done("random", rows, "--budget", 8, "--seed", seed, "--out", f"set_{seed}")
+        kept = lines_of(tmp_path / f"set_{seed}")["kept"].to_numpy()
+        loss = np.exp(0.1 + 0.5 * ratio[kept].mean() - 0.02 * perplexity[kept].mean())
+        lines.append({"folder": f"set_{seed}", "loss": loss})
+    pl.DataFrame(lines).write_csv("losses.csv")
+    pl.DataFrame({"size": [1000, 20000], "loss": [1.0, 1.1]}).write_csv("sizes.csv")
+    capsys.readouterr()
+    exec(compile(code, "docs/selectors.md", "exec"), {})
+    said = capsys.readouterr().out
+    (argument,) = re.findall(r"--set (coefficients=.*)", said)
+    fitted = [float(x) for x in re.findall(r": (-?[\d.e-]+)", argument)]
+    np.testing.assert_allclose(fitted, [0.5, -0.02], rtol=1e-6)
+    assert said.splitlines()[-1] == "next 1454"  # 1000 x 20^(1/8)
+    done(
+        "linear_rule", rows, "--scores", "scored", "--budget", 3, "--set", argument, "--out", "by",
+    )  # fmt: skip
+    best = np.argsort(0.5 * ratio - 0.02 * perplexity)[:3] + 1
+    assert sorted(lines_of(tmp_path / "by").filter("kept")["row"]) == sorted(best.tolist())
 
 
 def test_a_method_of_ones_own(rows, tmp_path, done, monkeypatch):

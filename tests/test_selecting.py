@@ -193,6 +193,19 @@ def test_a_pool_too_large_is_refused_before_anything_is_computed(monkeypatch, tm
         run("random")
 
 
+def test_vectors_move_to_the_buckets_of_their_rows():
+    values = {f"{i:02d}": np.full(3, i, np.float16) for i in range(6)}
+    frames = [pl.DataFrame({"id": ids}) for ids in (["00", "x", "02"], ["05", "04"])]
+    nothing = pl.DataFrame({"id": []}, schema={"id": pl.String})
+    held = dict(values)
+    first, second, last = selecting._with_vectors([*frames, nothing], held)
+    assert sorted(held) == ["01", "03"]  # of no row: all others are held once
+    assert first["id"].to_list() == ["00", "02"]
+    assert second["embedding"].to_list() == [[5.0] * 3, [4.0] * 3]
+    kinds = {frame.schema["embedding"] for frame in (first, second, last)}
+    assert kinds == {pl.Array(pl.Float16, 3)}
+
+
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_every_registered_method_is_a_stage(entry):
     stage = Select(entry.name)

@@ -22,6 +22,8 @@ from siftline.stages.self_answers import ROUTES, _answers, _result
 class Scripted:
     """Answers by what the question says: "own 3" gives 3, "para 4" gives 4 when asked again."""
 
+    max_length = 2000
+
     def __init__(self, tokenizer, name="scripted"):
         self.tokenizer, self.name, self.asked = tokenizer, name, []
 

@@ -14,7 +14,9 @@ import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -33,6 +35,7 @@ FAULTS = {
     "500": "server_error_500",
     "503": "server_error_503",
     "429": "server_error_429",
+    "502": "server_error_502",
     "reset": "connection_lost",
     "half": "connection_lost",
     "cut": "bad_reply",
@@ -44,6 +47,7 @@ FAULTS = {
     "hole": "no_scores",
 }
 """What a request can meet, and the reason recorded if that is all it ever meets."""
+BUSY = ("429", "502", "503", "504")
 
 
 class Fake:
@@ -384,7 +388,7 @@ def test_a_stream_keeps_its_connections_busy_and_names_each_draw(fake, engine):
 
 
 @pytest.mark.parametrize("road", [0, 1])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in BUSY])
 def test_a_fault_costs_a_retry_and_a_lasting_one_the_row(fake, spec, fault, road, caplog):
     fake.roads = (ROADS[road].name,)
     rows, spans = random_rows(5, [8, 9, 10]), [(1, 8), (4, 9), (2, 10)]
@@ -535,6 +539,67 @@ def test_a_server_that_comes_back_costs_no_row_a_try(tiny, tiny_model, monkeypat
         fake.stop()
 
 
+@pytest.mark.parametrize("status", BUSY)
+def test_a_busy_server_costs_no_row_a_try(fake, spec, status):
+    rows, spans = random_rows(11, [8, 9]), [(1, 8), (4, 9)]
+    with open_engine(asking(spec, tries=1)) as engine:
+        fake.plan[tuple(rows[0])] = [status] * 7
+        assert equal(engine.score(rows, spans), rows, spans)
+        assert (engine.requests, engine.retries, engine.failed) == (9, 7, 0)
+
+
+def test_a_row_that_alone_keeps_the_server_busy_fails_and_stops_no_run(fake, spec):
+    rows, spans = random_rows(12, [8, 9]), [(1, 8), (4, 9)]
+    with open_engine(asking(spec, patience_s=0.2)) as engine:
+        fake.always[tuple(rows[0])] = "502"
+        found = engine.score(rows, spans)
+        assert found[0] == Failed("server_error_502")
+        assert equal(found[1:], rows[1:], spans[1:])
+        assert engine.score(rows[:1], spans[:1]) == [Failed("server_error_502")]
+
+
+def test_a_server_that_stays_busy_ends_the_run(fake, spec):
+    row = random_rows(13, [8])[0]
+    impatient = asking(spec, patience_s=0.2)
+
+    def busy():
+        fake.always[tuple(fake.seen[-1]["prompt"])] = "503"
+
+    with open_engine(impatient) as engine:
+        fake.gate = busy
+        says = r"has no time for 0\.2 s \(server_error_503: planned 503\): run again.*kept"
+        with pytest.raises(RuntimeError, match=says) as error:
+            engine.score([row], [(1, 8)])
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"can't use .* has no time"):
+        open_engine(impatient)
+
+
+@pytest.mark.parametrize("lost", [httpx.ReadError("reset"), None])
+def test_a_connection_that_was_lost_was_one(spec, monkeypatch, lost):
+    """Patience counts from the last connection, whatever became of the request on it."""
+    clock, calls = [0.0], []
+
+    async def answer(request):
+        calls.append(request)
+        clock[0] += 8.0
+        if len(calls) in (1, 3):
+            raise httpx.ConnectError("refused")
+        if len(calls) == 2 and lost is not None:
+            raise lost
+        if len(calls) == 2:
+            await asyncio.sleep(60)
+        return httpx.Response(200, json={})
+
+    monkeypatch.setattr(server_client, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    client = server_client.Client(dataclasses.replace(spec.server, patience_s=10, timeout_s=0.3))
+    client._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    (found,), counts = client.ask([server_client.Job({}, lambda reply: reply)])
+    assert found == {}
+    assert (len(calls), counts.requests, counts.retries) == (4, 2, 1)
+    client.close()
+
+
 # ---- meeting a server -----------------------------------------------------------------------
 
 
@@ -569,6 +634,9 @@ def test_a_server_that_is_no_use_is_refused_in_one_line(fake, spec, tiny, tmp_pa
     fake.gate = lambda: fake.plan.setdefault(tuple(fake.seen[-1]["prompt"]), ["500"] * 50)
     refused("test of prompt_logprobs ended in server_error_500.*run again", spec)
     fake.reset()
+    fake.models[0]["parent"] = "base"
+    refused("model 'm' is an adapter on 'base'.*name base and adapter in the model's revis", spec)
+    del fake.models[0]["parent"]
     fake.models.append({"id": "n"})
     refused("set server's model to one of m, n", spec)
     fake.key = "right"
@@ -617,6 +685,10 @@ def test_the_fingerprint_names_weights_and_server_but_neither_address_nor_name(
     prints.append(of(spec))
     fake.version = None
     prints.append(of(spec))
+    # Adapters of one server: the revision is what tells them apart.
+    fake.models = [{"id": "one", "parent": "m"}, {"id": "other", "parent": "m"}]
+    named = [asking(dataclasses.replace(spec, revision=n), model=n) for n in ("one", "other")]
+    prints.extend(map(of, named))
     fake.models = [{"id": "m", "owned_by": "another"}]
     prints.append(of(spec))
     assert len(set(prints)) == len(prints)

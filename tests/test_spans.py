@@ -125,6 +125,43 @@ def test_too_long_and_refused_conversations_name_their_reason(plain):
     assert raised.value.reason == "template_error"
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "messages[0].content + 1",  # TypeError
+        "messages[0].content.index('no such text')",  # ValueError
+        "messages[0].pop('no such key')",  # KeyError
+        "messages[0].content.split('+')[5].strip()",  # UndefinedError, of jinja
+        "[].pop()",  # IndexError
+    ],
+)
+def test_what_a_templates_own_code_raises_is_the_rows_reason(plain, fault):
+    with pytest.raises(UnscorableRow) as raised:
+        response_span(plain, SUM, f"{{% if messages %}}{{{{ {fault} }}}}{{% endif %}}")
+    assert raised.value.reason == "template_error"
+
+
+def test_special_tokens_are_listed_once_and_again_when_there_are_more(tiny, monkeypatch):
+    tokenizer = tiny.make_tokenizer(template=CHATML)
+    kind = type(tokenizer)
+    asked = []
+    listed = kind.added_tokens_decoder.fget
+
+    def counting(self):
+        asked.append(self)
+        return listed(self)
+
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(counting))
+    assert response_span(tokenizer, SUM)[0][-1] == tokenizer.eos_token_id  # no such end of turn
+    before = len(asked)
+    for _ in range(3):
+        response_span(tokenizer, SUM)
+    assert len(asked) == before
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokens, _ = response_span(tokenizer, SUM)
+    assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
 def test_reasoning_tool_calls_and_tools_are_rendered(plain):
     call = turn("assistant", "", reasoning="add", tool_calls='[{"name": "sum"}]')
     text = render(plain, [SUM[0], call], tools='[{"name": "sum", "description": "adds"}]')

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.recorder import Tally
-from siftline.stages.spread import over_buckets, total
+from siftline.scoring.recorder import Recorder, Tally
+from siftline.stages.spread import counted, over_buckets, total
 from siftline.workspace import Workspace
 
 
@@ -48,6 +48,71 @@ def test_a_failure_in_one_bucket_ends_the_run_with_its_error(seats):
     assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="died in bucket 3"):
         next(results)
+
+
+@pytest.mark.parametrize(
+    "shape", [lambda r: r, lambda r: {"m": r}, lambda r: (r, r), lambda r: [r]]
+)
+def test_an_error_stops_the_other_seats_at_their_next_batch(tmp_path, shape):
+    """The other seat is in a bucket of 1,000 batches when bucket 1 fails."""
+    failed, batches = threading.Event(), []
+
+    def progress(rows, tokens):
+        batches.append(rows)
+        failed.wait(10)
+
+    def work(seat, bucket, rows):
+        if bucket == 1:
+            while not batches:
+                time.sleep(0.001)
+            raise RuntimeError("the worker died in bucket 1")
+        recorder = next(iter(seat.values())) if isinstance(seat, dict) else seat
+        recorder = recorder[0] if isinstance(recorder, list | tuple) else recorder
+        for _ in range(1000):
+            recorder.progress(1, 1)
+            time.sleep(0.001)
+
+    def end():
+        while not batches:
+            time.sleep(0.001)
+        time.sleep(0.05)  # the error is there before the first batch is over
+        failed.set()
+
+    threading.Thread(target=end).start()
+    tally = Tally()
+    seats = [shape(Recorder(None, None, tmp_path, progress, tally)) for _ in "ab"]
+    with pytest.raises(RuntimeError, match="died in bucket 1"):
+        list(over_buckets(seats, enumerate("xx"), work))
+    assert len(batches) < 10
+
+
+def test_giving_up_stops_the_seats_at_their_next_batch(tmp_path):
+    """As Ctrl-C does, which ends the loop over the results."""
+    batches = []
+
+    def work(recorder, bucket, rows):
+        for _ in range(1000 if bucket else 1):
+            recorder.progress(1, 1)
+            batches.append(bucket)
+            time.sleep(0.002)
+
+    seats = [Recorder(None, None, tmp_path) for _ in "ab"]
+    results = over_buckets(seats, enumerate("xxxx"), work)
+    assert next(results)[0] == 0
+    results.close()
+    assert len(batches) < 500
+
+
+def test_rows_count_in_full_whether_or_not_something_was_asked(tmp_path):
+    done = []
+    first, second = (Recorder(None, None, tmp_path, lambda n, t: done.append(n)) for _ in "ab")
+    first.tally.computed = 7
+    with counted([first, second], 12, done.append):
+        first.tally.computed += 2
+        second.tally.found += 1
+        second.tally.failed += 3
+        done.append(6)  # as the recorders report it
+    assert sum(done) == 12
 
 
 def test_buckets_are_read_as_seats_come_free():

@@ -199,6 +199,22 @@ def test_a_judge_that_raises_ends_the_run_and_keeps_the_draws(tmp_path):
     assert sum(kept.read(b).height for b in range(16)) == 4
 
 
+def test_a_finished_draw_is_on_disk_before_it_is_judged(tmp_path):
+    """A verifier may take a minute a call, and the process may end in it."""
+    engine = Stream(1)
+    kept = sample_store(recorder(engine, tmp_path), SAMPLING)
+    seen = []
+
+    def slow(draws):
+        seen.extend(draws)
+        texts = [line["text"] for b in range(16) for line in kept.read(b).to_dicts()]
+        assert sorted(texts) == sorted(text.text for _, _, text in seen)
+        return judge(draws)
+
+    play([engine], tmp_path, check=slow)
+    assert len(seen) > 6
+
+
 def test_both_kinds_are_told_apart():
     assert isinstance(Stream(), Streaming)
     assert not isinstance(Batches(), Streaming)

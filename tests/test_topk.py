@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.kernels import topk
 from siftline.kernels.blocks import COSINE, block_rows, cosine_blocks, on_grid, over_blocks, unit
 from siftline.kernels.topk import round_robin, round_robin_reference, top_lists
 
@@ -37,6 +38,22 @@ def test_pending_rows_are_merged_on_the_way():
     scores = np.random.default_rng(0).normal(size=(2, 40_000)).astype(np.float32)
     found = lists_of(scores, 5, block=1000)
     assert found.rows.tolist() == np.argsort(-scores, axis=1)[:, :5].tolist()
+
+
+def test_what_waits_is_limited_for_all_queries_together(monkeypatch):
+    seen = []
+    best = topk._best
+
+    def watched(keys, r):
+        seen.append(keys.size)
+        return best(keys, r)
+
+    monkeypatch.setattr(topk, "PENDING", 4096)
+    monkeypatch.setattr(topk, "_best", watched)
+    scores = np.random.default_rng(0).normal(size=(50, 8000)).astype(np.float32)
+    found = lists_of(scores, 3, block=40)
+    assert found.rows.tolist() == np.argsort(-scores, axis=1)[:, :3].tolist()
+    assert max(seen) <= 2 * 3 * 50 + 4096 + 3 * 50  # 30,000 keys of 200 blocks were found
 
 
 def test_the_known_round_robin():

@@ -1,8 +1,11 @@
 """The transformers engine against full softmax, by hand and by transformers itself."""
 
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -10,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from siftline.schema import ROW, make_row, message
 from siftline.scoring.engines import DETAILS, Engine, ModelSpec, Sampling, open_engine
+from siftline.scoring.likelihood import score_likelihood
 from siftline.scoring.projection import TILES
+from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import prompt_tokens, response_span
 from siftline.scoring.transformers_engine import PASS_TOKENS, TransformersEngine
 
@@ -355,6 +361,55 @@ def test_adapter_changes_scores_and_fingerprint(tiny_model, tmp_path, engine):
     expected = full_softmax(lora.eval(), row, (1, len(row)))
     np.testing.assert_allclose(adapted.score([row], [(1, len(row))])[0], expected, atol=1e-5)
     assert adapted.fingerprint() != engine.fingerprint()
+
+
+def test_an_adapter_below_home_is_found(tiny_model, tmp_path, monkeypatch, mini):
+    from peft import LoraConfig, get_peft_model
+
+    from siftline.stages.models import identity, named_spec
+    from siftline.workspace import Workspace
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINE", str(tmp_path))
+    spec = ModelSpec(str(tiny_model), device="cpu", adapter=str(tmp_path / "adapter"))
+    (row,) = random_rows(1)
+    scores = []
+    for adapter in (spec.adapter, "~/adapter"):
+        adapted = TransformersEngine(replace(spec, adapter=adapter))
+        scores.append(adapted.score([row], [(1, len(row))])[0].tolist())
+        assert identity(replace(spec, adapter=adapter)) == identity(spec)
+    assert scores[0] == scores[1]
+    model = f"models.other={{path: '{tiny_model}', adapter: '${{MINE}}/adapter'}}"
+    recipe = mini(model, "roles={target: tiny}")
+    assert named_spec(Workspace(tmp_path), recipe, "other").adapter == spec.adapter
+
+
+def test_a_token_without_an_embedding_costs_its_row_and_no_other(tiny_model, tiny, tmp_path):
+    """As where a tokenizer was given tokens and the model was not."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    grown = tiny.make_tokenizer()
+    grown.add_tokens(["<new>"])
+    grown.save_pretrained(tmp_path / "model")
+    spec = ModelSpec(str(tmp_path / "model"), device="cpu")
+    engine = TransformersEngine(spec)
+    pairs = [("1+1?", "2"), ("what is <new>?", "a token"), ("2+2?", "4")]
+    rows = [make_row([message("user", q), message("assistant", a)]) for q, a in pairs]
+    table = pa.Table.from_pylist(rows, schema=ROW)
+    frame, failed = score_likelihood(Recorder(engine, spec, tmp_path / "store"), 0, table)
+    assert failed == {rows[1]["id"]: "refused"}
+    assert frame.height == 2
+    for call in (
+        lambda: engine.generate([[5, 259]], [[0]], Sampling()),
+        lambda: engine.embed([[5, -1]]),
+        lambda: engine.choices([[5, 6]], [[7], [259]]),
+        lambda: engine.choices([[5, 6]], [[7, 8], [259, 7]]),
+    ):
+        with pytest.raises(ValueError, match=r"token (259|-1) where the model knows 259"):
+            call()
+    assert np.isfinite(engine.choices([[5, 6]], [[7], [258]])).all()
 
 
 def test_half_precision_is_near_full(tiny_model, engine):

@@ -200,6 +200,17 @@ def test_a_draw_that_never_comes_ends_its_trial_alone():
     assert done.trials["a"].status == "met"
 
 
+def test_a_draw_that_is_missing_between_others_is_asked_for():
+    campaign = Campaign.of({"a": 3}, Rule(cap=9, pilot=4))
+    for draw in (0, 2, 3):
+        campaign.feed("a", draw, Outcome(False, str(draw)))
+    assert campaign.take(1, guess=False) == [("a", 1)]
+    campaign.feed("a", 1, Outcome(True, "1"))
+    assert campaign.trials["a"].used == 4
+    play(campaign, world({"a": 1.0}))
+    assert campaign.trials["a"].status == "met"
+
+
 def test_the_prior_follows_the_pool():
     assert fit_prior(np.array([0, 0]), np.array([4, 4])).mean() == pytest.approx(0.1)
     alike = fit_prior(np.full(200, 2), np.full(200, 4))

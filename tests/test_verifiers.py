@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.answers import answer_key, extract_answer, parse_quantity
@@ -171,7 +171,7 @@ def test_math_verdicts(math, response, answer, correct):
         ("#### 18 in total", "18", True),
         ("#### 18 of them", "18", True),
         ("", "18", None),
-        ("#### 3 to one", "3", False),
+        ("#### 3 to one", "3", None),
         ("#### 18 a", "18", False),
     ],
 )
@@ -212,6 +212,86 @@ def test_currencies_fractions_spaces_and_sentences_disprove_nothing(response, an
 )  # fmt: skip
 def test_what_changes_a_number_is_not_dropped(response, answer):
     assert verify_math(response, answer).correct is not True
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 18 apples left over", "18"),
+        ("The answer is 18, since 3*6=18", "18"),
+        ("The answer is 18 and so we are done.", "18"),
+        ("A: 18 because 3*6=18", "18"),
+        ("#### 20 minutes to go", "20"),
+        ("#### 20 feet by noon", "20"),
+        ("#### 18 (3*6)", "18"),
+        ("#### 18 m^2", "18"),
+        ("#### 18 m\u00b2", "18"),
+        ("#### 18 L", "18"),
+        ("#### 1,800 L left", "1800"),
+        ("#### -18, because 3 - 21 = -18", "-18"),
+        ("#### 18", "18 apples left over"),
+    ],
+)
+def test_words_behind_the_right_number_are_read_or_left(response, answer):
+    assert verify_math(response, answer).correct is True
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 18 boxes of 12", "18"),
+        ("#### 18 out of 20", "18"),
+        ("#### 18 in 20", "18"),
+        ("#### 5 feet 3 inches", "5"),
+        ("#### 18 or 20", "18"),
+        ("#### 18, or maybe 20", "18"),
+        ("#### 18 boys and 20 girls", "18"),
+        ("#### 18 times as many", "18"),
+        ("#### 18 less than twenty", "18"),
+        ("#### 5 pm", "5"),
+        ("#### 5 dozen", "60"),
+        ("#### 5 dozen", "5"),
+        ("#### 18 (in the end)", "19 (in the end)"),
+        ("The answer is 18, because 3*6=18, or 20", "18"),
+        ("The answer is 18, so that 2 are left", "18"),
+    ],
+)
+def test_words_that_may_change_the_number_decide_nothing(response, answer):
+    assert verify_math(response, answer).correct is not True
+    if not answer.endswith(")"):
+        assert verify_math(response, answer).correct is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 18/5", "18"),
+        ("#### 18.5", "18"),
+        ("#### 18 000", "18"),
+        ("#### 18,000", "18"),
+        ("#### 18 + 2", "18"),
+        ("#### 18x", "18"),
+        ("#### 18%", "19"),
+        ("#### 18, 20", "18"),
+        ("#### 18 apples left over", "19"),
+        ("#### 18, since 3*6=18", "3"),
+        ("#### 5 pm", "5 am"),
+    ],
+)
+def test_other_numbers_stay_wrong(response, answer):
+    assert verify_math(response, answer).correct is False
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(-99, 99),
+    st.integers(-99, 99),
+    st.sampled_from(["left over", "apples left over", "because 3*6=18", "and so on", "L", "(3*6)"]),
+)
+def test_no_words_turn_another_number_into_the_answer(number, other, words):
+    verdict = verify_math(f"#### {number} {words}", str(other))
+    assert number == other or verdict.correct is not True
+    assert number != other or verdict.correct is not False
 
 
 def test_an_a_before_the_reasoning_marks_no_answer():
@@ -274,6 +354,17 @@ def test_exact_verdicts():
     assert exact("a", "").reason == "no_reference"
 
 
+def test_verbatim_verdicts():
+    verbatim = get_verifier("verbatim")
+    assert verbatim(" getName()\r\n", "getName()").correct is True
+    for other in ("getname()", "'getName()'", "getName().", "getName( )", "get\nName()"):
+        assert verbatim(other, "getName()") == Verdict(False, other, "wrong_answer")
+        assert verbatim(other, other).correct is True
+    assert verbatim("caf\u00e9", "cafe\u0301").correct is True
+    assert verbatim(" ", "a") == Verdict(None, None, "no_final_answer")
+    assert verbatim("a", " ").reason == "no_reference"
+
+
 @pytest.mark.parametrize(
     ("response", "answer", "correct"),
     [
@@ -297,6 +388,16 @@ def test_exact_verdicts():
         ("A: Paris", "A", True),
         ("A: Paris", "A: Paris", True),
         ("A: Paris", "B", False),
+        ("A: Let's think. The answer is C.", "C", True),
+        ("A: Let's think. The answer is C.", "A", False),
+        ("A: The capital is Paris, so the answer is C", "C", True),
+        ("A: #### C", "C", True),
+        ("A: B", "B", True),
+        ("A: (C)", "C", True),
+        ("A: Let's think. Paris it is.", "B", None),
+        ("B. is wrong. It must be C.", "C", None),
+        ("B. is wrong. It must be C.", "B", None),
+        ("A) Paris\nB) Rome", "B", None),
     ],
 )
 def test_choice_verdicts(response, answer, correct):

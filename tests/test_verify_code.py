@@ -456,6 +456,16 @@ def test_without_walls_nothing_runs(monkeypatch, tmp_path):
         call_filter("riscv64")
 
 
+def test_the_walls_in_use_are_told(sandbox, caplog):
+    from siftline.scoring.verifiers import isolation_of
+
+    with caplog.at_level("INFO", "siftline"):
+        isolation = Sandbox().isolation
+    assert [r.getMessage() for r in caplog.records] == [f"responses' code runs behind {isolation}"]
+    assert isolation_of("code") == {"isolation": isolation}
+    assert isolation_of("math") == {}
+
+
 def test_walls_that_fail_are_not_taken(monkeypatch, tmp_path):
     """An installed bwrap that may not make namespaces is as good as none."""
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho no permission >&2\nexit 1\n")

@@ -225,7 +225,8 @@ def test_blocks_are_those_of_commonmark():
 
 
 def test_names():
-    assert set(NAMED) == {"math", "exact", "choice", "regex", "json_schema", "code"}
+    names = {"math", "exact", "verbatim", "choice", "regex", "json_schema", "code"}
+    assert set(NAMED) == names
     assert set(VERIFIERS) == set(NAMED), "the gate's options name the verifiers there are"
     assert isinstance(get_verifier("regex"), RegexVerifier)
     assert isinstance(get_verifier("json_schema"), JsonSchemaVerifier)

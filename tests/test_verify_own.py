@@ -13,6 +13,7 @@ from siftline.scoring.verifiers.own import OwnVerifier
 
 SOURCE = '''
 import os, time
+import numpy as np
 from siftline.scoring.verifiers import Verdict
 
 class Same:
@@ -32,6 +33,18 @@ class Same:
             raise LookupError("no such thing")
         if response == "bool":
             return True
+        if response == "numpy":
+            return Verdict(np.bool_(True), response, "match", np.int64(2))
+        if response == "number":
+            return Verdict(1, response, "match")
+        if response == "array":
+            return Verdict(np.array([True]), response, "match")
+        if response == "extracted":
+            return Verdict(True, 18, "match")
+        if response == "reason":
+            return Verdict(True, "18", None)
+        if response == "step":
+            return Verdict(False, "18", "wrong_answer", "first")
         if response == "count":
             return Verdict(True, str(self.calls), "match")
         same = response == answer
@@ -60,10 +73,21 @@ def test_what_it_does_wrong_is_an_error_of_its_own(own):
     for said, reason in (
         ("raise", "verifier_error: LookupError: no such thing"),
         ("bool", "verifier_error: it returned bool, not a Verdict"),
+        ("number", "verifier_error: correct is 1: give True, False or None"),
+        ("array", "verifier_error: correct is array([ True]): give True, False or None"),
+        ("extracted", "verifier_error: extracted is 18: give a text or None"),
+        ("reason", "verifier_error: reason is None: give a text"),
+        ("step", "verifier_error: first_error is 'first': give a whole number or None"),
         ("die", "verifier_error: the verifier's process ended with code 3"),
     ):
         assert own(said, "a") == Verdict(None, None, reason)
         assert own("a", "a").correct is True
+
+
+def test_numpys_truth_is_truth(own):
+    found = own("numpy", "")
+    assert found == Verdict(True, "numpy", "match", 2)
+    assert found.correct is True
 
 
 def test_a_hang_ends_with_its_process_and_the_next_call_works(own):

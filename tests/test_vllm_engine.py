@@ -251,6 +251,24 @@ def test_a_killed_parent_leaves_no_worker(spec, tmp_path):
     assert not running(pid)
 
 
+@pytest.mark.slow
+@needs_vllm
+def test_a_recipe_may_name_another_interpreter(mini, wide_model, reference, tmp_path):
+    from siftline.stages.models import named_spec
+    from siftline.workspace import Workspace
+
+    (tmp_path / "other").symlink_to(sys.prefix)  # the folder: an environment is found beside it
+    python = str(tmp_path / "other" / "bin" / "python")
+    model = (
+        f"{{path: '{wide_model}', engine: vllm, device: cpu, max_length: 160, python: {python}}}"
+    )
+    recipe = mini(f"models.far={model}", "roles={target: tiny}")
+    with open_engine(named_spec(Workspace(tmp_path), recipe, "far")) as engine:
+        assert Path(f"/proc/{engine.pid}/cmdline").read_bytes().startswith(python.encode())
+        (mine,), (other,) = (e.score([[5, 9, 40, 7]], [(1, 4)]) for e in (engine, reference))
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4)
+
+
 def test_start_up_failures_are_one_line(spec, tmp_path, wide_model):
     with pytest.raises(ValueError, match="no model directory at"):
         open_engine(dataclasses.replace(spec, path=str(tmp_path / "none")))

@@ -145,6 +145,20 @@ def test_scores_of_a_vllm_server_agree_with_transformers(served, reference, road
 
 
 @needs_vllm
+def test_the_rows_on_which_the_other_engines_agree(served, wide_model, mini_tools):
+    from transformers import AutoModelForCausalLM
+
+    others = mini_tools.beside("test_agreement")
+    plain = AutoModelForCausalLM.from_pretrained(wide_model).eval()
+    jobs = others.make_jobs(plain)
+    expected = others.in_batches(lambda r, s: others.by_hand(plain, r, s, "right"), *jobs, 1)
+    with open_engine(served) as engine:
+        found = engine.inspect(*jobs, ["top1"])
+    others.assert_scores([one.logprobs for one in found], expected)
+    others.assert_hits(found, expected)
+
+
+@needs_vllm
 def test_greedy_texts_and_top1_hits_of_a_vllm_server_equal_transformers(served, reference):
     prompts = random_rows(4, [6, 40, 155, 18])
     with open_engine(served) as engine:

@@ -22,7 +22,7 @@ from siftline.workspace import Workspace
 @click.option(
     "--sheet",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="CSV file of rows and labels [default: ROOT/audits/RECIPE/STAGE-SEED.csv]",
+    help="CSV file of rows and labels [default: ROOT/audits/RECIPE/STAGE-VERSION-SEED.csv]",
 )
 @click.option("--label", is_flag=True, help="Show each row that has no label, and ask for it.")
 @json_option
@@ -52,7 +52,9 @@ def audit(
     found = {part.name: output for part, output in done}
     if stage not in found:
         raise ValueError(f"stage {stage} of {loaded.name} has not run with these settings: run it")
-    path = sheet or workspace.root / "audits" / loaded.name / f"{stage}-{seed}.csv"
+    # Other settings remove other rows: labels of theirs are no labels of these.
+    name = f"{stage}-{found[stage].manifest.version[:12]}-{seed}.csv"
+    path = sheet or workspace.root / "audits" / loaded.name / name
     context = final_context(workspace, loaded, done)
     drawn = sheets.draw(context, wanted, found[stage], count, seed)
     labels = sheets.read_labels(path) if path.exists() else {}

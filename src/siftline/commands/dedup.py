@@ -66,7 +66,7 @@ from siftline.commands.options import json_option, make_tracker
 @click.option(
     "--embeddings",
     metavar="COLUMN|FILE.npy",
-    help="Compare these vectors by cosine similarity, not the texts.",
+    help="Compare these vectors by cosine similarity, not the texts; a million rows at most.",
 )
 @click.option(
     "--rehydrate",
@@ -91,20 +91,31 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     Writes the kept rows to data/ with sift_cluster_size, and the others to removed/ with the
     reason, the row that each was removed for (as FILE:ROW, counted from 0) and their similarity. A
     row goes only for a kept row that it was verified similar to. With --index, changes.parquet
-    lists rows of earlier runs whose decision these turned over.
+    lists rows of earlier runs whose decision these turned over; clusters are those that rows of
+    this run are in.
+
+    sift_cluster_size counts a kept row and the rows removed for it, so that sizes add up to the
+    number of rows (unless --keep none drops every copy). FineWeb2 counts connected components: of a
+    chain A~B~C, where C is not similar to A, it makes one cluster of 3; here A stays with a size of
+    2, and C with 1.
+
+    Texts are compared without case and punctuation, but code point by code point: an accented
+    letter of one code point is not that of two (NFC, NFD), so normalise mixed files first.
 
     With --prompt-column and --response-column, or --messages-column, rows are compared as the
     duplicates gate of a recipe does, on character shingles: another response to a prompt is an
     alternative and stays, marked with the same sift_prompt_group; prompts whose answers contradict
-    are listed in conflicts/.
+    are listed in conflicts/. The code is the gate's: Unicode is folded (NFKC), a row of 60 + 60
+    words takes about 3 kB of memory and as much again to decide, and 2 million rows are the limit.
+    Texts have an engine of their own, which holds a few numbers a row and spills to disk.
     """
     if any(given[name] for name in _CONVERSATION):
         result = _conversations(files, given)
         click.echo(json.dumps(result) if as_json else _text(result))
         return
-    from siftline.dedup.keep import Keep
     from siftline.dedup.run import Job, dedup_files
     from siftline.dedup.settings import Settings
+    from siftline.kernels.keep import Keep
 
     threshold = given["threshold"]
     if threshold is None:
@@ -130,7 +141,7 @@ _OF_TEXTS = ("text_column", "unit", "bands", "target", "embeddings", "index")
 
 def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     from siftline.commands.dedup_conversations import Conversations, dedup_conversations
-    from siftline.dedup.keep import Keep
+    from siftline.kernels.keep import Keep
     from siftline.selectors.duplicates import Duplicates
 
     context = click.get_current_context()

@@ -19,11 +19,11 @@ import pyarrow as pa
 from siftline import schema
 from siftline.dedup.arrow import arrow_of
 from siftline.dedup.files import Table, open_tables, read_pieces
-from siftline.dedup.keep import Keep
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.ingest.layouts import Plan, convert, plan_for
 from siftline.ingest.source import Source
+from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Tracker
 from siftline.selectors.duplicates import Duplicates, DuplicateState
 from siftline.shards import building, write_parquet
@@ -202,9 +202,7 @@ def _priority(
     assert len(places) <= n, f"{len(places)} of {n} rows"
     texts = arrow_of([p + r for p, r in view.select("prompt", "response").rows()])
     taken = None if column is None else column.take(arrow_of(places))
-    # Bits of floats order as integers do, once those of negative ones are turned over.
-    bits = (keep.priority(texts, taken) + 0.0).view(np.int64)
-    return pl.Series("priority", np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits))
+    return pl.Series("priority", as_integers(keep.priority(texts, taken)))
 
 
 def _spread(view: pl.DataFrame, n: int, at: int) -> pa.Array:

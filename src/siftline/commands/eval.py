@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from siftline.ingest.source import Source
 from siftline.schema import messages_type
 
 ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
+FACTS = "accuracy.json"
 
 
 @click.command("eval")
@@ -47,7 +50,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads; rows without an
     answer are left out and counted. Writes answers.parquet, one line a question with the response
     and its grade, and accuracy.csv with Wilson intervals by level and by source; accuracy.png shows
-    the levels. Greedy.
+    the levels, accuracy.json says what was asked of which model, and how. Greedy.
 
     With --harness the questions are those of lm-evaluation-harness's tasks, which say themselves
     how to ask and grade. Writes answers.parquet, harness.csv, harness.json and harness.png.
@@ -56,8 +59,9 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         evaluate_tasks(model, out, as_json, given)
         return
     from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.fingerprint import directory_digest
     from siftline.scoring.verifiers import get_verifier
-    from siftline.shards import write_parquet
+    from siftline.shards import write_parquet, write_text
     from siftline.stages.models import engines
     from siftline.training.evaluate import Evaluation, summarise_accuracy
     from siftline.training.evaluate import evaluate as ask
@@ -93,6 +97,22 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         "without_answer": unanswered,
         "accuracy": table.to_dicts(),
     }
+    facts = {
+        "model": str(model),
+        "fingerprint": directory_digest(model.absolute()),
+        "files": list(files),
+        "settings": {
+            **asdict(settings),
+            "engine": given["engine"],
+            "dtype": given["dtype"],
+            "device": given["device"],
+            "answer_pattern": given["answer_pattern"],
+            "fields": columns,
+            "confidence": given["confidence"],
+        },
+        "versions": {name: version(name) for name in ("siftline", "torch", "transformers")},
+    }
+    write_text(out / FACTS, json.dumps({**facts, **result}, indent=2) + "\n")
     click.echo(json.dumps(result) if as_json else _text(result))
 
 

@@ -27,7 +27,7 @@ from siftline.scoring.recorder import Recorder
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
-from siftline.stages.spread import over_buckets, total
+from siftline.stages.spread import counted, over_buckets, total
 from siftline.store import BUCKETS
 
 MARK = ".siftline-score"
@@ -154,11 +154,8 @@ def _score(
     def work(
         recorder: Recorder, bucket: int, rows: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
-        before = _questions(recorder)
-        result = score_likelihood(recorder, bucket, rows, asked)
-        # Rows that no question was asked for are done as well.
-        tracker.advance(2 * rows.num_rows - (_questions(recorder) - before))
-        return result
+        with counted([recorder], 2 * rows.num_rows, tracker.advance):
+            return score_likelihood(recorder, bucket, rows, asked)
 
     with engines() as opened:
         recorders = opened.recorders(
@@ -187,10 +184,6 @@ def _score(
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
     assert result.scores.height + result.failed.height == read, "a row is unaccounted for"
     return result
-
-
-def _questions(recorder: Recorder) -> int:
-    return recorder.tally.computed + recorder.tally.found + recorder.tally.failed
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -10,7 +10,9 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from siftline.ingest.files import input_files
 from siftline.ingest.pool import PROVENANCE, Pool
+from siftline.ingest.readers import Source
 from siftline.progress import Tracker
 from siftline.schema import ROW, text_view
 from siftline.stages.selecting import narrow, whole_text
@@ -96,12 +98,32 @@ class Embeddings:
             found = found.unique("id", keep="first", maintain_order=True)
         return rows.join(found, on="id", how="left")
 
+    def check_apart(self, pool: Sequence[Source], target: Sequence[Source]) -> None:
+        """Refuses places that could be of a file of the pool and of another of the target.
+
+        Both sets name their files for themselves, so two files may have one name.
+
+        Raises:
+            ValueError: naming the first such file.
+        """
+        if self.by_place is None:
+            return
+        keyed = set(self.by_place["file"].unique().to_list())
+        ours = {file.name: file.parts for file in input_files(pool)}
+        for file in input_files(target) if target else []:
+            if file.name in keyed and ours.get(file.name, file.parts) != file.parts:
+                raise ValueError(
+                    f"embeddings are keyed by file and row, and {file.name} is a file of FILE and "
+                    "another one of --target: key them by id, or rename one of the files"
+                )
+
 
 def read_embeddings(folder: Path, column: str) -> Embeddings:
     """Reads the Parquet files of a folder (not below it) that have the column.
 
     Raises:
-        ValueError: if none has it, rows can't be told, or vectors are of several widths.
+        ValueError: if none has it, rows can't be told, vectors are of several widths, or one row
+            has two that differ.
     """
     paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
     names = {path: pq.read_schema(path).names for path in paths if path.is_file()}
@@ -130,8 +152,30 @@ def read_embeddings(folder: Path, column: str) -> Embeddings:
         )
     kind = next(iter(kinds.values())).schema["embedding"]
     empty = pl.DataFrame(schema={"id": pl.String, "embedding": kind})
-    found = pl.concat([empty, *by_id]).unique("id", keep="first", maintain_order=True)
-    return Embeddings(found, pl.concat(by_place) if by_place else None)
+    found = _single(pl.concat([empty, *by_id]), ["id"], folder)
+    return Embeddings(
+        found, _single(pl.concat(by_place), ["file", "row"], folder) if by_place else None
+    )
+
+
+def _single(frame: pl.DataFrame, keys: list[str], folder: Path) -> pl.DataFrame:
+    """Each row's vector once.
+
+    Raises:
+        ValueError: if a row has two that differ.
+    """
+    again = frame.filter(pl.struct(keys).is_duplicated())
+    if again.is_empty():
+        return frame
+    bits = [v.tobytes() for v in again["embedding"].to_numpy()]
+    lines = again.select(keys).with_columns(pl.Series("bits", bits, dtype=pl.Binary)).unique()
+    twice = lines.filter(pl.struct(keys).is_duplicated()).sort(keys)
+    if not twice.is_empty():
+        first = ", ".join(f"{name} {twice[name][0]}" for name in keys)
+        raise ValueError(
+            f"{folder} has two embeddings of {first} that differ: leave the files of one model"
+        )
+    return frame.unique(keys, keep="first", maintain_order=True)
 
 
 def _vectors(path: Path, keys: list[str], column: str) -> pl.DataFrame:

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.dedup.arrow import without_views
 from siftline.ingest.files import InputFile, input_files, load_dataset
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool
 from siftline.ingest.readers import Source
@@ -122,8 +123,12 @@ def _write_csv(file: InputFile, rows: set[int], path: Path) -> None:
 def _write_parquet(file: InputFile, rows: set[int], path: Path) -> None:
     parts, start = [], 1
     for batch in _batches(file):
-        marks = [line in rows for line in range(start, start + batch.num_rows)]
-        parts.append(pa.Table.from_batches([batch]).filter(pa.array(marks, pa.bool_())))
+        marks = pa.array([start + i in rows for i in range(batch.num_rows)], pa.bool_())
+        plain = without_views(batch)
+        if plain.schema.equals(batch.schema):
+            parts.append(pa.Table.from_batches([batch]).filter(marks))
+        else:  # Arrow can't filter views
+            parts.append(pa.Table.from_batches([plain]).filter(marks).cast(batch.schema))
         start += batch.num_rows
     write_parquet(pa.concat_tables(parts), path)
 

@@ -25,6 +25,7 @@ from siftline.commands.select_output import DATA, SELECTION, write_data, write_s
 from siftline.config import build, override
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
+from siftline.ingest.records import EmptyFile
 from siftline.progress import Tracker
 from siftline.selectors.chosen import LIKELIHOODS
 from siftline.selectors.method import RANKS
@@ -136,6 +137,12 @@ def _ingested(
     tracker = make_tracker(f"read {name}", 0, "rows")
     try:
         build_pool(folder, PoolSpec(name, tuple(sources), BUCKETS, 1.0), tracker.advance)
+    except EmptyFile as error:
+        if name != "target":
+            raise
+        raise ValueError(
+            f"{error.path}: empty, and a target needs rows: give rows like those that are wanted"
+        ) from error
     finally:
         tracker.close()
     return Pool(folder)
@@ -170,7 +177,9 @@ class _Offered:
             return found
         if self.request.embeddings is None:
             return None
-        return read_embeddings(self.request.embeddings, self.request.embedding_column)
+        found = read_embeddings(self.request.embeddings, self.request.embedding_column)
+        found.check_apart(self.request.sources, self.request.targets)
+        return found
 
     def frame(self, bucket: int) -> pl.DataFrame:
         """One bucket of the pool without the rows that lack something, which are noted."""

@@ -46,7 +46,8 @@ def train(
 
     CURATED is a published version, the folder of a recipe's versions (the newest is taken), any
     folder of Parquet files, or Parquet files. Started again, it goes on from the last checkpoint.
-    For several devices start it as `torchrun --nproc-per-node N -m siftline.cli train ...`.
+    For several devices start it as `torchrun --nproc-per-node N -m siftline.cli train ...`; to
+    take one of several GPUs, set CUDA_VISIBLE_DEVICES.
     """
     from siftline.training.finetune import finetune
 
@@ -144,10 +145,18 @@ def _told(result: Any) -> dict[str, Any]:
         "loss_last": curve["loss"][-1],
         "dev_loss_last": dev[-1] if dev else None,
         "dev_loss_best": min(dev) if dev else None,
+        "template": facts["template"],
         "packed": facts["packed"],
         "resumed": facts["resumed"],
         "seconds": facts["seconds"],
     }
+
+
+TEMPLATE = {
+    "own": "the model's own",
+    "recipe": "the recipe's",
+    "question_answer": "none in the model, so rows are 'Question: … Answer: …' (question_answer)",
+}
 
 
 def _text(told: dict[str, Any]) -> str:
@@ -163,4 +172,5 @@ def _text(told: dict[str, Any]) -> str:
             f"dev    {told['dev_loss_best']:>10.4f}  at best, {told['dev_loss_last']:.4f} at the "
             f"last; kept: step {told['kept_step']:,}"
         )
+    lines.append(f"chat template: {TEMPLATE[told['template']]}")
     return "\n".join([*lines, f"model: {told['model']}"])

@@ -33,7 +33,12 @@ def claim(out: Path) -> None:
 
 
 def summary(result: Deduplicated, rows: np.ndarray | None = None) -> dict[str, Any]:
-    """The facts of a run, as the command line prints them; of some rows only, where given."""
+    """The facts of a run, as the command line prints them.
+
+    Args:
+        result: Decisions.
+        rows: Count only these, and the clusters that they are in; pairs are of the run either way.
+    """
     kept = result.kept if rows is None else result.kept[rows]
     exact = result.exact if rows is None else result.exact[rows]
     return {
@@ -41,7 +46,7 @@ def summary(result: Deduplicated, rows: np.ndarray | None = None) -> dict[str, A
         "kept": int(kept.sum()),
         "removed": int((~kept).sum()),
         "exact": int(exact.sum()),
-        "clusters": result.clusters,
+        "clusters": result.clusters if rows is None else result.clusters_of(rows),
         "pairs_verified": result.pairs,
     }
 

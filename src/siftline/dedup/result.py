@@ -58,15 +58,29 @@ class Deduplicated:
         return np.where(self.kept, size, 0)
 
     @cached_property
-    def clusters(self) -> int:
-        """Groups of two or more rows that removals join."""
+    def cluster(self) -> np.ndarray:
+        """int64, shape (n,): number of the group of two or more rows that removals join, or -1."""
         gone = np.flatnonzero(~self.kept)
         targets = self.matched[gone]
+        n = len(self.matched)
         if self.kept[targets].all():
-            return len(np.unique(targets))
+            label = np.full(n, -1, np.int64)
+            label[targets] = targets
+            label[gone] = targets
+            return label
         from scipy.sparse import coo_matrix  # only where all copies are dropped
         from scipy.sparse.csgraph import connected_components
 
-        n = len(self.matched)
         edges = coo_matrix((np.ones(len(gone), np.int8), (gone, targets)), shape=(n, n))
-        return len(np.unique(connected_components(edges, directed=False)[1][gone]))
+        label = connected_components(edges, directed=False)[1].astype(np.int64)
+        return np.where(np.bincount(label)[label] > 1, label, -1)
+
+    @property
+    def clusters(self) -> int:
+        """How many such groups there are."""
+        return self.clusters_of(np.arange(len(self.matched)))
+
+    def clusters_of(self, rows: np.ndarray) -> int:
+        """How many of them some rows are in."""
+        label = self.cluster[rows]
+        return len(np.unique(label[label >= 0]))

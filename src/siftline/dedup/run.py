@@ -5,8 +5,8 @@ share a key, the third copies rows to the output. So memory holds a few numbers 
 texts. The output folder is built under a dot-name and appears whole.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -18,11 +18,11 @@ from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, gathered, ranks, spread
 from siftline.dedup.files import Table, ahead, open_tables, read_pieces
 from siftline.dedup.index import opened
-from siftline.dedup.keep import Keep
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.dedup.spill import Keys, values_room
+from siftline.kernels.keep import Keep
 from siftline.kernels.rows import Texts
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
@@ -63,8 +63,6 @@ class Job:
     def __post_init__(self) -> None:
         if self.index is not None and (self.target is not None or self.embeddings is not None):
             raise ValueError("an index takes neither a target nor embeddings: leave one out")
-        if self.embeddings is not None and self.target is not None:
-            raise ValueError("a target is for texts, not for embeddings: leave one out")
         index = None if self.index is None else self.index.absolute()
         out = self.out.absolute()
         if index is not None and (out == index or out in index.parents or index in out.parents):
@@ -102,11 +100,10 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
             facts = _with_index(job, job.index, tables, engine, folder, clock, make_tracker)
         else:
             if job.embeddings is not None:
-                result = by_meaning(job, tables, clock)
-                facts = summary(result)
+                result, threshold = by_meaning(job, tables, clock)
             else:
                 result, threshold = _decide(job, tables, engine, scratch, clock, make_tracker)
-                facts = {**summary(result), "threshold": threshold}
+            facts = {**summary(result), "threshold": threshold}
             with clock.phase("write"):
                 starts = first_rows(tables)
                 named = row_names(tables, starts)
@@ -204,37 +201,56 @@ def _decide(
         tracker.close()
     with clock.phase("decide"):
         drop = job.keep.policy == "none"
-        threshold = 1.0 if job.target is not None else job.settings.threshold
-        compared = 0
-        while True:
-            decided, pairs = engine.decide(
-                groups, keys.hashes[groups.rows], sets, drop, threshold=threshold
+
+        def decide(threshold: float) -> Deduplicated:
+            hashes = keys.hashes[groups.rows]
+            decided, pairs = engine.decide(groups, hashes, sets, drop, threshold=threshold)
+            return spread(n, groups.rows, decided, keys.hashes, pairs, clock.seconds)
+
+        return at_target(job, decide)
+
+
+def at_target(job: Job, decide: Callable[[float], Deduplicated]) -> tuple[Deduplicated, float]:
+    """Decides at the threshold of the settings, or at the highest that keeps the target.
+
+    Args:
+        job: What is asked.
+        decide: Takes a threshold.
+
+    Returns:
+        The decisions, with the pairs of all tries, and their threshold.
+
+    Raises:
+        ValueError: if the threshold of the settings keeps more than the target.
+    """
+    threshold = 1.0 if job.target is not None else job.settings.threshold
+    pairs = 0
+    while True:
+        result = decide(threshold)
+        pairs += result.pairs
+        kept = int(result.kept.sum())
+        if job.target is None or kept <= job.target:
+            return replace(result, pairs=pairs), threshold
+        if threshold <= job.settings.threshold:
+            raise ValueError(
+                f"at threshold {threshold} still {kept:,} rows are kept, more than the target "
+                f"{job.target:,}: lower the threshold"
             )
-            compared += pairs
-            kept = n - int((decided.matched >= 0).sum())
-            if job.target is None or kept <= job.target:
-                break
-            if threshold <= job.settings.threshold:
-                raise ValueError(
-                    f"at threshold {threshold} still {kept:,} rows are kept, more than the target "
-                    f"{job.target:,}: lower the threshold"
-                )
-            threshold = max(round(threshold - 0.01, 6), job.settings.threshold)
-    result = spread(n, groups.rows, decided, keys.hashes, compared, clock.seconds)
-    return result, threshold
+        threshold = max(round(threshold - 0.01, 6), job.settings.threshold)
 
 
-def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> Deduplicated:
-    """Compares the embeddings of some tables.
+def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> tuple[Deduplicated, float]:
+    """Compares the embeddings of some tables; the decisions and their threshold, as `at_target`.
 
     Raises:
         ValueError: if they are not there, or do not fit the rows.
     """
-    from siftline.dedup.semantic import semantic_duplicates, vectors_of
+    from siftline.dedup.semantic import check_rows, semantic_duplicates, vectors_of
 
     asked = job.embeddings
     assert asked is not None
     n = sum(table.rows for table in tables)
+    check_rows(n)
     with clock.phase("read"):
         priority: list[np.ndarray] = []
         vectors: list[np.ndarray] = []
@@ -249,13 +265,14 @@ def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> Deduplicated:
             vectors = [_stored(Path(asked))]
     if len({part.shape[1:] for part in vectors if len(part)}) > 1:
         raise ValueError(f"embeddings in {asked} must be of one width")
-    x = np.concatenate([part for part in vectors if len(part)] or [np.zeros((0, 1), np.float32)])
+    parts = [part for part in vectors if len(part)] or [np.zeros((0, 1), np.float32)]
+    x = parts[0] if len(parts) == 1 else np.concatenate(parts)  # a file's stays on disk
     if len(x) != n:
         raise ValueError(f"{asked} holds {len(x):,} vectors for {n:,} rows: give one a row")
     order = np.concatenate(priority) if priority and job.keep.ordered else None
     with clock.phase("search"):
         drop = job.keep.policy == "none"
-        return semantic_duplicates(x, job.settings.threshold, priority=order, drop_all=drop)
+        return at_target(job, lambda t: semantic_duplicates(x, t, priority=order, drop_all=drop))
 
 
 def _stored(path: Path) -> np.ndarray:

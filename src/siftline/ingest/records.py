@@ -45,11 +45,20 @@ class Fault:
     excerpt: str
 
 
+class EmptyFile(ValueError):
+    """A file without a record, by its path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: empty, it has no rows; remove it from the source")
+        self.path = path
+
+
 def read_records(file: InputFile) -> Iterator[Record | Fault]:
     """Reads a file's records in order.
 
     Raises:
-        ValueError: if the file is empty, damaged, half-written or in another format than it says.
+        EmptyFile: if it has no record.
+        ValueError: if it is damaged, half-written or in another format than it says.
     """
     count = 0
     with _whole_file_faults(file):
@@ -57,7 +66,7 @@ def read_records(file: InputFile) -> Iterator[Record | Fault]:
             count += 1
             yield item
     if not count:
-        raise ValueError(f"{file.path}: empty, it has no rows; remove it from the source")
+        raise EmptyFile(file.path)
 
 
 def excerpt(value: object) -> str:

@@ -30,9 +30,9 @@ _UNIT_WORDS = re.compile(
     rf"(?:[A-Za-z]{{2,}}|m(?=/))[.]?(?:\^?[23²³])?(?:[\s/-]+{_UNIT_WORD}(?:\^?[23²³])?){{0,7}}"
 )
 _ATTACHED = frozenset(["mm", "cm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mph", "cents"])
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words after a number that change its value or join it to something else.
-_NOT_UNITS = frozenset(
+NOT_UNITS = frozenset(
     re.split(
         r"\s+",
         """pi sqrt or and mod log ln exp sin cos tan times plus minus over to of by from per cent
@@ -128,6 +128,25 @@ def parse_quantity(text: str) -> Quantity | None:
     return Quantity((-value if negative else value) * scale, is_percent)
 
 
+def leading_quantity(text: str) -> tuple[Quantity, str] | None:
+    """The number that an answer begins with, and what stands behind it, neither judged nor read.
+
+    Args:
+        text: An extracted answer, e.g. `18, since 3 * 6 = 18`.
+
+    Returns:
+        None where it does not begin with a number, or is too long.
+    """
+    text = tidy(text)
+    match = _QUANTITY.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
+    value = _fraction(match) if match and not (match["sign"] and match["inner"]) else None
+    if match is None or value is None:
+        return None
+    return Quantity(-value if "-" in (match["sign"], match["inner"]) else value), match[
+        "rest"
+    ] or ""
+
+
 def _fraction(match: re.Match[str]) -> Fraction | None:
     if match["whole"]:
         top, bottom = Fraction(match["part"]), Fraction(match["of"])
@@ -146,8 +165,8 @@ def _unit(rest: str) -> int | None:
         return 1 if words != "-" else None
     spaced = rest[0].isspace()
     first, _, others = words.partition(" ")
-    if first in _SCALES and (spaced and (not others or _unit(" " + others) == 1)):
-        return _SCALES[first]
+    if first in SCALES and (spaced and (not others or _unit(" " + others) == 1)):
+        return SCALES[first]
     if not _UNIT_WORDS.fullmatch(words):
         return None
     parts = re.split(r"[\s/-]+", words)
@@ -159,7 +178,7 @@ def _unit(rest: str) -> int | None:
         for i, part in enumerate(parts)
         if not (part in _JOINING and (i or (part == "of" and len(parts) > 1)))
     }
-    return None if joined & (_NOT_UNITS | set(_SCALES)) else 1
+    return None if joined & (NOT_UNITS | set(SCALES)) else 1
 
 
 def answer_key(text: str) -> str:

@@ -32,7 +32,7 @@ def choice_question(
     """Tokens of a conversation that ends with a question, and of the options as its answer.
 
     Args:
-        recorder: The model; its tokenizer, template and `max_length` are used.
+        recorder: The model; its tokenizer, template and longest row are used.
         messages: The conversation up to the question.
         options: The answers to choose from.
         lead_in: Whether tokens that all options begin with are given in the prompt. Templates of
@@ -50,7 +50,7 @@ def choice_question(
             recorder.engine.tokenizer,
             [*messages, {"role": "assistant", "content": option}],
             recorder.spec.template,
-            max_length=recorder.spec.max_length,
+            max_length=recorder.engine.max_length,
         )
         for option in options
     ]

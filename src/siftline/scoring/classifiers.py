@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
 from siftline.schema import text_view
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import UnscorableRow, encode, response_span
-from siftline.scoring.templates import render
+from siftline.scoring.spans import UnscorableRow, encode, rendered, response_span
 from siftline.store import score_key
 
 if TYPE_CHECKING:
@@ -240,10 +238,7 @@ def _conversation(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """Tokens of a templated conversation, whole; those of a plain text without the template."""
     messages, tools = row["messages"], row["tools"]
     if len(messages) > 1 or tools:
-        try:
-            return encode(tokenizer, render(tokenizer, messages, tools=tools))
-        except jinja2.TemplateError as error:
-            raise UnscorableRow("template_error", str(error)) from error
+        return encode(tokenizer, rendered(tokenizer, messages, tools=tools))
     if tokenizer.eos_token_id is None:  # an encoder's tokenizer frames the text by itself
         return _plain(tokenizer, messages[0]["content"] or "")
     return response_span(tokenizer, messages)[0]

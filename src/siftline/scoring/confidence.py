@@ -170,7 +170,7 @@ def prompts_of(recorder: Recorder, rows: pa.Table) -> tuple[dict[str, list[int]]
                 row["messages"],
                 recorder.spec.template,
                 tools=row["tools"],
-                max_length=recorder.spec.max_length,
+                max_length=recorder.engine.max_length,
             )
         except UnscorableRow as error:
             failed[prompt] = error.reason

@@ -41,7 +41,11 @@ _ENDING = re.compile(
 )
 _PROSE_LINE = re.compile(r"[A-Za-z][^\n]*")
 _OPEN_WORDS = frozenset(["a", "an", "and", "because", "but", "if", "or", "than", "the"])
-_DANGLING = re.compile(r"[+*=,(\[{<\\]$|(?<=\s)-$")
+_DANGLING = re.compile(r"(?:(?<=[\s\d])\*|(?<=\s)[-+]|[-+*/=]\s*[\d.]+\+|[=,(\[{<\\])$")
+"""An end on an operator: a sum's, not the sign of C++, A+, 18+ or the end of bold."""
+_EMPHASIS = re.compile(r"(?<!\w)([*_]{1,3})(?=\S)(.*?\S)\1(?!\w)")
+_NAMED = re.compile(r"(?:\b(?:is|be|option|choice|answer|letter)|:)\s+a$")
+"""A choice's letter at the end, which is no article."""
 _FORMULA = re.compile(
     r"\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|`[^`\n]*`|https?://\S+|<<[^<>]*>>", re.S
 )
@@ -88,7 +92,9 @@ def _truncated(response: str) -> bool:
     words = last.split()
     if len(words) < 2 or last.startswith(("#", "|")):
         return False
-    if _DANGLING.search(last) or (words[-1] in _OPEN_WORDS and len(words) > 3):
+    if _DANGLING.search(_EMPHASIS.sub(r"\2", last)):
+        return True
+    if words[-1] in _OPEN_WORDS and len(words) > 3 and not _NAMED.search(last):
         return True
     return _sentence_without_end(text, last)
 

@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from siftline.schema import digest
+from siftline.scoring import versions
 from siftline.scoring.batching import plan_batches
 from siftline.scoring.engines import Engine, ModelSpec, check_directory, open_engine
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.spans import encode, start_token
 
-VERSION = 1
-"""Raise it when a change of this file changes vectors beyond rounding."""
 MAX_ROWS = 512
 
 
@@ -99,11 +98,11 @@ class SentenceEmbedder:
         return [len(ids) for ids in encoded["input_ids"]]
 
     def fingerprint(self) -> str:
-        """Hash of model files, dtype, text length, library versions and VERSION."""
+        """Hash of model files, dtype, text length, library versions and our version."""
         return model_fingerprint(
             self.spec,
             "sentence-transformers",
-            f"{self._versions}, length {self.max_length}, embedder {VERSION}",
+            f"{self._versions}, length {self.max_length}, embedder {versions.EMBEDDER}",
         )
 
     def close(self) -> None:
@@ -137,8 +136,8 @@ class EngineEmbedder:
         return [len(self._tokens(text)) for text in texts]
 
     def fingerprint(self) -> str:
-        """Hash of the engine's, text length and VERSION: the store's key has the text alone."""
-        return digest(self.engine.fingerprint(), self.max_length, VERSION)
+        """Hash of the engine's, text length and our version: the store's key has the text alone."""
+        return digest(self.engine.fingerprint(), self.max_length, versions.EMBEDDER)
 
     def close(self) -> None:
         """Closes the engine."""

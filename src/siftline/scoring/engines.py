@@ -33,8 +33,9 @@ class Server:
         concurrency: Requests under way at a time.
         timeout_s: Seconds one request may take.
         tries: Times a row is asked before it counts as failed.
-        patience_s: Seconds without any connection before the run gives up; a server that restarts
-            within them costs nothing but time.
+        patience_s: Seconds without any connection, or with nothing but busy answers (429, 502,
+            503, 504), before the run gives up; a server that restarts within them costs nothing
+            but time.
         key_variable: Environment variable that holds the API key.
     """
 

@@ -127,14 +127,17 @@ def score_likelihood(
         given[pair[0]] = (len(question[0]), question)
         alone[pair[1]] = (len(twin[0]), twin)
         keys[row["id"]] = pair
-    records, reasons = _records(recorder, bucket, given, alone, asked)
+    passes = _passes(recorder, bucket, given, alone, asked)
     lines = []
     for identity, pair in sorted(keys.items()):
-        missing = next((key for key in pair if key not in records), None)
-        if missing is not None:
-            failed[identity] = reasons[missing]
+        found = [records.get(key) for key, (records, _) in zip(pair, passes, strict=True)]
+        lacking = [
+            reasons[key] for key, (_, reasons) in zip(pair, passes, strict=True) if key in reasons
+        ]
+        if found[0] is None or found[1] is None:
+            failed[identity] = lacking[0]
             continue
-        lines.append(_line(identity, records[pair[0]], records[pair[1]]))
+        lines.append(_line(identity, found[0], found[1]))
     return pl.DataFrame(lines, schema=COLUMNS), failed
 
 
@@ -149,34 +152,40 @@ def _question(recorder: Recorder, row: dict[str, Any], asked: Likelihood) -> Que
     )
 
 
-def _records(
+Pass = tuple[dict[str, dict[str, Any]], dict[str, str]]
+"""Records by key, and reasons by key of questions without one."""
+
+
+def _passes(
     recorder: Recorder,
     bucket: int,
     given: dict[str, tuple[int, Question]],
     alone: dict[str, tuple[int, Question]],
     asked: Likelihood,
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Records by key, and reasons; details cost a namespace of their own for the rows in full."""
-    wanted = tuple(sorted(set(asked.details)))
-    parts: list[tuple[dict[str, Any], pa.Schema, dict[str, tuple[int, Question]], Any]]
-    parts = [({}, RECORD, alone if wanted else given | alone, ())]
-    if wanted:
-        parts.append((asked.parameters, asked.record, given, wanted))
-    records: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, str] = {}
-    for parameters, schema, questions, details in parts:
+) -> tuple[Pass, Pass]:
+    """The pass with prompts and the one without; one call does both unless details are asked for.
+
+    Details cost a namespace of their own. There a plain text is asked twice under one key, so the
+    answers of the two passes must not be mixed.
+    """
+
+    def ask(of: Likelihood, questions: dict[str, tuple[int, Question]]) -> Pass:
         found, lacking = recorder.ask(
             "likelihood",
             VERSION,
-            parameters,
-            schema,
+            of.parameters,
+            of.record,
             bucket,
             questions,
-            _scorer(recorder.engine, details),
+            _scorer(recorder.engine, tuple(sorted(set(of.details)))),
         )
-        records |= {record["key"]: record for record in found.to_dicts()}
-        reasons |= lacking
-    return records, reasons
+        return {record["key"]: record for record in found.to_dicts()}, lacking
+
+    if not asked.details:
+        both = ask(PLAIN, given | alone)
+        return both, both
+    without = ask(PLAIN, alone)
+    return ask(asked, given), without
 
 
 def _line(identity: str, given: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ SAME = (
 REPLIES = ("A", "B")
 MALFORMED = "malformed"
 """Reason of a reply that is not one finite log-probability for A and one for B."""
+DISAGREE = "the orders disagree"
+"""What an open verdict of a judge says that answered, and by place."""
 
 Pair = tuple[Sequence[Mapping[str, Any]], str, str]
 """A conversation, whose last message is ignored, and two answers to it."""
@@ -114,7 +116,7 @@ def verdict_against_reference(
         elif max(told) < 0.5:
             found[i] = Verdict(False, extracted, "wrong_answer")
         else:
-            found[i] = Verdict(None, extracted, "verifier_error: the orders disagree")
+            found[i] = Verdict(None, extracted, f"verifier_error: {DISAGREE}")
     return found
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from siftline.scoring import versions
 from siftline.scoring.batching import in_halves
 from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import ModelSpec, check_directory, check_rows
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.templates import own_template
+from siftline.scoring.transformers_engine import check_tokens
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Raise it when a change of this file changes numbers beyond rounding: stored scores go stale."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 """Largest difference of logits, as a share of the largest (1 at least), the check allows."""
 
@@ -76,11 +76,13 @@ class SequenceClassifier:
         """Raw outputs of the model, float32 (n, labels), in the order of the rows.
 
         Raises:
-            ValueError: if a row is empty or longer than `max_length`.
+            ValueError: if a row is empty or longer than `max_length`, or the model does not know
+                a token.
         """
         if self._model is None:
             raise ValueError(f"the classifier {self.spec.path!r} is closed: open a new one")
         check_rows(tokens, self.max_length)
+        check_tokens(tokens, self._vocabulary)
         if not tokens:
             return np.zeros((0, len(self.labels)), np.float32)
         remedy = f"lower max_length (now {self.max_length}) or choose a smaller dtype"
@@ -88,11 +90,13 @@ class SequenceClassifier:
         return np.stack(halved)
 
     def fingerprint(self) -> str:
-        """Hash of model files, dtype, template, torch's minor version and VERSION."""
+        """Hash of model files, dtype, template, torch's minor version and our version."""
         if self._fingerprint is None:
             release = ".".join(torch.__version__.split(".")[:2])
             self._fingerprint = model_fingerprint(
-                self.spec, "sequence-classifier", f"torch {release}, classifier {VERSION}"
+                self.spec,
+                "sequence-classifier",
+                f"torch {release}, classifier {versions.CLASSIFIER}",
             )
         return self._fingerprint
 

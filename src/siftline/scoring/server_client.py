@@ -1,9 +1,10 @@
 """Asks an HTTP server many things at a time, and outlasts its faults.
 
 Two kinds of trouble are kept apart. A request that was taken and not answered well (reset,
-time-out, 429, 5xx, an answer that can't be read) costs its row one of its tries, since the row
-itself may be the cause. A server that takes no connection at all says nothing about the row: every
-row then waits, up to the server's patience, and loses no try.
+time-out, 500, an answer that can't be read) costs its row one of its tries, since the row itself
+may be the cause. A server that takes no connection, or says that it has no time (`BUSY`), says
+nothing about the row: every row then waits, up to the server's patience, and loses no try. When
+patience ends with a busy server, a row it is known to answer decides whose fault it is.
 
 The event loop runs in a thread of its own, so that the calls are plain functions wherever they are
 made: in a step's process, in a thread, or below somebody else's running loop.
@@ -39,8 +40,10 @@ BAD_REPLY = "bad_reply"
 UNUSABLE = (401, 403, 404)
 """Statuses that speak of the key or the model, not of a row: no other row would fare better."""
 NO_PAGE = 404
-AGAIN = (408, 425, 429)
+AGAIN = (408, 425)
 """Statuses below 500 that ask to come again."""
+BUSY = (429, 502, 503, 504)
+"""Statuses of a server that is overloaded or starts, or of a gateway without one behind it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -61,8 +64,12 @@ class NoAnswer(Exception):
         self.reason, self.said, self.final, self.wait_s = reason, said, final, wait_s
 
 
+class Busy(NoAnswer):
+    """The server had no time for this request for as long as patience lasts."""
+
+
 class Unreachable(RuntimeError):
-    """The server took no connection for as long as patience lasts."""
+    """The server took no connection, or had no time, for as long as patience lasts."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class Call:
     patience_s: float
     counts: Counts = field(default_factory=Counts)
     down_since: float | None = None
+    warned: bool = False
 
 
 def delay(attempt: int, salt: int) -> float:
@@ -109,7 +117,14 @@ def delay(attempt: int, salt: int) -> float:
 
 
 class Client:
-    """An HTTP client for one server. Safe to call from several threads; close it at the end."""
+    """An HTTP client for one server. Safe to call from several threads; close it at the end.
+
+    Attributes:
+        proof: Body of a request that the server has answered. It is asked again where one row
+            gets nothing but busy answers, to tell a row's fault from the server's.
+    """
+
+    proof: Mapping[str, Any] | None = None
 
     def __init__(self, server: Server, key: str | None = None) -> None:
         """Starts the loop's thread; nothing is sent yet. `key` is the server's API key.
@@ -158,7 +173,7 @@ class Client:
                 except NoAnswer as error:
                     if error.reason in (REFUSED, BAD_REPLY):
                         return None
-                    if attempt == call.tries:
+                    if error.final or attempt == call.tries:
                         raise
                     await asyncio.sleep(max(delay(attempt, 0), error.wait_s))
 
@@ -179,7 +194,7 @@ class Client:
             patience_s: Seconds without connection; by default the server's.
 
         Raises:
-            Unreachable: if no connection was taken for that long.
+            Unreachable: if no connection was taken, or nothing answered, for that long.
             RuntimeError: if the server refuses the key or no longer has the model.
         """
         call = Call(tries or self.server.tries, patience_s or self.server.patience_s)
@@ -250,9 +265,15 @@ class Client:
             while True:
                 attempt += 1
                 try:
-                    reply = await self._send("POST", f"{self.url}/completions", job.body, call)
+                    url = f"{self.url}/completions"
+                    reply = await self._send("POST", url, job.body, call, place)
                     return job.read(reply)
                 except NoAnswer as error:
+                    if isinstance(error, Busy) and not await self._answers_proof():
+                        raise Unreachable(
+                            f"{self.url} has no time for {call.patience_s:g} s ({error.reason}: "
+                            f"{error.said}): run again later; what was committed is kept"
+                        ) from error
                     if error.final or attempt == call.tries:
                         call.counts.failed[error.reason] += 1
                         call.counts.said = error.said or call.counts.said
@@ -260,9 +281,20 @@ class Client:
                     call.counts.retries += 1
                     await asyncio.sleep(max(delay(attempt, place), error.wait_s))
 
-    async def _send(self, method: str, url: str, body: Any, call: Call) -> Any:
-        """Sends one request as soon as there is a connection and returns the parsed answer."""
-        waited = 0
+    async def _answers_proof(self) -> bool:
+        """Whether the server still answers what it has answered before."""
+        if self.proof is None:
+            return False
+        try:
+            async with asyncio.timeout(self.server.timeout_s):
+                url = f"{self.url}/completions"
+                return (await self._http.request("POST", url, json=self.proof)).status_code == 200
+        except (httpx.HTTPError, TimeoutError):
+            return False
+
+    async def _send(self, method: str, url: str, body: Any, call: Call, salt: int = 0) -> Any:
+        """Sends one request, again while the server is away or busy; returns the parsed answer."""
+        waited, busy_since = 0, None
         while True:
             try:
                 async with asyncio.timeout(self.server.timeout_s):
@@ -273,13 +305,32 @@ class Client:
                 continue
             except TimeoutError:
                 call.counts.requests += 1
+                call.down_since = None  # it was there: connecting has a shorter limit of its own
                 raise NoAnswer("timeout") from None
             except (httpx.TransportError, httpx.DecodingError) as error:
                 call.counts.requests += 1
+                call.down_since = None
                 raise NoAnswer("connection_lost", str(error)) from error
             call.counts.requests += 1
             call.down_since = None
-            return _parsed(response)
+            if response.status_code not in BUSY:
+                return _parsed(response)
+            waited += 1
+            busy_since = time.monotonic() if busy_since is None else busy_since
+            await self._wait_while_busy(call, busy_since, delay(waited, salt), response)
+
+    async def _wait_while_busy(
+        self, call: Call, since: float, wait_s: float, response: httpx.Response
+    ) -> None:
+        left = call.patience_s - (time.monotonic() - since)
+        if left <= 0:
+            reason = f"server_error_{response.status_code}"
+            raise Busy(reason, _said(response), final=True)
+        if not call.warned:
+            call.warned = True
+            logger.warning("%s answers %d: waiting for it", self.url, response.status_code)
+        call.counts.retries += 1
+        await asyncio.sleep(min(max(wait_s, _retry_after(response)), left))
 
     async def _wait_for_server(self, call: Call, waited: int, error: Exception) -> None:
         now = time.monotonic()

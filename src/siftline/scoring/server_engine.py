@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from siftline.scoring import versions
 from siftline.scoring.engines import (
     NO_SCORES,
     Detail,
@@ -62,8 +63,6 @@ from siftline.scoring.templates import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
 PROBE = "What is 6 times 7?"
 PROBE_TRIES = 3
 
@@ -238,12 +237,14 @@ class ServerEngine:
         )
 
     def fingerprint(self) -> str:
-        """Hash of weights or revision, dtype, template, the server's kind, road, and VERSION.
+        """Hash of weights or revision, dtype, template, the server's kind, road, and our version.
 
-        Neither the address nor the name of the model counts.
+        Neither the address nor the name of the model counts. The dtype is the recipe's word: a
+        server that is started again with another one, or quantized, can't be told from before;
+        name such a change in the revision.
         """
         return model_fingerprint(
-            self.spec, "server", f"{self._kind}, {self.road.name}, engine {VERSION}"
+            self.spec, "server", f"{self._kind}, {self.road.name}, engine {versions.SERVER}"
         )
 
     def close(self) -> None:
@@ -266,6 +267,11 @@ class ServerEngine:
         url = self._client.url
         found = _listed(self._client.get(f"{url}/models"), server)
         self.model = str(found["id"])
+        if found.get("parent") and not self.spec.revision:
+            raise RuntimeError(
+                f"model {self.model!r} is an adapter on {found['parent']!r}, which the weights at "
+                "path don't tell: name base and adapter in the model's revision"
+            )
         window = found.get("max_model_len")
         limit = self.spec.max_length
         # One token is always generated, so a row must leave room for it.
@@ -285,6 +291,7 @@ class ServerEngine:
             patience = min(START_S, self._client.server.patience_s)
             (found,), counts = self._client.ask([job], tries=PROBE_TRIES, patience_s=patience)
             if not isinstance(found, Failed):
+                self._client.proof = job.body
                 return road, found.top1 is not None
             why = f"{found.reason} ({counts.said})" if counts.said else found.reason
             if found.reason not in (REFUSED, BAD_REPLY, NO_SCORES):

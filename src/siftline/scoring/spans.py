@@ -6,9 +6,10 @@ tokens that merge across the boundary. The end of turn is part of the span: a mo
 is asked, where to stop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import jinja2
 
@@ -17,6 +18,8 @@ from siftline.scoring.templates import render
 
 Turns = Literal["last", "all"]
 """Which assistant turns are the response."""
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template's own code raises about a row that it was not written for."""
 
 
 class UnscorableRow(ValueError):
@@ -38,20 +41,32 @@ def start_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if bos is None else bos)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """`templates.render` for one row of many.
+
+    Raises:
+        UnscorableRow: reason `template_error`, if the template fails on the conversation.
+    """
     try:
         return render(tokenizer, messages, **options)
-    except jinja2.TemplateError as error:
-        raise UnscorableRow("template_error", str(error)) from error
+    except FAULTS as error:
+        raise UnscorableRow("template_error", f"{type(error).__name__}: {error}") from error
 
 
 def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-    return encode(tokenizer, _rendered(tokenizer, messages, **options))
+    return encode(tokenizer, rendered(tokenizer, messages, **options))
 
 
-def _specials(tokenizer: Any) -> set[int]:
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+_SPECIALS: MutableMapping[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+"""By tokenizer: its size when they were listed, for it may be given more, and its special ids."""
+
+
+def _specials(tokenizer: Any) -> frozenset[int]:
+    size, special = _SPECIALS.get(tokenizer, (-1, frozenset()))
+    if size != len(tokenizer):
+        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        special = frozenset({*tokenizer.all_special_ids, *added})
+        _SPECIALS[tokenizer] = len(tokenizer), special
     return special
 
 
@@ -151,8 +166,8 @@ def _earlier_turns(
             # conversation behind the end of turn, or a token that merged with what follows.
             missing = tokenizer.decode(alone[shared:end], skip_special_tokens=True)
             options = {"template": template, "tools": tools}
-            if missing.strip() and not _rendered(tokenizer, messages, **options).startswith(
-                _rendered(tokenizer, turn, **options)
+            if missing.strip() and not rendered(tokenizer, messages, **options).startswith(
+                rendered(tokenizer, turn, **options)
             ):
                 raise UnscorableRow("template_error", f"the template rewrites turn {i} later on")
             end = _turn_end(tokenizer, alone[:shared], start) or shared
@@ -174,15 +189,15 @@ def _turn_span(
             the tokens then part within the prompt, and a span from there would hold some of it.
     """
     options = {"template": template, "tools": tools}
-    text = _rendered(tokenizer, messages, **options)
+    text = rendered(tokenizer, messages, **options)
     before = messages[:-1]
     if before:
-        prompt = _rendered(tokenizer, before, **options, generation_prompt=True)
+        prompt = rendered(tokenizer, before, **options, generation_prompt=True)
     else:  # templates take no empty conversation: the turn without its content opens it as well
-        prompt = _rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
+        prompt = rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
     if before and not text.startswith(prompt):
         # They may part within the generation prompt (some open a thought), not before it.
-        history = _rendered(tokenizer, before, **options)
+        history = rendered(tokenizer, before, **options)
         if _shared(text, prompt) < _shared(history, prompt):
             raise UnscorableRow("template_error", "the template rewrites the prompt of a response")
     tokens = encode(tokenizer, text)

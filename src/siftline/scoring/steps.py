@@ -8,7 +8,7 @@ Nothing is evaluated by Python.
 
 An equation that can't be read with certainty counts as neither right nor false: letters that stand
 for numbers, two sides in different units ("2 hours = 120 minutes"), percents added to plain
-numbers, a quotient without its remainder where the step speaks of one. A step that is named is
+numbers, a quotient rounded or cut to a whole number. A step that is named is
 false as it is written; that none is named proves nothing: a wrong step may have right arithmetic.
 """
 
@@ -191,7 +191,11 @@ def _compare(
     first, second = a.reader.measures, b.reader.measures
     differ = bool(first and second and not first & second)
     differ |= b.reader.percents > 0 and not (a.reader.percents or a.reader.operators)
-    cut = remainder and 0 < a.value[0] - b.value[0] < 1 and b.value[0].denominator == 1
+    off, to_whole = a.value[0] - b.value[0], b.value[0].denominator == 1
+    cut = remainder and 0 < off < 1 and to_whole
+    # A quotient that does not come out may be rounded, or cut, to a whole number: 100/3 = 33.
+    divided = "/" in a.reader.operators and not b.reader.operators and a.value[0].denominator != 1
+    cut |= divided and to_whole and (0 < off < 1 or abs(off) <= Fraction(1, 2))
     return Equation(result, None if differ or cut or not (a.sure and b.sure) else False)
 
 

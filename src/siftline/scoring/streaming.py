@@ -223,6 +223,7 @@ class _State:
                 home = self.prompts[prompt]
                 key = score_key(home.tokens, seed_of(self.seed, prompt, draw))
                 self.journals.put(home.bucket, {"key": key, **asdict(given)})
+                self.journals.flush()  # before it is judged, which may take long or raise
                 self.made.computed += 1
                 self.made.tokens += given.n_tokens
                 self.recorder.tally.computed += 1

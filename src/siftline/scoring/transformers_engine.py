@@ -14,11 +14,13 @@ model, and that our projection gives its logits, is checked once at load.
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from siftline.scoring import versions
 from siftline.scoring.batching import in_halves, plan_batches
 from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import (
@@ -49,8 +51,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-VERSION = 2
-"""Raise it when a change of this file changes numbers beyond rounding: stored scores go stale."""
 PASS_TOKENS = {"cpu": 2048}
 """Most padded tokens of one forward, by kind of device; elsewhere a planned batch is one forward.
 
@@ -81,6 +81,7 @@ class TransformersEngine:
         limit = getattr(self.config, "max_position_embeddings", None) or spec.max_length
         self.max_length = min(spec.max_length, limit)
         self._decoder = model.base_model
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._head: Head | None = head_of(model.get_output_embeddings(), self.config)
         self._ends = stop_tokens(self.tokenizer) | _model_ends(model)
         self._fingerprint: str | None = None
@@ -104,7 +105,8 @@ class TransformersEngine:
         """Log-probabilities of the tokens in each row's span, float32 (L,) a row.
 
         Raises:
-            ValueError: if a row is longer than `max_length` or a span is not within its row.
+            ValueError: if a row is longer than `max_length`, a span is not within its row, or the
+                model does not know a token.
         """
         return [part.logprobs for part in self._inspect(tokens, spans, frozenset())]
 
@@ -132,6 +134,7 @@ class TransformersEngine:
         check_options(options)
         if all(len(option) == 1 for option in options):
             self._usable(prompts)
+            check_tokens(options, self._vocabulary)
             targets = [option[0] for option in options]
             parts = self._passes(lambda part: self._next(part, targets), prompts, prompts)
             return np.stack(parts) if parts else np.zeros((0, len(options)), np.float32)
@@ -165,11 +168,11 @@ class TransformersEngine:
         return np.stack(rows) if rows else np.zeros((0, self.config.hidden_size), np.float32)
 
     def fingerprint(self) -> str:
-        """Hash of model files, adapter, dtype, template, torch's minor version and VERSION."""
+        """Hash of model files, adapter, dtype, template, torch's minor version and our version."""
         if self._fingerprint is None:
             release = ".".join(torch.__version__.split(".")[:2])
             self._fingerprint = model_fingerprint(
-                self.spec, "transformers", f"torch {release}, engine {VERSION}"
+                self.spec, "transformers", f"torch {release}, engine {versions.TRANSFORMERS}"
             )
         return self._fingerprint
 
@@ -183,6 +186,7 @@ class TransformersEngine:
         if self._decoder is None:
             raise ValueError(f"the engine of {self.spec.path!r} is closed: open a new one")
         check_rows(rows, self.max_length, room)
+        check_tokens(rows, self._vocabulary)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(map(len, rows))
@@ -318,6 +322,21 @@ class TransformersEngine:
             )
 
 
+def check_tokens(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuses token ids without an embedding; on a GPU one would end the process.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for row in rows:
+        if not 0 <= min(row, default=0) <= max(row, default=0) < vocabulary:
+            unknown = next(token for token in row if not 0 <= token < vocabulary)
+            raise ValueError(
+                f"token {unknown} where the model knows {vocabulary}: its tokenizer has tokens "
+                "that were added without weights for them"
+            )
+
+
 def _load(spec: ModelSpec) -> Any:
     import transformers
 
@@ -333,7 +352,8 @@ def _load(spec: ModelSpec) -> Any:
     if spec.adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
+        folder = str(Path(spec.adapter).expanduser())
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return model.to(getattr(torch, spec.dtype)).eval()
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from siftline.scoring import versions
 from siftline.scoring.engines import (
     NO_SCORES,
     Detail,
@@ -52,8 +53,6 @@ from siftline.scoring.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Raise it when a change of this engine changes numbers beyond rounding: stored scores go stale."""
 MOST_TARGETS = 128
 """vLLM's limit on logprob_token_ids."""
 SLOTS = 256
@@ -258,10 +257,10 @@ class VllmEngine:
         )
 
     def fingerprint(self) -> str:
-        """Hash of model files, dtype, template, vLLM's minor version and road, and VERSION."""
+        """Hash of model files, dtype, template, vLLM's minor version and road, and our version."""
         release = ".".join(self._facts["version"].split(".")[:2])
         return model_fingerprint(
-            self.spec, "vllm", f"vllm {release}, {self._facts['road']}, engine {VERSION}"
+            self.spec, "vllm", f"vllm {release}, {self._facts['road']}, engine {versions.VLLM}"
         )
 
     def close(self) -> None:

@@ -23,6 +23,9 @@ BLOCK = 512
 class Deita(Ranked):
     """Score, sort, keep what is new. Time grows with rows looked at times rows kept.
 
+    Memory: the pool's embeddings twice, and those of kept rows in float64, up to three times while
+    room for more is made.
+
     Attributes:
         scores: Columns whose product is the score (the paper: complexity x quality).
         similarity: Highest cosine to a kept row (the paper: 0.9).

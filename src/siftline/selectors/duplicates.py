@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import hash64
+from siftline.kernels.keep import Keep
 from siftline.kernels.lsh import Banding, band_groups, band_keys, banding_for
 from siftline.kernels.text import numbers, plain
 from siftline.selectors.selection import Selection, decisions
@@ -83,6 +84,10 @@ class Duplicates:
         numbers: "exact" compares only rows with the same numbers in the same order, in the prompt
             and in the response: half of GSM8K's questions are similar to themselves with a number
             changed. "any" leaves numbers to the similarity.
+        keep: Which copy stays: "first" (the smallest id), "longest" (prompt and response),
+            "score:FIELD" (the highest; a column of the input that no mapping uses) or
+            "source:source=A,B,..." (the source named first). The stage makes `priority` of it;
+            rows that a stage added come last, and ties go by id.
         seed: Of the permutation table, as in datasketch.
         max_rows: Most rows decided at once. A row of 60 + 60 words takes about 3 kB, and deciding
             takes about that again.
@@ -94,6 +99,7 @@ class Duplicates:
     numbers: Literal["exact", "any"] = "exact"
     seed: int = 1
     max_rows: int = 2_000_000
+    keep: str = "first"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold <= 1.0:
@@ -102,7 +108,25 @@ class Duplicates:
             raise ValueError(f"ngram={self.ngram} and max_rows={self.max_rows} must be at least 1")
         if self.numbers not in ("exact", "any"):
             raise ValueError(f"numbers={self.numbers!r} must be 'exact' or 'any'")
+        self.policy()
         self.banding()
+
+    def policy(self) -> Keep:
+        """Which copy stays.
+
+        Raises:
+            ValueError: if `keep` is no policy, or none that rows of a pool can be held to.
+        """
+        keep = Keep.parse(self.keep)
+        if keep.policy == "none":
+            raise ValueError(
+                "keep='none': a gate keeps one copy of each; drop all with siftline dedup"
+            )
+        if keep.policy == "source" and keep.column != "source":
+            raise ValueError(
+                f"keep={self.keep!r}: rows of a pool have source: give source:source=A,B"
+            )
+        return keep
 
     def banding(self) -> Banding:
         """How signatures are cut; raises ValueError where num_perm is too small.

@@ -34,6 +34,8 @@ CLOSE = 1.05
 class LinearRule(Ranked):
     """Rows by a weighted sum of columns, the smallest first.
 
+    Memory: about 270 bytes a row with four columns (measured as in `baselines`).
+
     Attributes:
         coefficients: Weight of each column; the published ones by default.
         intercept: Added to the sum; it moves values, not ranks.

@@ -27,9 +27,11 @@ from siftline.selectors.selection import Selection, decisions
 from siftline.selectors.spending import Budget, Spent
 
 MAX_ROWS = 100_000_000
-"""Rows that methods without embeddings decide over, at about 100 bytes each."""
+"""Rows that methods without embeddings decide over; their docstrings say at what memory."""
 MAX_VALUES = 4_000_000_000
-"""Embedding values held at once: 8 GB at float16, twice that while they are gathered."""
+"""Embedding values held at once: 8 GB at float16, and twice that while a method decides (buckets as
+they came, and all rows sorted by id). A recipe's stage gathers them first, for about 300 bytes a
+row more. What a method holds on top is in its docstring."""
 RANKS = "ranks"
 
 State = TypeVar("State")

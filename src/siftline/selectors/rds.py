@@ -21,7 +21,8 @@ from siftline.selectors.vectors import both
 class RdsPlus(Ranked):
     """Round-robin over target rows or tasks by cosine.
 
-    Memory: the pool's embeddings, and lists of about 4 x budget / takers keys of 8 bytes a taker.
+    Memory: the pool's embeddings twice, and for every taker a list of 4 x budget / takers + 64 rows
+    (longer where one runs out), about 80 bytes each; blocks of scores take 60 MiB a core.
 
     Attributes:
         turns: "query": every target row takes in turn (algorithm 1, one task); "task": the

@@ -168,6 +168,9 @@ def _floored(weights: np.ndarray, least: float) -> np.ndarray:
 class KmeansRounds(KmeansQuality):
     """Clusters, and rounds of choosing, training and weighing; only in a recipe, which trains.
 
+    Memory: as `kmeans_quality`, whose embeddings are held while the models of the rounds train, and
+    the ids of the rows chosen so far.
+
     Attributes:
         clusters: As in `kmeans_quality`.
         candidates: As in `kmeans_quality`.

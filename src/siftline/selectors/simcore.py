@@ -26,7 +26,8 @@ from siftline.selectors.vectors import both, target_rows
 class SimCore(Ranked):
     """Nearest rows to target clusters with a stopping rule; ending early is no shortfall.
 
-    Memory: the pool's embeddings and lists of about 4 x budget / clusters keys a cluster.
+    Memory: the pool's embeddings twice, and for every cluster a list of 4 x budget / clusters + 64
+    rows (longer where one runs out), about 80 bytes each; blocks of scores take 60 MiB a core.
 
     Attributes:
         clusters: Target clusters (the code: 100); with as many or more than target rows, each row

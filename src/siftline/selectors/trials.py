@@ -146,6 +146,13 @@ class Trial:
             self._read(self.used, found)
             self._settle()
 
+    def known(self) -> int:
+        """Draws that were read, and those in a row behind them that came in early."""
+        end = self.used
+        while end in self._early:
+            end += 1
+        return end
+
     def wanted(self) -> int:
         """Draws that it is expected to need still, rounded up; 0 when it has stopped."""
         if self.status != "open":
@@ -242,8 +249,10 @@ class Campaign:
 
     def feed(self, prompt: str, draw: int, outcome: Outcome | None) -> None:
         """Takes in one draw, or None for one that will never come."""
-        self.trials[prompt].feed(draw, outcome)
-        self._asked[prompt] = max(self._asked[prompt], draw + 1)
+        trial = self.trials[prompt]
+        trial.feed(draw, outcome)
+        # Not draw + 1: a draw before it may be missing, and would never be asked for.
+        self._asked[prompt] = max(self._asked[prompt], trial.known())
         self._stale.add(prompt)
 
     def open(self) -> list[str]:

@@ -13,7 +13,7 @@ import polars as pl
 
 from siftline.selectors.selection import Selection, decisions
 
-VERIFIERS = ("math", "exact", "choice", "regex", "json_schema", "code")
+VERIFIERS = ("math", "exact", "verbatim", "choice", "regex", "json_schema", "code")
 """Names that `siftline.scoring.verifiers.get_verifier` knows, beside import paths."""
 
 

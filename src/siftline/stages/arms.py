@@ -23,7 +23,7 @@ from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import model_spec
 from siftline.stages.references import reference_scores
 from siftline.training.budget import tokenize_rows
-from siftline.training.finetune import FineTune, TrainResult, finetune
+from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune
 from siftline.training.material import with_source
 from siftline.workspace import Workspace
 
@@ -151,7 +151,7 @@ def arm_folder(
     """Where a run goes: named by everything that decides it, so no arm is trained over another."""
     ids = sorted(rows.column("id").to_pylist())
     watched = [] if dev is None else sorted(dev.column("id").to_pylist())
-    decisive = {k: v for k, v in asdict(options).items() if k not in ("save_steps", "report_to")}
+    decisive = {k: v for k, v in asdict(options).items() if k not in INDIFFERENT}
     made_of = [ids, decisive, seed, directory_digest(Path(base)), template, watched]
     if references is not None:
         made_of.append([references.get(identity) for identity in ids])

@@ -108,13 +108,22 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def write_sheet(path: Path, drawn: pl.DataFrame, labels: Mapping[str, str]) -> None:
-    """Writes a sheet as CSV, labels first; a spreadsheet opens it."""
+    """Writes a sheet as CSV, labels first; a spreadsheet opens it and runs nothing of it.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, SHEET, lineterminator="\n")
     writer.writeheader()
     for line in drawn.to_dicts():
-        writer.writerow({"label": labels.get(line["id"], ""), **line})
+        cells = {name: _inert(value) for name, value in line.items()}
+        writer.writerow({"label": labels.get(line["id"], ""), **cells})
     shards.write_text(path, text.getvalue())
+
+
+def _inert(value: Any) -> Any:
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def rate(drawn: pl.DataFrame, labels: Mapping[str, str], removed: int) -> dict[str, Any]:

@@ -89,6 +89,9 @@ def score_parts(
         known = _likelihoods(context) if likely is None else likely
         ids = [i for _, rows in buckets for i in rows.column("id").to_pylist()]
         scores.parts["perplexity"] = {i: known[i] for i in ids if i in known}
+    for i, why in scores.lost.get("reflection", {}).items():
+        if not any(i in values for values in scores.parts.values()):
+            scores.failed.setdefault(i, why)  # nothing else is known of it
     return scores
 
 
@@ -201,10 +204,15 @@ def _score_reflection(
         return reflections(recorder, bucket, asked, options.questions)
 
     found = scores.parts.setdefault("reflection", {})
+    lost: dict[str, str] = {}
     for _, (values, failed) in over_buckets(context.recorders("judge", progress), buckets, judge):
         found.update(values)
-        scores.failed.update(failed)
+        lost.update(failed)
     progress.close()
+    if found:
+        scores.lost["reflection"] = lost
+    else:  # a judge that is out of order: the rows wait for it
+        scores.failed.update(lost)
 
 
 def _likelihoods(context: Context) -> dict[str, float]:

@@ -27,42 +27,65 @@ RETAINED = "retained "
 """What the level of a retained set begins with; its name follows."""
 GRADING = 2
 """Raise it when the same answer is graded otherwise."""
+SOURCE = "source "
+"""What the level of a source begins with."""
+MOST_SOURCES = 12
+"""More of them get no lines: nobody reads such a table."""
 CHANGES = ("change", "change_low", "change_high")
 _SHOWN = ("level", "n", "accuracy", "low", "high", "at_floor")
 
 
 def test_rows(workspace: Workspace, recipe: Recipe, level_column: str) -> pl.DataFrame:
-    """Questions of all test sets with answers: id, set, messages, tools, answer, level."""
+    """Questions of all test sets with answers: id, set, messages, tools, answer, source, level.
+
+    Raises:
+        ValueError: if there is no test set with answers beside the retained ones, a retained one
+            has none, or the level's column is one of those that say something else.
+    """
+    if level_column in ("id", "set", "messages", "tools", "answer", "source"):
+        raise ValueError(
+            f"evaluation.level_column is {level_column!r}, which is no level: name another column "
+            "(sources have lines of their own)"
+        )
     frames = []
     for spec in recipe.sets.test:
         pool = Pool(workspace.pool(spec.name))
-        rows = pool.all_rows(["id", "messages", "tools", "answer"])
+        rows = pool.all_rows(["id", "messages", "tools", "answer", "source"])
         kept = pl.from_arrow(rows.filter(pa.compute.is_valid(rows["answer"])))
         assert isinstance(kept, pl.DataFrame)
         levels = _levels(pool, level_column)
         named = [levels.get(i) for i in kept["id"].to_list()]
         level = pl.Series(level_column, named, dtype=pl.String)
         which = pl.lit(spec.name, pl.String).alias("set")
-        frames.append(kept.select("id", which, "messages", "tools", "answer", level))
-    if not frames or not sum(frame.height for frame in frames):
-        raise ValueError(f"recipe {recipe.name!r} has no test rows with an answer: add a test set")
+        frames.append(kept.select("id", which, "messages", "tools", "answer", "source", level))
+    if not frames:
+        raise ValueError(f"recipe {recipe.name!r} has no test set to evaluate on: add one")
     found = pl.concat(frames).unique("id", keep="first", maintain_order=True)
-    assert recipe.evaluation is not None
-    for name in recipe.evaluation.retained:
+    retained = recipe.evaluation.retained if recipe.evaluation else ()
+    # A set without answers may stand here to be kept out of the pool; the task needs one with them.
+    if found.filter(~pl.col("set").is_in(list(retained))).is_empty():
+        raise ValueError(
+            f"recipe {recipe.name!r} has no test rows with an answer: name their column, or add a "
+            "test set"
+        )
+    for name in retained:
         if found.filter(set=name).is_empty():
-            raise ValueError(f"retained test set {name!r} has no rows with an answer: leave it out")
+            raise ValueError(
+                f"retained test set {name!r} has no rows with an answer that no set before it "
+                "has: leave it out"
+            )
     return found
 
 
 def _levels(pool: Pool, column: str) -> dict[str, str]:
-    """Level of each row, from the input columns that no mapping used."""
+    """Level of each row that has one, from the input columns that no mapping used."""
     found: dict[str, str] = {}
     for bucket in range(pool.buckets):
         table = pool.read(PROVENANCE, bucket, ["id", "leftover"])
         for line in table.to_pylist():
-            leftover = json.loads(line["leftover"] or "{}")
-            if column in leftover:
-                found[line["id"]] = str(leftover[column])
+            level = json.loads(line["leftover"] or "{}").get(column)
+            if level is not None:
+                found[line["id"]] = str(level)
     return found
 
 
@@ -75,7 +98,8 @@ def evaluate_arms(
 
     Returns:
         Lines of arm, level, n, seeds, accuracy, low, high, at_floor, and where the recipe has
-        retained sets the columns of `CHANGES` on their lines; and the arms.
+        retained sets the columns of `CHANGES` on their lines; and the arms. Where the questions
+        are of several sources, each has a line, its level `SOURCE` and the name.
     """
     settings, training = recipe.evaluation, recipe.training
     assert settings is not None
@@ -90,6 +114,7 @@ def evaluate_arms(
         progress.close()
         results.setdefault(name, []).append(answered)
     sets = questions.select("id", "set")
+    sources = _sources(questions, settings.retained, emit)
     lines = []
     for name, runs in results.items():
         # `all` is an arm's last line, as the report reads it.
@@ -99,13 +124,33 @@ def evaluate_arms(
             _retained(runs, results[BASE], sets, which, changed=name != BASE)
             for which in settings.retained
         ]
-        parts = [task.filter(~overall), *kept, task.filter(overall)]
+        told = [
+            _lines([run.filter(pl.col("id").is_in(ids)) for run in runs])
+            .filter(overall)
+            .with_columns(level=pl.lit(SOURCE + source))
+            for source, ids in sources.items()
+        ]
+        parts = [task.filter(~overall), *told, *kept, task.filter(overall)]
         known = pl.concat(parts, how="diagonal").with_columns(
             pl.lit(name).alias("arm"), pl.lit(len(runs)).alias("seeds")
         )
         lines.append(known)
     table = pl.concat(lines, how="diagonal")
     return table, arms
+
+
+def _sources(
+    questions: pl.DataFrame, retained: tuple[str, ...], emit: Callable[[str], None]
+) -> dict[str, list[str]]:
+    """Ids by source of the questions that are not retained; none where there is but one source."""
+    task = questions.filter(~pl.col("set").is_in(list(retained)), pl.col("source").is_not_null())
+    found = {
+        str(source): task.filter(source=source)["id"].to_list()
+        for source in task["source"].unique().sort().to_list()
+    }
+    if len(found) > MOST_SOURCES:
+        emit(f"evaluation: {len(found)} sources are too many for a line each")
+    return found if 1 < len(found) <= MOST_SOURCES else {}
 
 
 def _of(
@@ -130,21 +175,31 @@ def _retained(
     *,
     changed: bool,
 ) -> pl.DataFrame:
-    """One line: accuracy on a retained set, and how far that is from the base model's."""
+    """One line: accuracy on a retained set, and how far that is from the base model's.
+
+    A set of a single question has no interval, so its change is null.
+    """
     mine = _of(runs, sets, (which,), inside=True)
     line = _lines(mine).filter(level="all").with_columns(level=pl.lit(RETAINED + which))
     if not changed:
         return line
     theirs = _of(base, sets, (which,), inside=True) * len(mine)
-    found = compare(mine, theirs)
-    values = (found.estimate, found.low, found.high)
-    return line.with_columns(pl.lit(v).alias(n) for n, v in zip(CHANGES, values, strict=True))
+    values: tuple[float | None, ...] = (None, None, None)
+    if mine[0].height > 1:
+        found = compare(mine, theirs)
+        values = (found.estimate, found.low, found.high)
+    return line.with_columns(
+        pl.lit(v, pl.Float64).alias(n) for n, v in zip(CHANGES, values, strict=True)
+    )
 
 
 def evaluated(
     workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
 ) -> pl.DataFrame:
-    """A model's graded answers to the test questions; asked once, by all that decides them."""
+    """A model's graded answers to the test questions; asked once, by all that decides them.
+
+    Levels decide no answer: they are those of `questions`, whatever they were when it was asked.
+    """
     settings = recipe.evaluation
     assert settings is not None
     spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
@@ -169,4 +224,6 @@ def evaluated(
         shards.write_parquet(answered.to_arrow(), path)
     frame = pl.from_arrow(shards.read_parquet(path))
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    levels = questions.select("id", pl.col(settings.level_column).cast(pl.String).alias("level"))
+    fresh = frame.drop("level").join(levels, on="id", how="left", maintain_order="left")
+    return fresh.select(frame.columns)

@@ -3,13 +3,16 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from siftline import schema
 from siftline.ingest.pool import Pool
+from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Progress
-from siftline.scoring.verifiers import get_verifier
+from siftline.scoring.columns import Column, attach_leftovers, score_column
+from siftline.scoring.verifiers import get_verifier, isolation_of
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import Selection
@@ -17,6 +20,8 @@ from siftline.selectors.verify import Verify
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 
+LAST = 2**63 - 1
+"""Priority of canaries, which come after all rows."""
 UNDECIDED = ["verifier_error"]
 """Reasons that say the gate could not decide: such rows fail and are tried again."""
 
@@ -48,25 +53,67 @@ def duplicates(context: Context) -> StageRun:
     assert isinstance(options, Duplicates)
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
-    states, ids = [], []
+    states, ids, scored = [], [], 0
     for bucket in context.buckets:
         rows = context.rows(bucket)
-        added = pl.Series("priority", rows.column("origin").is_valid().to_pylist(), pl.Boolean)
-        view = schema.text_view(rows, everything=True).with_columns(added.cast(pl.Int64))
+        view = schema.text_view(rows, everything=True)
+        order, known = keep_order(context.pool, bucket, rows, view, options.policy())
+        scored += known
+        view = view.with_columns(priority=order)
         states.append(options.summarise(view))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
+    if options.policy().policy == "score" and not scored:
+        raise ValueError(
+            f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
+            "column of the input that no mapping uses"
+        )
     plan = options.decide(states)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
 
     def judge(planted: pa.Table) -> Judged:
-        view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(2))
+        view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(LAST))
         gone = set(plan.removed["id"].to_list())
         decided = options.decide(against(options.summarise(view), states, gone))
         return options.apply(view, decided).decisions, {}
 
     return measured(context, judge, gather(context, selections, plan.facts))
+
+
+def keep_order(
+    pool: Pool, bucket: int, rows: pa.Table, view: pl.DataFrame, keep: Keep
+) -> tuple[pl.Series, int]:
+    """Priorities of some rows: by the policy, rows that a stage added after all others.
+
+    Args:
+        pool: Where the rows, or those they were made from, are.
+        bucket: Of the pool.
+        rows: Columns of `schema.ADDED`.
+        view: Their texts.
+        keep: The policy.
+
+    Returns:
+        int64, shape (n,), below `LAST`; and how many of them have a score, where one is asked for.
+
+    Raises:
+        ValueError: if a score is no number, or copies of a row have different ones.
+    """
+    added = rows.column("origin").is_valid().to_numpy().astype(np.int64)
+    if not keep.ordered:
+        return pl.Series(added), 0
+    column, known = None, 0
+    if keep.policy == "source":
+        column = rows.column("source").combine_chunks()
+    elif keep.column is not None:
+        held = attach_leftovers(rows.select(["id"]), pool.read("provenance", bucket))
+        scores, _ = score_column(Column(keep.column), held)
+        column = pa.array([scores.get(i) for i in view["id"]], pa.float64())
+        known = len(scores)
+    texts = view.select(pl.col("prompt") + pl.col("response")).to_series().to_arrow()
+    # Two bits less of the policy leave room for who was added.
+    order = (as_integers(keep.priority(texts, column)) >> 2) + (added << 62)
+    return pl.Series(order), known
 
 
 def decontamination(context: Context) -> StageRun:
@@ -131,5 +178,6 @@ def verify(context: Context) -> StageRun:
     def judge(planted: pa.Table) -> Judged:
         return without_undecided(checked(planted).decisions)
 
-    run = gather(context, selections, {"verifier": options.verifier, **totals})
+    made = {"verifier": options.verifier, **isolation_of(options.verifier)}
+    run = gather(context, selections, {**made, **totals})
     return measured(context, judge, run)

@@ -24,6 +24,15 @@ def grader(verifier: str, judge: Callable[[], Recorder]) -> Grader:
     return _by_model(judge()) if verifier == JUDGE else by_verifier(verifier)
 
 
+def outside(verifier: str) -> bool:
+    """Whether a verifier may answer in the next run what it did not answer in this one.
+
+    A judge is a model, and what a verifier by import path asks is not known; the others fail by
+    what they are given.
+    """
+    return verifier == JUDGE or ":" in verifier
+
+
 def by_verifier(name: str) -> Grader:
     """A grader that asks no model."""
     check = get_verifier(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from siftline.recipe import Model, Recipe, expand
+from siftline.scoring import versions
 from siftline.scoring.engines import EngineName, ModelSpec, open_engine
 from siftline.scoring.fingerprint import directory_digest, model_digest
 from siftline.scoring.recorder import Recorder
@@ -53,7 +54,8 @@ def named_spec(workspace: Workspace, recipe: Recipe, name: str) -> ModelSpec:
         ValueError: if the directory is not there.
     """
     model = recipe.models[name]
-    spec = model.spec
+    adapter = model.spec.adapter
+    spec = replace(model.spec, adapter=expand(adapter) if adapter else None)
     if model.pretrain is None:
         return replace(spec, path=expand(spec.path))
     folder = trained_folder(workspace, recipe, name)
@@ -74,12 +76,17 @@ def role_engine(recipe: Recipe, role: str) -> EngineName:
 
 
 def identity(spec: ModelSpec) -> str:
-    """Names a model for stage keys without loading it: files, dtype, engine, template, length."""
+    """Names a model for stage keys without loading it: files, dtype, engine, template, length.
+
+    The engine counts with its version, but not with its library's: a new torch makes stored scores
+    stale, and no table.
+    """
     return content_hash(
         [
             model_digest(spec),
-            directory_digest(Path(spec.adapter)) if spec.adapter else None,
+            directory_digest(Path(spec.adapter).expanduser()) if spec.adapter else None,
             spec.engine,
+            versions.ENGINES[spec.engine],
             spec.dtype,
             spec.template,
             spec.max_length,

@@ -13,6 +13,7 @@ from typing import Any
 from siftline import schema
 from siftline.kernels.draws import hash64
 from siftline.kernels.text import plain
+from siftline.scoring.answers import answer_key
 
 CLOSE = 0.85
 """Similarity that a near copy keeps in prompt and response: above the gates' usual 0.8."""
@@ -84,8 +85,14 @@ def _prompt(row: Row) -> str:
 
 
 def swapped_answer(row: Row, partner: Row) -> dict[str, Any] | None:
-    """The response of another prompt; None where the partner says the same."""
+    """The response of another prompt; None where the partner says the same, or answers the same.
+
+    Multiple choice has few answers: another prompt's response is often right, and is no defect.
+    """
     if partner["prompt_id"] == row["prompt_id"]:
+        return None
+    known = (row["answer"], partner["answer"])
+    if None not in known and len({answer_key(answer) for answer in known}) == 1:
         return None
     if plain(_response(partner)) == plain(_response(row)):
         return None

@@ -12,6 +12,7 @@ from siftline import schema
 from siftline.scoring.confidence import final_answer, prompts_of
 from siftline.scoring.degenerate import degenerate
 from siftline.scoring.engines import Generation
+from siftline.scoring.pairwise import DISAGREE
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.streaming import Prompt
 from siftline.scoring.verifiers import Verdict
@@ -21,10 +22,13 @@ JUDGED = {
     **DRAWS,
     "n_tokens": pl.Int64,
     "reason": pl.String,  # match, wrong_answer …; truncated, repetitive, wrong_language
+    "error": pl.String,  # what the verifier failed by; null where it said something
     "refuted": pl.Boolean,  # whole, and its answer is another one
     "first_error": pl.Int64,
     "last_right": pl.String,
 }
+FAULTS = ("truncated", "repetitive", "wrong_language")
+"""Reasons of draws that no verifier is asked about."""
 NEGATIVES = ("prompt_id", "draw", "text", "answer_key", "first_error", "last_right")
 
 
@@ -108,6 +112,8 @@ def judge_draw(
 ) -> dict[str, Any]:
     """One line of `JUDGED`: whether a draw is whole, sound and verified."""
     text = schema.canonical_text(given.text)
+    kind, _, error = verdict.reason.partition(":")
+    failed = fault is None and kind == "verifier_error" and error.strip() != DISAGREE
     return {
         "prompt_id": problem.parent["prompt_id"],
         "draw": draw,
@@ -116,7 +122,8 @@ def judge_draw(
         "correct": fault is None and verdict.correct is True,
         "dedup_key": " ".join(text.lower().split()),
         "n_tokens": given.n_tokens,
-        "reason": fault or verdict.reason.partition(":")[0],
+        "reason": fault or kind,
+        "error": error.strip() if failed else None,
         "refuted": fault is None and verdict.correct is False,
         "first_error": verdict.first_error,
         "last_right": verdict.last_right,

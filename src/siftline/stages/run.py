@@ -34,7 +34,7 @@ from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
-VERSION = 2
+VERSION = 3
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
 RUN: dict[str, Callable[[Context], StageRun]] = {

@@ -130,7 +130,8 @@ def _verifiable(
     rates = output.table("difficulty")
     if rates is None:
         return
-    sometimes = (pl.col("n_correct") > 0) & (pl.col("n_correct") < pl.col("n_trials"))
+    # By the value that is published, so that none is 0 or 1 whatever it was corrected for.
+    sometimes = (pl.col("sampler_difficulty") > 0) & (pl.col("sampler_difficulty") < 1)
     some = rates.filter(sometimes & ~pl.col("parent_id").is_in(list(spoiled)))
     parents = {line["parent_id"]: line for line in some.to_dicts()}
     for bucket in context.buckets:

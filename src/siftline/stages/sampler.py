@@ -15,6 +15,7 @@ from siftline.selectors.trials import Campaign, Outcome, Rule, words_of
 from siftline.stages.drawing import run_campaign
 from siftline.stages.grading import Grader
 from siftline.stages.problems import (
+    FAULTS,
     JUDGED,
     UNJUDGED,
     Judgement,
@@ -22,6 +23,9 @@ from siftline.stages.problems import (
     fault_of,
     judge_draw,
 )
+
+SILENCE = 32
+"""Draws without any verdict after which a verifier is taken to be out of order."""
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Sampler:
         limits: What may still be drawn; samplers that share a budget share it.
         lines: Judgements of all draws that were read, by prompt and draw.
         seconds_per_token: Speed of the pilot; None where none of it was drawn now.
+        heard: Whether the verifier said something of a draw.
+        errors: How it failed on the draws before that.
     """
 
     options: RejectionSampling
@@ -73,6 +79,8 @@ class Sampler:
     limits: Limits
     lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     seconds_per_token: float | None = None
+    heard: bool = False
+    errors: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -95,6 +103,7 @@ class Sampler:
 
         Raises:
             ValueError: if the budget ends before the pilot does.
+            RuntimeError: if the verifier gave no verdict on any draw.
         """
         n = self.options.k if self.options.target == "vanilla" else self.options.pilot
         n = min(n, self.options.pilot)
@@ -109,6 +118,7 @@ class Sampler:
         computed, tokens = self.run(campaign)
         if computed == n * len(self.problems) and tokens:
             self.seconds_per_token = (time.monotonic() - began) / tokens
+        self._give_up_unless_heard()
         starved = campaign.open()
         if starved:
             raise ValueError(
@@ -147,17 +157,23 @@ class Sampler:
 
         Returns:
             Draws and tokens that a model made now.
+
+        Raises:
+            RuntimeError: as `run_campaign`, or if a campaign neither draws nor ends.
         """
         computed = tokens = 0
         homes = {prompt: problem.home for prompt, problem in self.problems.items()}
 
         def judge(batch: Sequence[Draw]) -> list[Outcome]:
             lines = self._judge(batch)
-            self.lines |= {(line["prompt_id"], line["draw"]): line for line in lines}
-            self.limits.charge(len(lines), sum(line["n_tokens"] for line in lines))
+            read = {(line["prompt_id"], line["draw"]): line for line in lines}
+            new = [line for key, line in read.items() if key not in self.lines]
+            self.lines |= read
+            self._listen(new)
+            self.limits.charge(len(new), sum(line["n_tokens"] for line in new))
             return [_outcome(line, campaign.trials[line["prompt_id"]].rule) for line in lines]
 
-        while campaign.open():
+        while waiting := campaign.open():
             left = self.limits.left()
             if left is not None and not (left and campaign.grant(left)):
                 break
@@ -167,7 +183,30 @@ class Sampler:
             )  # fmt: skip
             computed, tokens = computed + made.computed, tokens + made.tokens
             self._say(made.lost)
+            if not (made.computed or made.found) and campaign.open() == waiting:
+                raise RuntimeError(
+                    f"{len(waiting)} prompts are open, first {waiting[0]}, and no draw was made "
+                    "for them: a fault of the campaign; what was drawn is kept"
+                )
         return computed, tokens
+
+    def _listen(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Stops where the verifier failed on many draws, and never said anything.
+
+        Otherwise all prompts would be given up as unsolved, for no fault of theirs.
+        """
+        asked = [line["error"] for line in lines if line["reason"] not in FAULTS]
+        self.heard |= None in asked
+        self.errors += [error for error in asked if error is not None and not self.heard]
+        if len(self.errors) >= SILENCE:
+            self._give_up_unless_heard()
+
+    def _give_up_unless_heard(self) -> None:
+        if self.errors and not self.heard:
+            raise RuntimeError(
+                f"verifier {self.options.verifier!r} gave no verdict on any of {len(self.errors)} "
+                f"draws, first: {self.errors[0]}: mend it and run again, what was drawn is kept"
+            )
 
     def _judge(self, batch: Sequence[Draw]) -> list[dict[str, Any]]:
         """Lines of `JUDGED`; what has a fault is not put to the verifier."""

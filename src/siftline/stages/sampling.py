@@ -12,8 +12,10 @@ from siftline import schema
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import StageResult
 from siftline.progress import Progress
+from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import JUDGE, RejectionSampling
+from siftline.scoring.verifiers import isolation_of
 from siftline.selectors.difficulty import (
     accept,
     difficulty,
@@ -25,7 +27,7 @@ from siftline.selectors.preview import Preview
 from siftline.selectors.selection import decisions
 from siftline.selectors.trials import Campaign, Rule, fit_prior
 from siftline.stages.context import Context, StageRun
-from siftline.stages.grading import by_verifier, grader
+from siftline.stages.grading import by_verifier, grader, outside
 from siftline.stages.problems import Judgement, added_rows, negatives, problems_of
 from siftline.stages.sampler import Limits, Sampler
 from siftline.stages.scorers import quality
@@ -73,9 +75,10 @@ def rejection_sampling(context: Context) -> StageRun:
     facts = {
         "prompts": len(sampler.problems),
         "skipped_prompts": found.skipped,
-        **_facts(judged, campaign, before),
+        **_facts(judged, campaign, before, sampler.options.verifier),
         "targets": dict(sorted(table["status"].value_counts().iter_rows())),
         "vacuous": not sampler.problems,
+        **isolation_of(sampler.options.verifier),
     }
     if found.other is not None:
         facts["pass_rates"] = _agreement(table)
@@ -235,15 +238,18 @@ def _table(sampler: Sampler, judged: Judgement, other: pl.DataFrame | None) -> p
     return table.sort("prompt_id")
 
 
-def _facts(judged: Judgement, campaign: Campaign, before: Preview) -> dict[str, Any]:
+def _facts(judged: Judgement, campaign: Campaign, before: Preview, verifier: str) -> dict[str, Any]:
     draws = judged.draws
     refused = draws.filter(~pl.col("correct"))["reason"].value_counts().sort("reason")
+    errors = draws["error"].drop_nulls()
     prior = next((t.rule.prior for t in campaign.trials.values()), None)
     return {
         "draws": draws.height,
         "correct": int(draws["correct"].sum()),
         "tokens": int(draws["n_tokens"].sum()),
         "refused": dict(refused.iter_rows()),
+        "verifier_errors": len(errors),
+        "unanswered": unanswered(errors) if outside(verifier) else 0,
         "prior": [prior.a, prior.b] if prior else None,
         "preview": {**before.as_json(), "seconds": None},  # the clock decides no bytes
     }

@@ -3,6 +3,8 @@
 A scorer sees the whole pool once. Rows that a stage adds later have no quality score.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,8 +17,12 @@ from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe, expand
 from siftline.schema import HALF_ID
-from siftline.scoring.columns import attach_leftovers
+from siftline.scoring import classifiers, likelihood, rubric
+from siftline.scoring.classifiers import Classifier, Reward
+from siftline.scoring.columns import Function, attach_leftovers
+from siftline.scoring.contrast import Contrast
 from siftline.scoring.recorder import Recorder
+from siftline.scoring.rubric import Rubric
 from siftline.scoring.scorers import (
     columns_of,
     models_of,
@@ -28,12 +34,18 @@ from siftline.shards import Manifest, file_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity, named_spec
 from siftline.stages.scores import Observe, observed
-from siftline.stages.spread import over_buckets, total
+from siftline.stages.spread import counted, over_buckets, total
 from siftline.stages.tables import ScoreTable
 from siftline.workspace import Workspace
 
 VERSION = 1
 """Raise it when a scorer's table changes for equal inputs."""
+_KINDS: dict[type, Any] = {
+    Reward: classifiers.VERSION,
+    Classifier: classifiers.VERSION,
+    Rubric: rubric.VERSION,
+    Contrast: likelihood.VERSION,
+}
 ROWS = "rows"
 """Stands for the model in the name of a scorer that asks none."""
 
@@ -53,11 +65,28 @@ def scorer_table(workspace: Workspace, recipe: Recipe, name: str) -> ScoreTable:
         "buckets": pool.buckets,
         "kind": type(config).__name__,
         "config": _plain(asdict(config)),
+        "versions": _versions(config),
         "models": {m: identity(named_spec(workspace, recipe, m)) for m in models_of(config)},
     }
     numbers = [(column, pa.float64()) for column in list(columns_of(config))[1:]]
     folder = workspace.scores(recipe.pool.name, scorer_model(recipe, name), name)
     return ScoreTable(folder, pa.schema([("id", pa.string()), *numbers]), inputs)
+
+
+def _versions(config: Any) -> Any:
+    """What a scorer's own code is: our versions of its kind, or the user's source file.
+
+    Raises:
+        ValueError: if the user's function can't be imported.
+    """
+    if isinstance(config, Function):
+        function = inspect.unwrap(config.load())
+        try:
+            source = inspect.getsourcefile(function)
+        except TypeError:  # an object that can be called
+            source = getattr(sys.modules[config.path.partition(":")[0]], "__file__", None)
+        return file_hash(Path(source)) if source is not None else None
+    return _KINDS.get(type(config))
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -110,16 +139,16 @@ def score_quality(
     if found is not None and not found.info["failed"]:
         return Scored(found, False)
     config, pool = _expanded(recipe.scorers[name]), Pool(workspace.pool(recipe.pool.name))
-    progress = Progress(name, pool.manifest.rows("rows"), emit)
+    each = 4 if isinstance(config, Contrast) else 1  # with its prompt and without, by two models
+    unit = "rows" if each == 1 else "forward rows"
+    progress = Progress(name, each * pool.manifest.rows("rows"), emit, unit)
     seats = _seats(workspace, recipe, name, opened, progress)
 
     def work(
         seat: dict[str, Recorder], bucket: int, rows: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
-        found = run_scorer(config, seat, bucket, rows)
-        if not seat:
-            progress.advance(rows.num_rows)
-        return found
+        with counted(seat.values(), each * rows.num_rows, progress.advance):
+            return run_scorer(config, seat, bucket, rows)
 
     rows = _with_leftovers(pool) if needs_leftovers(config) else pool.rows
     scored = over_buckets(seats, by_store_bucket(rows, pool.buckets), work)

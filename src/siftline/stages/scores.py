@@ -15,6 +15,7 @@ import pyarrow as pa
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageResult
 from siftline.progress import Progress
+from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
@@ -23,7 +24,7 @@ from siftline.shards import Manifest
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
 from siftline.stages.models import Engines, identity
-from siftline.stages.spread import over_buckets, total
+from siftline.stages.spread import counted, over_buckets, total
 from siftline.stages.tables import ScoreTable
 
 VERSION = 2
@@ -45,6 +46,7 @@ def likelihood_table(folder: Path, pool: Pool, spec: ModelSpec, asked: Likelihoo
     """The score table of a pool under a model."""
     inputs = {
         "table": VERSION,
+        "likelihood": likelihood.VERSION,
         "pool": pool.version,
         "model": identity(spec),
         "buckets": pool.buckets,
@@ -88,7 +90,8 @@ def score_pool(
     def work(
         recorder: Recorder, bucket: int, rows: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
-        return score_likelihood(recorder, bucket, rows, asked)
+        with counted([recorder], 2 * rows.num_rows, progress.advance):
+            return score_likelihood(recorder, bucket, rows, asked)
 
     scored = over_buckets(recorders, by_store_bucket(pool.rows, pool.buckets), work)
     manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
@@ -156,7 +159,8 @@ def score_rows(
     def work(
         recorder: Recorder, bucket: int, found: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
-        return score_likelihood(recorder, bucket, found, context.recipe.likelihood)
+        with counted([recorder], 2 * found.num_rows, progress.advance):
+            return score_likelihood(recorder, bucket, found, context.recipe.likelihood)
 
     for _, (frame, reasons) in over_buckets(recorders, by_store_bucket(rows, buckets), work):
         frames.append(frame)

@@ -54,12 +54,12 @@ def select(context: Context) -> StageRun:
     if options.embeds:
         vectors, unread = _embedded(context, context.store_buckets(), rows)
         failed = {**unread, **failed}
-        frames = [_with_vectors(frame, vectors) for frame in frames]
+        frames = _with_vectors(frames, vectors)
     made = None
     if options.differentiates:
         made = featured(context)
         failed = {**made.failed, **failed}
-        frames = [_with_vectors(frame, made.pool, pl.Float16) for frame in frames]
+        frames = _with_vectors(frames, made.pool)
     size = math.ceil(context.recipe.budget.size * options.oversampling)
     budget = Budget(size, context.recipe.budget.unit, "smaller")
     target = _target(context, options, made) if entry.targeted else None
@@ -168,16 +168,23 @@ def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
     return vectors, failed
 
 
-def _with_vectors(
-    frame: pl.DataFrame, vectors: dict[str, np.ndarray], kind: Any = pl.Float32
-) -> pl.DataFrame:
-    frame = frame.filter(pl.col("id").is_in(list(vectors)))
+def _with_vectors(frames: list[pl.DataFrame], vectors: dict[str, np.ndarray]) -> list[pl.DataFrame]:
+    """The rows that have a vector, with it, float16.
+
+    Vectors move: each leaves the mapping for the frame of its bucket, so no two copies of all of
+    them are held.
+    """
     width = len(next(iter(vectors.values()))) if vectors else 0
-    found = [vectors[i] for i in frame["id"].to_list()]
-    values = np.stack(found) if found else np.zeros((0, width))
-    held = values.astype(np.float16 if kind == pl.Float16 else np.float32)
-    embedding = pl.Series("embedding", held, dtype=pl.Array(kind, width))
-    return frame.with_columns(embedding)
+    kind = pl.Array(pl.Float16, width)
+    done = []
+    for frame in frames:
+        marks = [i in vectors for i in frame["id"].to_list()]
+        rows = frame.filter(pl.Series(marks, dtype=pl.Boolean))
+        held = np.empty((rows.height, width), np.float16)
+        for place, identity in enumerate(rows["id"].to_list()):
+            held[place] = vectors.pop(identity)
+        done.append(rows.with_columns(pl.Series("embedding", held, dtype=kind)))
+    return done
 
 
 def _target(context: Context, options: Select, made: Featured | None) -> pl.DataFrame:
@@ -206,8 +213,8 @@ def _target(context: Context, options: Select, made: Featured | None) -> pl.Data
                     f"{len(failed)} rows of target set {spec.name} can't be embedded, first "
                     f"{first} ({failed[first]}): take them out"
                 )
-            frame = _with_vectors(frame, vectors)
+            (frame,) = _with_vectors([frame], vectors)
         if made is not None:
-            frame = _with_vectors(frame, made.target, pl.Float16)
+            (frame,) = _with_vectors([frame], dict(made.target))
         frames.append(frame)
     return pl.concat(frames).unique("id", keep="first", maintain_order=True)

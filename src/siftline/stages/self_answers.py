@@ -16,7 +16,7 @@ from siftline.scoring.s3ft import PARAPHRASE, SelfAnswers
 from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.streaming import Prompt
-from siftline.scoring.verifiers import Verifier, get_verifier
+from siftline.scoring.verifiers import Verifier, get_verifier, isolation_of
 from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.problems import Problem, fault_of, judge_draw
@@ -67,6 +67,7 @@ def self_answers(context: Context) -> StageRun:
         sorted(found.route.items()), schema={"id": pl.String, "route": pl.String}, orient="row"
     )
     facts = {"routes": counts, "vacuous": not (counts["own_answer"] + counts["paraphrase"])}
+    facts |= isolation_of(options.verifier)
     return StageRun(results, {"routes": table}, facts)
 
 
@@ -161,7 +162,7 @@ def _tokens(
             messages,
             spec.template,
             tools=tools,
-            max_length=spec.max_length,
+            max_length=model.engine.max_length,
         )
     except UnscorableRow:
         return None

@@ -30,7 +30,8 @@ class TokenRows:
         offsets: Row i is tokens[offsets[i]:offsets[i + 1]]; int64, shape (n + 1,).
         starts: First position of the response within its row, shape (n,); it ends with the row.
         skipped: Rows that can't be trained on, in the columns of `selection.DECISION`: `too_long`
-            (value and threshold in tokens), `template_error`, `empty_response`.
+            (value and threshold in tokens), `template_error`, `empty_response`,
+            `not_a_conversation` (no message, or the last one is not the assistant's).
     """
 
     ids: list[str]
@@ -65,6 +66,15 @@ def _empty(message: Mapping[str, Any]) -> bool:
     return not any(message.get(key) for key in ("content", "reasoning", "tool_calls"))
 
 
+def _conversation(turns: Sequence[Mapping[str, Any] | None] | None) -> bool:
+    """Whether every message has a role, and the last one is the assistant's."""
+    if not turns or not all(turn and turn["role"] for turn in turns):
+        return False
+    last = turns[-1]
+    assert last is not None
+    return bool(last["role"] == "assistant")
+
+
 def tokenize_rows(
     rows: pa.Table, tokenizer: Any, max_length: int, template: str | None = None
 ) -> TokenRows:
@@ -93,6 +103,9 @@ def tokenize_rows(
     skipped: list[dict[str, Any]] = []
     for identity, messages, tool in zip(ids, rows.column("messages"), tools, strict=True):
         turns = messages.as_py()
+        if not _conversation(turns):
+            skipped.append(_skip(identity, "not_a_conversation", None, None))
+            continue
         if _empty(turns[-1]):
             skipped.append(_skip(identity, "empty_response", None, None))
             continue
@@ -108,14 +121,26 @@ def tokenize_rows(
         arrays.append(np.array(tokens, dtype=np.int32))
         starts.append(start)
     if not kept:
-        reasons = sorted({line["reason"] for line in skipped})
-        raise ValueError(f"none of {len(ids)} rows can be trained on ({', '.join(reasons)})")
+        raise ValueError(f"none of {len(ids)} rows can be trained on ({_reasons(skipped)})")
     return TokenRows(
         ids=kept,
         tokens=np.concatenate(arrays),
         offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
         starts=np.array(starts, dtype=np.int64),
         skipped=pl.DataFrame(skipped, schema=DECISION).sort("id"),
+    )
+
+
+def _reasons(skipped: Sequence[Mapping[str, Any]]) -> str:
+    """Why rows were skipped; what is too long says how long the shortest of it is."""
+    reasons = sorted({line["reason"] for line in skipped})
+    long = [line for line in skipped if line["reason"] == "too_long"]
+    if not long:
+        return ", ".join(reasons)
+    shortest = min(int(line["value"]) for line in long)
+    return (
+        f"{', '.join(reasons)}; the shortest too long has {shortest} tokens, max_length is "
+        f"{long[0]['threshold']}: raise it"
     )
 
 

@@ -17,6 +17,44 @@ def _table(pairs: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LOSSES = {
+    "sft": "cross-entropy",
+    "sft_kl": "cross-entropy and divergence from the start",
+    "dft": "cross-entropy times the token's own probability (DFT)",
+    "asft": "cross-entropy times the token's own probability, and divergence from the start (ASFT)",
+    "poft": "preference over the reference models, one value a row (PoFT)",
+}
+AXES = {
+    "sft": "loss (nats a token)",
+    "sft_kl": "loss (cross-entropy + KL, nats a token)",
+    "dft": "loss (DFT: probability x nats a token)",
+    "asft": "loss (ASFT: probability x nats a token, + KL)",
+    "poft": "loss (PoFT, nats a row)",
+}
+"""What the loss of a curve is in."""
+TEMPLATES = {
+    "own": "Conversations were written with the base model's own chat template.",
+    "recipe": "Conversations were written with the chat template of the recipe.",
+    "question_answer": "The base model has no chat template: conversations were written as "
+    "`Question: …` and `Answer: …`, and the model directory has that as its template.",
+}
+
+
+def _loss(config: Any) -> str:
+    """What is learned of a row, by the configuration."""
+    said = f"The loss is {LOSSES[config.objective]}, taken on the last assistant turn and its end"
+    if config.prompt_weight:
+        said += f", and with weight {config.prompt_weight:g} on all that stands before it"
+    else:
+        said += " only"
+    extras = []
+    if config.mask_rate:
+        extras.append(f"up to {config.mask_rate:.0%} of response tokens are swapped in the input")
+    if config.source_balance:
+        extras.append(f"sources are evened out with strength {config.source_balance:g}")
+    return "; ".join([said, *extras]) + "."
+
+
 def model_card(facts: Mapping[str, Any], config: Any) -> str:
     """The README.md of a model directory.
 
@@ -39,8 +77,8 @@ Trained by Siftline with TRL's SFTTrainer on the responses of dataset version
 `{facts["dataset_version"]}`. It started from the model with fingerprint
 `{facts["base_fingerprint"]}`.
 
-The loss is taken on the last assistant turn and its end of sequence only. The loss of every step is
-in curve.csv, drawn in curve.png; rows that were left out, with the reason, are in skipped.csv.
+{_loss(config)} The loss of every step is in curve.csv, drawn in curve.png; rows that were left out,
+with the reason, are in skipped.csv. {TEMPLATES[facts["template"]]}
 
 ## Run
 
@@ -52,8 +90,11 @@ in curve.csv, drawn in curve.png; rows that were left out, with the reason, are 
 """
 
 
-def draw_curve(curve: pl.DataFrame, path: Path) -> None:
-    """Draws loss, dev loss where there is one, and learning rate over steps as PNG."""
+def draw_curve(curve: pl.DataFrame, path: Path, objective: str = "sft") -> None:
+    """Draws loss, dev loss where there is one, and learning rate over steps as PNG.
+
+    The dev loss is cross-entropy, whatever the objective.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,8 +105,8 @@ def draw_curve(curve: pl.DataFrame, path: Path) -> None:
     if "dev_loss" in curve.columns:
         dev = curve.drop_nulls("dev_loss")
         loss.plot(dev["step"], dev["dev_loss"], color="tab:orange", marker="o", markersize=3)
-        loss.legend(["training", "dev"], frameon=False)
-    loss.set(xlabel="step", ylabel="loss (nats a token)")
+        loss.legend(["training", "dev (cross-entropy)"], frameon=False)
+    loss.set(xlabel="step", ylabel=AXES[objective])
     rate = loss.twinx()
     rate.plot(curve["step"], curve["learning_rate"], color="tab:gray", linewidth=1, linestyle="--")
     rate.set_ylabel("learning rate (dashed)")
@@ -88,6 +129,6 @@ def write_record(
     """
     curve.write_csv(out / "curve.csv")
     skipped.write_csv(out / "skipped.csv")
-    draw_curve(curve, out / "curve.png")
+    draw_curve(curve, out / "curve.png", config.objective)
     (out / "README.md").write_text(model_card(facts, config), encoding="utf-8")
     write_json(out / "training.json", {"facts": dict(facts), "config": asdict(config)})

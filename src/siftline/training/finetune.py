@@ -32,7 +32,7 @@ from siftline.training.card import write_json, write_record
 from siftline.training.material import dev_passes, lay_out, read_rows, training_passes
 from siftline.training.passes import Passes
 from siftline.training.schedule import Schedule
-from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
+from siftline.training.sft import FineTune, check_sharding, last_checkpoint, sft_arguments
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,13 @@ class TrainResult:
     facts: dict[str, Any]
 
 
+INDIFFERENT = ("save_steps", "report_to", "gradient_checkpointing")
+"""Options that change no weight: a run may go on with others."""
+
+
 def _facts(
     base: Path,
+    template: str,
     passes: Passes,
     dev: Passes | None,
     config: FineTune,
@@ -82,13 +87,13 @@ def _facts(
         arrays += [dev.schedule.rows.tokens, dev.schedule.rows.offsets, dev.schedule.rows.starts]
     for array in arrays:
         content.update(array.tobytes())
-    told = ("save_steps", "report_to")
-    decisive = {name: value for name, value in asdict(config).items() if name not in told}
+    decisive = {name: value for name, value in asdict(config).items() if name not in INDIFFERENT}
     base_fingerprint = directory_digest(base)
     return {
         "run": digest(base_fingerprint, decisive, seed, content.hexdigest(), arguments.world_size),
         "dataset_version": dataset_version,
         "base_fingerprint": base_fingerprint,
+        "template": template,
         "seed": seed,
         "rows": len(rows.ids),
         "rows_seen": schedule.seen,
@@ -191,13 +196,15 @@ def finetune(
     from siftline.scoring.templates import load_tokenizer
     from siftline.training.methods import export
 
+    check_sharding(config)
     tokenizer = load_tokenizer(ModelSpec(path=str(base), template=template))
     arguments = sft_arguments(config, out / "checkpoints", seed, dev is not None)
     table = read_rows(data, config)
     schedule = lay_out(tokenizer, table, config, seed, arguments.world_size)
     passes = training_passes(schedule, table, tokenizer, config, seed, references)
     watched = dev_passes(dev, tokenizer, config, schedule)
-    facts = _facts(base, passes, watched, config, arguments, seed, dataset_version)
+    whose = _whose_template(template, tokenizer)
+    facts = _facts(base, whose, passes, watched, config, arguments, seed, dataset_version)
     finished = _recorded(out / "training.json", facts["run"])
     if finished is not None:
         return _result(out, finished)
@@ -217,6 +224,7 @@ def finetune(
     facts["resumed"] = checkpoint is not None  # then `seconds` counts only the last stretch
     facts["packed"] = trainer.unpacked_because or "yes"
     facts["kept_step"] = trainer.keep()
+    trainer.accelerator.wait_for_everyone()  # the first process removes the checkpoints
     export(trainer, tokenizer, base, out)
     if trainer.is_world_process_zero():
         curve = _curve(trainer.state.log_history, schedule)
@@ -224,6 +232,15 @@ def finetune(
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     return _result(out, facts)
+
+
+def _whose_template(template: str | None, tokenizer: Any) -> str:
+    """Where the chat template in force comes from: recipe, own, or question_answer (none)."""
+    from siftline.scoring.templates import QUESTION_ANSWER
+
+    if template is not None:
+        return "recipe"
+    return "question_answer" if tokenizer.chat_template == QUESTION_ANSWER else "own"
 
 
 def _trainer(
@@ -274,12 +291,12 @@ def _memory_remedy(config: FineTune, schedule: Schedule) -> Iterator[None]:
         lengths = np.diff(schedule.rows.offsets)
         most = max(int(lengths[part].sum()) for part in schedule.passes)
         help_ = [f"raise accumulation (now {config.accumulation})"]
-        if not config.gradient_checkpointing:
-            help_.append("set gradient_checkpointing")
         help_.append(f"lower batch_rows ({config.batch_rows}) or max_length ({config.max_length})")
         if config.method == "full":
             help_.append("take method lora")
+        anew = f"in a new folder {', or '.join(help_)}"
+        going = "" if config.gradient_checkpointing else "set gradient_checkpointing and go on, or "
         raise ValueError(
-            f"out of memory; a forward pass has up to {most} tokens: {', or '.join(help_)}. "
+            f"out of memory; a forward pass has up to {most} tokens: {going}{anew}. "
             "Checkpoints are kept"
         ) from error

@@ -32,10 +32,11 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
     """The columns of the data that this configuration needs, from a table or Parquet shards.
 
     Raises:
-        ValueError: if there is no shard, or one without ids or messages.
+        ValueError: if there is no shard, or one without ids or messages, or these are of another
+            type.
     """
     if isinstance(data, pa.Table):
-        return data
+        return _checked(data, "the data")
     import pyarrow.parquet as pq
 
     if not data:
@@ -50,10 +51,32 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
         if missing:
             raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
         known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
-        tables.append(pq.read_table(path, columns=[name for name in known if name in names]))
+        wanted = [name for name in known if name in names]
+        tables.append(_checked(pq.read_table(path, columns=wanted), str(path)))
     # One version may have tools or reasoning that another has not.
     table = pa.concat_tables(tables, promote_options="default")
     return table if "source" in table.column_names else with_source(table)
+
+
+def _checked(table: pa.Table, name: str) -> pa.Table:
+    """The table, its ids and messages of the types that a curated version has."""
+    identity, messages = table.schema.field("id").type, table.schema.field("messages").type
+    if not _text(identity):
+        raise ValueError(f"{name}: column id is {identity}: ids are strings")
+    listed = pa.types.is_list(messages) or pa.types.is_large_list(messages)
+    turn = messages.value_type if listed else pa.null()
+    parts = {part.name: part.type for part in turn} if pa.types.is_struct(turn) else {}
+    if not _text(parts.get("role")) or not _text(parts.get("content")):
+        raise ValueError(
+            f"{name}: column messages is {messages}: give a list of role and content, as a curated "
+            "version has it"
+        )
+    return table
+
+
+def _text(kind: pa.DataType | None) -> bool:
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return kind is not None and any(test(kind) for test in tests)
 
 
 def with_source(table: pa.Table) -> pa.Table:
@@ -103,7 +126,9 @@ def training_passes(
         of = dict(zip(*_columns(table, "source"), strict=True))
         seen = np.concatenate(schedule.passes)
         named = np.array([str(of[identity]) for identity in ids])
-        tokens = schedule.rows.loss_tokens
+        # A loss of rows has nothing to do with their tokens.
+        by_row = config.objective == "poft"
+        tokens = np.ones(len(ids)) if by_row else schedule.rows.loss_tokens
         weights[seen] = balanced(named[seen], tokens[seen], config.source_balance)
     known = None
     if config.objective == "poft":

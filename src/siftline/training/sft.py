@@ -5,6 +5,8 @@ item of its dataset is the number of one planned forward pass (see `schedule`), 
 """
 
 import importlib.util
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -142,7 +144,8 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
     """The SFTConfig of a run: no preparation, no shuffling, no network.
 
     Raises:
-        ValueError: if the library of `report_to` is not installed.
+        ValueError: if the library of `report_to` is not installed, or one process sees several
+            GPUs, which TRL refuses once the model is loaded.
     """
     import torch
     from trl import SFTConfig
@@ -153,6 +156,11 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
         )
 
     cuda = torch.cuda.is_available()
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process: set "
+            "CUDA_VISIBLE_DEVICES=0 to train on one, or start it with accelerate launch or torchrun"
+        )
     bf16 = cuda and torch.cuda.is_bf16_supported() if config.bf16 is None else config.bf16
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -190,6 +198,41 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; the trainer writes trainer_state.json as its last file."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The newest whole checkpoint; the trainer writes trainer_state.json as its last file.
+
+    One whose state can't be read was cut off while that file was written.
+    """
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if _readable(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _readable(state: Path) -> bool:
+    try:
+        return "global_step" in json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+
+
+def check_sharding(config: FineTune) -> None:
+    """Refuses sharded loading where the frozen start would be copied from empty weights.
+
+    With accelerate's RAM-efficient loading only the first process reads the weights; the others
+    hold empty ones until the model is sharded, and the start that `sft_kl` and `asft` hold on to
+    is copied before that.
+
+    Raises:
+        ValueError: if both are asked for.
+    """
+
+    def on(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+    if config.method != "full" or config.objective not in ("sft_kl", "asft"):
+        return
+    if on("ACCELERATE_USE_FSDP") and on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            f"objective {config.objective} keeps a copy of the start, which FSDP's "
+            "cpu_ram_efficient_loading leaves empty on all processes but the first: set "
+            "fsdp_cpu_ram_efficient_loading to false, or take method lora"
+        )

@@ -10,8 +10,8 @@ from siftline.scoring.verifiers.code import CodeVerifier
 from siftline.scoring.verifiers.json_schema import JsonSchemaVerifier
 from siftline.scoring.verifiers.mathematics import LONGEST_EXPRESSION, MathVerifier, verify_math
 from siftline.scoring.verifiers.pattern import RegexVerifier
-from siftline.scoring.verifiers.registry import NAMED, get_verifier
-from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier
+from siftline.scoring.verifiers.registry import NAMED, get_verifier, isolation_of
+from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier, VerbatimVerifier
 from siftline.scoring.verifiers.verdict import Verdict, Verifier
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "JsonSchemaVerifier",
     "MathVerifier",
     "RegexVerifier",
+    "VerbatimVerifier",
     "Verdict",
     "Verifier",
     "get_verifier",
+    "isolation_of",
     "verify_math",
 ]

@@ -138,7 +138,33 @@ def _said(verify: Verifier, response: str, answer: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:200]}
     if not isinstance(found, Verdict):
         return {"error": f"it returned {type(found).__name__}, not a Verdict"}
-    return asdict(found)
+    fault = _fault(found)
+    if fault:
+        return {"error": fault}
+    said = asdict(found)
+    # NumPy's bool and int are none to JSON; 1 for True is none to `is True`.
+    said["correct"] = None if found.correct is None else bool(found.correct)
+    said["first_error"] = None if found.first_error is None else int(found.first_error)
+    return said
+
+
+def _short(value: object) -> str:
+    return repr(value)[:50]
+
+
+def _fault(found: Verdict) -> str | None:
+    """Why a verdict can't be taken: `correct` is no truth value, or a text is none."""
+    if found.correct is not None and type(found.correct).__name__ not in ("bool", "bool_"):
+        return f"correct is {_short(found.correct)}: give True, False or None"
+    for name in ("extracted", "last_right"):
+        value = getattr(found, name)
+        if value is not None and not isinstance(value, str):
+            return f"{name} is {_short(value)}: give a text or None"
+    if not isinstance(found.reason, str):
+        return f"reason is {_short(found.reason)}: give a text"
+    if found.first_error is not None and not hasattr(found.first_error, "__index__"):
+        return f"first_error is {_short(found.first_error)}: give a whole number or None"
+    return None
 
 
 def serve() -> None:

@@ -8,12 +8,13 @@ from siftline.scoring.verifiers.json_schema import plain_json_schema
 from siftline.scoring.verifiers.mathematics import plain_math
 from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.scoring.verifiers.pattern import plain_regex
-from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier
+from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier, VerbatimVerifier
 from siftline.scoring.verifiers.verdict import Verifier
 
 NAMED: dict[str, Callable[[], Verifier]] = {
     "math": plain_math,
     "exact": ExactVerifier,
+    "verbatim": VerbatimVerifier,
     "choice": ChoiceVerifier,
     "regex": plain_regex,
     "json_schema": plain_json_schema,
@@ -42,6 +43,11 @@ def get_verifier(name: str) -> Verifier:
             "package.module:attribute"
         )
     return _own(name)
+
+
+def isolation_of(name: str) -> dict[str, str]:
+    """The walls that code runs behind, as a fact of a stage; empty where the verifier runs none."""
+    return {"isolation": plain_code().sandbox.isolation} if name == "code" else {}
 
 
 @cache

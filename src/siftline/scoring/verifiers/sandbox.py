@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import select
@@ -20,6 +21,8 @@ from siftline.scoring.verifiers.isolation import (
     lonely_user,
     python,
 )
+
+logger = logging.getLogger(__name__)
 
 _REPORTS = 1 << 16
 """Bytes of reports beyond which somebody else is writing them."""
@@ -114,6 +117,7 @@ class Sandbox:
                 problems.append(f"{name}: {error}")
                 continue
             if tried.status == "passed":
+                logger.info("responses' code runs behind %s", name)
                 return
             problems.append(f"{name}: {tried.detail}")
         raise ValueError(f"no sandbox for code ({'; '.join(problems)}): {REMEDY}")

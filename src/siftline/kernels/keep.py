@@ -85,3 +85,10 @@ class Keep:
             return np.zeros(len(text), np.float64)
         values = found.to_numpy(zero_copy_only=False).astype(np.float64)
         return np.where(np.isnan(values), np.inf, values)
+
+
+def as_integers(values: np.ndarray) -> np.ndarray:
+    """int64 numbers in the order of some floats, 0.0 and -0.0 equal; none may be NaN."""
+    # Bits of floats order as integers do, once those of negative ones are turned over.
+    bits = (values + 0.0).view(np.int64)
+    return np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
