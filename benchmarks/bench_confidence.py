@@ -10,9 +10,9 @@ takes A and B for noise. Or it is the one at --base, such as the demo's. Referen
 from the pool, but for the last line, where candidates are checked against them.
 
 Printed are the AUROC of confidence and of its parts (95 %, DeLong), what the gate removes at
-CLEAR's median, at the true share of swapped rows and where no sample supports a row, and what Auto-Correct makes of the pool:
-swapped rows that end up right, and right rows that end up wrong. A root that is used again trains
-nothing anew.
+CLEAR's median, at the true share of swapped rows and where no sample supports a row, and what
+Auto-Correct makes of the pool: swapped rows that end up right, and right rows that end up wrong. A
+root that is used again trains nothing anew.
 """
 
 import argparse
