@@ -144,9 +144,17 @@ def test_several_engines_share_one_campaign(tmp_path, reference):
 
 
 def test_one_of_several_engines_that_dies_ends_the_run(tmp_path):
-    engines = [Stream(1, slots=2), Stream(2, slots=2, dies_after=1)]
+    ill = Stream(2, slots=2, dies_after=1)
+
+    class Patient(Stream):
+        def stream(self, pull, sampling):
+            for ended in super().stream(pull, sampling):
+                while not ill.drawn:  # or it may do all the work before the other begins
+                    time.sleep(0.01)
+                yield ended
+
     with pytest.raises(RuntimeError, match=r"^the engine died$"):
-        play(engines, tmp_path)
+        play([Patient(1, slots=2), ill], tmp_path)
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 

@@ -3,7 +3,6 @@
 import re
 import unicodedata
 
-from siftline.schema import canonical_text
 from siftline.scoring.answers import extract_answer
 from siftline.scoring.verifiers.verdict import Verdict
 
@@ -44,6 +43,10 @@ class VerbatimVerifier:
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against `answer`."""
+        from siftline.schema import (
+            canonical_text,
+        )  # needs pyarrow, which the sandbox's part has not
+
         given, wanted = canonical_text(response), canonical_text(answer)
         if not wanted:
             return Verdict(None, given or None, "no_reference")
