@@ -200,6 +200,7 @@ def test_draws_of_a_vllm_server_depend_on_prompt_and_seed_only(served):
 
 
 @needs_vllm
+@pytest.mark.slow  # starts two servers; to a fake one test_server_engine does the like
 def test_zz_a_server_killed_and_restarted_in_mid_run_changes_no_score(
     served, vllm_server, tmp_path
 ):
