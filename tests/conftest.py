@@ -41,6 +41,16 @@ def tiny() -> ModuleType:
     return beside("tiny")
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tiny: ModuleType) -> Any:
+    """The tiny tokenizer with the question-and-answer template."""
+    from siftline.scoring.templates import QUESTION_ANSWER
+
+    made = tiny.make_tokenizer()
+    made.chat_template = QUESTION_ANSWER
+    return made
+
+
 @pytest.fixture(scope="session")
 def scripted() -> ModuleType:
     """The module tests/scripted.py: models that answer by a script."""

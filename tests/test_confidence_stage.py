@@ -16,7 +16,6 @@ from siftline.schema import ADDED, bucket_of, make_row, message
 from siftline.scoring.confidence import AGAIN, Confidence, reflections
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.templates import QUESTION_ANSWER
 from siftline.selectors.selection import decisions
 from siftline.stages import models
 from siftline.stages import run as stages_run
@@ -31,13 +30,6 @@ COLUMNS = {name: name for name in ("question", "response", "answer", "source")}
 
 
 def quiet(line): ...
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    made = tiny.make_tokenizer()
-    made.chat_template = QUESTION_ANSWER
-    return made
 
 
 def recipe_of(pool, folder, roles=None, stages=None, length=2048, canaries=None, sets=None, **gate):

@@ -4,7 +4,6 @@ import pytest
 
 from siftline.assets.shared import build
 from siftline.recipe import parse
-from siftline.scoring.templates import QUESTION_ANSWER
 from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.stages import grading, models
 from siftline.stages.reporting import _notes, _sampling_notes
@@ -24,13 +23,6 @@ def check(response, answer):
 
 
 def quiet(line): ...
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    made = tiny.make_tokenizer()
-    made.chat_template = QUESTION_ANSWER
-    return made
 
 
 @pytest.fixture

@@ -8,18 +8,10 @@ from hypothesis import strategies as st
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.pairwise import MALFORMED, prefer, verdict_against_reference
 from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.scoring.templates import QUESTION_ANSWER
 from siftline.scoring.verifiers import Verdict
 
 ASKED = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "x"}]
 RIGHT, WRONG = "It is 7.\n#### 7", "It is 8.\n#### 8"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    made = tiny.make_tokenizer()
-    made.chat_template = QUESTION_ANSWER
-    return made
 
 
 @pytest.fixture
