@@ -264,6 +264,7 @@ def test_out_of_memory_halves_the_batch_by_rule(tiny_model, monkeypatch):
 @pytest.mark.parametrize("wanted", [(), DETAILS])
 def test_no_tensor_of_a_pass_has_the_size_of_tokens_times_vocabulary(engine, wanted, monkeypatch):
     monkeypatch.setitem(TILES, "cpu", (16, 32))
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 600)  # one pass, in the thread that is watched
     made = []
 
     class Sizes(TorchDispatchMode):
