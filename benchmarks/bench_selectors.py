@@ -15,8 +15,10 @@ the centres. A tenth of the rows is selected, 10,000 at most. In groups, each wi
     rds        RDS+ and its definition on the matrix of all pairs; share of rows chosen by both
     facility   facility location (all rows covered up to 10,000) and plain greedy on the whole
                matrix, 100 rows chosen; the value reached on the covered rows (up to 10,000 rows)
-    others     every other method of the registry, alone, but those that train. Gradient features
-               of less are as wide as the embeddings here; its own are 32,768 wide by default
+    others     every other method of the registry, alone. Gradient features of less are as wide as
+               the embeddings here; its own are 32,768 wide by default. What kmeans_quality_rounds
+               does itself is timed (clusters, quotas, draws, weights of three rounds): no model is
+               trained and none answers, the scores between its rounds are hashes of the ids
 
 Each contender is a process of its own, one after the other. Seconds are those of the work without
 making the rows; memory is the largest resident size, and how much of it came on top of the process
@@ -68,10 +70,10 @@ def made(n: int, seed: int, centres: int, near: int | None = None) -> np.ndarray
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Contenders by group: every registered method that needs no training is in one."""
-    from siftline.selectors.registry import METHODS
+    """Contenders by group: every registered method is in one."""
+    from siftline.selectors.registry import methods
 
-    own = [f"siftline {entry.name}" for entry in METHODS if "training" not in entry.needs]
+    own = [f"siftline {entry.name}" for entry in methods()]
     peered = {name for group in GROUPS.values() for name in group}
     return {**GROUPS, "others": tuple(name for name in own if name not in peered)}
 
@@ -115,6 +117,16 @@ def clusters(n: int) -> int:
     return round(float(np.sqrt(n / 2)))
 
 
+def taught(number: int, ids: list[str]) -> Any:
+    """Scores of rows after a round without a model: hashes of their ids, so the same every time."""
+    import polars as pl
+
+    from siftline.kernels.draws import uniforms
+
+    u = uniforms(0, f"bench_selectors/{number}", ids)
+    return pl.DataFrame({"id": ids, "difference": u - 0.5})
+
+
 def run_siftline(name: str, n: int, targets: int) -> Callable[[], dict[str, Any]]:
     from siftline.selectors.method import select
     from siftline.selectors.registry import find
@@ -124,10 +136,11 @@ def run_siftline(name: str, n: int, targets: int) -> Callable[[], dict[str, Any]
         "got_d": {"momentum": 1.0, "epsilon": EPSILON},
         "simcore": {"stop": False},
         "kmeans_quality": {"quality": "quality"},
+        "kmeans_quality_rounds": {"quality": "quality"},
     }.get(name, {})
     entry = find(name)
-    if n > entry.limit:
-        raise ValueError(f"{name} takes {entry.limit:,} rows at most")
+    if n > entry.limit_at(WIDTH):
+        raise ValueError(f"{name} takes {entry.limit_at(WIDTH):,} rows at most")
     reads = "text" in entry.needs
     pool = frame(made(n, 1, 300), "p", words(n, 1) if reads else None)
     target = None
@@ -138,7 +151,10 @@ def run_siftline(name: str, n: int, targets: int) -> Callable[[], dict[str, Any]
     budget = Budget(100 if name == "facility_location" else min(n // 10, 10_000), "rows", "smaller")
 
     def work() -> dict[str, Any]:
-        found = select(method, pool, budget, target)
+        if "training" in entry.needs:
+            found = method.apply(pool, method.refine([method.summarise(pool)], budget, taught))
+        else:
+            found = select(method, pool, budget, target)
         lines = found.decisions.sort("id")
         wanted = ("iterations", "converged", "list_length", "looked_at", "kept")
         facts = {key: found.facts[key] for key in wanted if key in found.facts}

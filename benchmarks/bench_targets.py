@@ -126,7 +126,7 @@ def main() -> None:
     folder = Path(os.environ["SIFTLINE_TEST_DATA"]) / "natural_instructions"
     begun = time.perf_counter()
     frame = embedded(read(folder, given.per_task))
-    print(f"{frame.height:,} rows of 21 tasks embedded in {time.perf_counter() - begun:.0f} s; ")
+    print(f"{frame.height:,} rows of 21 tasks embedded in {time.perf_counter() - begun:.0f} s")
     found = shares(frame, given.budget)
     print(f"{given.budget} rows selected towards {QUERIES}; percent, mean over 21 tasks (95 %)\n")
     print(f"{'':<24}{'own task':>22}{'task or sibling':>24}{'worst':>8}{'seconds':>9}")

@@ -8,8 +8,8 @@ The world is the demo's: graded arithmetic word problems answered by simulated s
 defects, and a base model trained here. Arms: the base model as it is; the full pool; random rows of
 the readable pool, of the clean one (deduplicated and decontaminated), and of that with as many
 vanilla draws as the chain made; the default chain, the chain with each stage left out and with
-other choices; and every registered selection method, and those given by --method, on the clean
-pool at the chain's budget.
+other choices; every selection method of siftline, those that installed packages register (entry
+points `siftline.selectors`) and those given by --method, on the clean pool at the chain's budget.
 
 `small` has the randoms and the chain with each stage left out, `whole` every arm of the same world.
 `other` is every arm of a world with other questions, on whose corpus the same base model learns
@@ -111,7 +111,9 @@ def train_and_ask(root: str, data: dict[str, Any], rows: Any, name: str, seed: i
 
 def arms_of(world: Any, size: str, own: list[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the arms in the order of the table, and why others are not run."""
-    from value_arms import METHODS, RANDOMS, chains, lacking, selectors
+    from value_arms import RANDOMS, chains, lacking, selectors
+
+    from siftline.selectors.registry import METHODS
 
     names, without = ["full", *RANDOMS, *chains(world.data)], {}
     if size == "small":

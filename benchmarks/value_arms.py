@@ -15,7 +15,7 @@ from siftline.library import recipe_files
 from siftline.recipe import parse
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.chosen import Select
-from siftline.selectors.registry import METHODS, Entry, find
+from siftline.selectors.registry import Entry, find, methods
 from siftline.stages.arm_rows import COLUMNS, Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.publish import final_context, kept_rows
@@ -202,8 +202,8 @@ def lacking(entry: Entry) -> list[str]:
 
 
 def selectors(own: Sequence[str] = ()) -> list[Entry]:
-    """Every registered method, a new one joins by being registered; and others by import path."""
-    return [*METHODS, *map(find, own)]
+    """Methods of siftline, those that installed packages register, and others by import path."""
+    return [*methods(), *map(find, own)]
 
 
 def loss_tokens(world: World, rows: pa.Table) -> int:

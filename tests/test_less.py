@@ -88,6 +88,26 @@ def test_checkpoints_side_by_side_are_a_weighted_sum_of_cosines():
     np.testing.assert_allclose(values(found), sums, atol=1e-6)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(4, 30), st.integers(1, 5), st.integers(0, 999))
+def test_scored_part_by_part_it_decides_the_same(n, parts, seed):
+    g = np.random.default_rng(seed)
+    pool = frame(g.normal(size=(n, 6)), n_tokens=g.integers(1, 9, n))
+    target = frame(g.normal(size=(5, 6)), "target", source=["a", "b", "a", None, "b"])
+    method, budget = Less(), Budget(9, "loss_tokens", "smaller")
+    whole = select(method, pool, budget, target)
+    cuts = [pool[start::parts] for start in range(min(parts, n))]
+    states = [method.score(part, target) for part in cuts]
+    assert all(s.columns == ["id", "n_tokens", "value", "task"] for s in states)
+    mixed = [method.summarise(cuts[0]), *states[1:], method.summarise(pool[:0])]
+    for given_states in (states, mixed):
+        plan = method.decide(given_states, budget, target)
+        found = method.apply(pool, plan)
+        assert found.decisions.equals(whole.decisions)
+        assert found.facts == whole.facts
+        assert found.tables["picks"].equals(whole.tables["picks"])
+
+
 def test_options_check_themselves():
     with pytest.raises(ValueError, match="tasks is 'prompt'"):
         Less(tasks="prompt")
@@ -137,7 +157,7 @@ def call(tiny_model, capsys, monkeypatch):
     return run
 
 
-def test_from_files_to_a_selection(call, tmp_path):
+def test_from_files_to_a_selection(call, tmp_path, monkeypatch):
     pool = [write(tmp_path / f"{kind}.jsonl", kind, range(8)) for kind in WORDS]
     with pool[0].open("a") as stream:
         stream.write(json.dumps({"prompt": "long?", "completion": "x" * 300}) + "\n")
@@ -166,6 +186,20 @@ def test_from_files_to_a_selection(call, tmp_path):
     assert result["removed"] == {"below_cut": 8, "no_embedding": 1}
     lines = pl.read_parquet(tmp_path / "got" / "selection.parquet").filter("kept")
     assert lines["file"].str.contains("colours").sum() >= 7  # by chance 4
+
+    # Read in parts of three rows, or whole: the same lines.
+    monkeypatch.setattr("siftline.commands.select_columns.PART_VALUES", 3 * 4096)
+    chosen += ["--on-missing", "drop"]
+    call("select", *chosen, "--out", tmp_path / "parts")
+    monkeypatch.setattr("siftline.commands.select_run.parts_of", lambda folder, column: None)
+    call("select", *chosen, "--out", tmp_path / "whole")
+    expected = (tmp_path / "got" / "selection.parquet").read_bytes()
+    for name in ("parts", "whole"):
+        assert (tmp_path / name / "selection.parquet").read_bytes() == expected
+
+    monkeypatch.undo()
+    table.with_columns(pl.col("embedding").reverse()).write_parquet(out / "other.parquet")
+    assert "has two embeddings of id" in call("select", *chosen, "--out", tmp_path / "no")
 
 
 def test_what_cannot_be_is_refused_with_the_remedy(call, tmp_path):

@@ -429,38 +429,6 @@ def test_the_method_in_the_documentation_works(rows, tmp_path, done, monkeypatch
     assert result["removed"]["fewer_words"] == 5
 
 
-def test_the_fitted_rule_in_the_documentation_works(tmp_path, done, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "selectors.md").read_text(encoding="utf-8")
-    (code,) = [c for c in re.findall(PYTHON, text, flags=re.S) if "fit_rule" in c]
-    rows = write(tmp_path / "rows.jsonl", [record(i) for i in range(40)])
-    monkeypatch.chdir(tmp_path)
-    done("random", rows, "--budget", 1, "--out", "ids")
-    ids = lines_of(tmp_path / "ids")["id"].to_list()
-    g = np.random.default_rng(0)
-    ratio, perplexity = g.random(40), 1 + 9 * g.random(40)
-    score_table(tmp_path / "scored", ids, ifd_loss_ratio=ratio, perplexity=perplexity)
-    lines = []
-    for seed in range(8):
-        done("random", rows, "--budget", 8, "--seed", seed, "--out", f"set_{seed}")
-        kept = lines_of(tmp_path / f"set_{seed}")["kept"].to_numpy()
-        loss = np.exp(0.1 + 0.5 * ratio[kept].mean() - 0.02 * perplexity[kept].mean())
-        lines.append({"folder": f"set_{seed}", "loss": loss})
-    pl.DataFrame(lines).write_csv("losses.csv")
-    pl.DataFrame({"size": [1000, 20000], "loss": [1.0, 1.1]}).write_csv("sizes.csv")
-    capsys.readouterr()
-    exec(compile(code, "docs/selectors.md", "exec"), {})
-    said = capsys.readouterr().out
-    (argument,) = re.findall(r"--set (coefficients=.*)", said)
-    fitted = [float(x) for x in re.findall(r": (-?[\d.e-]+)", argument)]
-    np.testing.assert_allclose(fitted, [0.5, -0.02], rtol=1e-6)
-    assert said.splitlines()[-1] == "next 1454"  # 1000 x 20^(1/8)
-    done(
-        "linear_rule", rows, "--scores", "scored", "--budget", 3, "--set", argument, "--out", "by",
-    )  # fmt: skip
-    best = np.argsort(0.5 * ratio - 0.02 * perplexity)[:3] + 1
-    assert sorted(lines_of(tmp_path / "by").filter("kept")["row"]) == sorted(best.tolist())
-
-
 def test_a_method_of_ones_own(rows, tmp_path, done, monkeypatch):
     from dataclasses import dataclass
 

@@ -348,7 +348,7 @@ def test_a_permuted_target_explains_nothing_and_bad_runs_are_refused():
     for frame, names, said in (
         (twins, ["a", "d"], "determine each other"),
         (runs(4), ["a", "b", "c"], "4 observations for 3 columns"),
-        (runs().with_columns(c=1.0), ["a", "c"], "column 1 does not vary"),
+        (runs().with_columns(c=1.0), ["a", "c"], "c is the same in all 129 runs: leave it out"),
         (runs().with_columns(loss=-1.0), ["a"], "no loss above 0"),
         (runs().with_columns(a=float("nan")), ["a"], "not finite"),
     ):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siftline.config import build
 from siftline.schema import digest
-from siftline.selectors import registry
+from siftline.selectors import own
 from siftline.selectors.method import select
 from siftline.selectors.registry import METHODS, find
 from siftline.selectors.selection import DECISION
@@ -359,7 +359,7 @@ class Shortest:
 def test_a_method_of_ones_own_joins_by_import_path(monkeypatch):
     module = ModuleType("my_methods")
     module.Shortest, module.half = Shortest, lambda: None
-    module.Loose = type("Loose", (), dict.fromkeys(registry.STEPS, lambda self: None))
+    module.Loose = type("Loose", (), dict.fromkeys(own.STEPS, lambda self: None))
     monkeypatch.setitem(sys.modules, "my_methods", module)
     entry = find("my_methods:Shortest")
     assert (entry.needs, entry.good_for) == (("scores",), "Takes the rows with the fewest tokens.")

@@ -54,6 +54,12 @@ from siftline.commands.sources import reading_options, source_of
 @click.option(
     "--embedder", metavar="DIR", help="Model directory to embed with here; kept in the output."
 )
+@click.option(
+    "--rule",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `siftline rule fit` wrote, for linear_rule.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="An option of the method."
@@ -67,8 +73,8 @@ def select(
     """Select a subset of the rows in FILE... by METHOD, without a recipe.
 
     Writes selection.parquet, one line per input row with why it was kept or not, and data/ with the
-    kept records as they were. METHOD is a name of the table (--list), or your own as
-    package.module:Class. FILE is anything a recipe's pool reads.
+    kept records as they were. METHOD is a name of the table (--list), which has those of installed
+    packages too, or your own as package.module:Class. FILE is anything a recipe's pool reads.
     """
     if listed:
         click.echo(json.dumps(table()) if as_json else _table_text())
@@ -93,6 +99,7 @@ def select(
         embeddings=given["embeddings"],
         embedding_column=given["embedding_column"],
         embedder=given["embedder"],
+        rule=given["rule"],
         seed=given["seed"],
         overrides=given["overrides"],
     )
@@ -105,7 +112,7 @@ _MISSING = {"budget": "how many rows, or loss tokens, to keep", "out": "name a n
 
 def table() -> list[dict[str, Any]]:
     """The table of methods: JSON."""
-    from siftline.selectors.registry import METHODS
+    from siftline.selectors.registry import methods
 
     return [
         {
@@ -113,12 +120,14 @@ def table() -> list[dict[str, Any]]:
             "needs": list(entry.needs),
             "scope": entry.scope,
             "limit": entry.limit,
+            "limit_width": entry.width,
             "options": entry.options(),
             "good_for": entry.good_for,
             "warning": entry.warning,
             "source": entry.source,
+            "package": entry.distribution,
         }
-        for entry in METHODS
+        for entry in methods()
     ]
 
 
@@ -126,11 +135,15 @@ def _table_text() -> str:
     lines = []
     for line in table():
         needs = ", ".join(line["needs"]) or "nothing"
-        lines.append(f"{line['method']:<18} {line['scope']:<8} up to {line['limit']:,} rows")
+        limit = f"up to {line['limit']:,} rows"
+        if line["limit_width"]:
+            limit += f" of {line['limit_width']:,} values"
+        lines.append(f"{line['method']:<18} {line['scope']:<8} {limit}")
         lines.append(f"    needs     {needs}")
         lines.append(f"    good for  {line['good_for']}")
         lines.append(f"    beware    {line['warning']}")
-        lines.append(f"    source    {line['source']}")
+        package = f" (package {line['package']})" if line["package"] else ""
+        lines.append(f"    source    {line['source']}{package}")
         options = ", ".join(f"{k}={json.dumps(v)}" for k, v in line["options"].items())
         lines.append(f"    options   {options or 'none'}")
     return "\n".join(lines)

@@ -1,13 +1,14 @@
 """Columns that methods read about the rows of plain files: numbers, vectors, words."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.ingest.files import input_files
@@ -19,6 +20,8 @@ from siftline.stages.selecting import narrow, whole_text
 
 SCORES = "scores.parquet"
 CHUNK = 1024
+PART_VALUES = 1 << 26
+"""Values of a part of the vectors that is read at once: 128 MB at float16."""
 MakeTracker = Callable[[str, int, str], Tracker]
 
 
@@ -118,6 +121,83 @@ class Embeddings:
                 )
 
 
+class Parts:
+    """Vectors by id in Parquet files, read part by part.
+
+    Attributes:
+        paths: The files.
+        column: Their column of vectors.
+    """
+
+    def __init__(self, paths: Sequence[Path], column: str) -> None:
+        self.paths, self.column = tuple(paths), column
+
+    def __iter__(self) -> Iterator[pl.DataFrame]:
+        """Frames of `id` and `embedding`, of 64 million values at most."""
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                width = file.schema_arrow.field(self.column).type.list_size
+                rows = max(1, PART_VALUES // max(1, width))
+                for batch in file.iter_batches(rows, columns=["id", self.column]):
+                    frame = pl.DataFrame(pl.from_arrow(batch)).rename({self.column: "embedding"})
+                    yield frame.filter(pl.col("embedding").is_not_null())
+
+    def of(self, ids: pl.Series, folder: Path) -> Embeddings:
+        """The vectors of a few rows.
+
+        Raises:
+            ValueError: if one has two that differ.
+        """
+        wanted = pl.DataFrame({"id": ids})
+        found = pl.concat([part.join(wanted, on="id", how="semi") for part in self])
+        return Embeddings(_single(found, ["id"], folder))
+
+    def scored(
+        self, ids: pl.Series, score: Callable[[pl.DataFrame], pl.DataFrame], folder: Path
+    ) -> pl.DataFrame:
+        """What a function gives for the vectors of some rows, one line for each that has one.
+
+        Args:
+            ids: The rows.
+            score: Takes `id` and `embedding`, gives `id` and narrow columns.
+            folder: Where the files lie, for errors.
+
+        Raises:
+            ValueError: if a row has two vectors of which it gives other numbers.
+        """
+        wanted = pl.DataFrame({"id": ids})
+        found = pl.concat([score(part.join(wanted, on="id", how="semi")) for part in self])
+        found = found.unique(maintain_order=True)
+        twice = found.filter(pl.col("id").is_duplicated())
+        if not twice.is_empty():
+            raise ValueError(
+                f"{folder} has two embeddings of id {twice['id'].sort()[0]} that differ: leave the "
+                "files of one model"
+            )
+        return found
+
+
+def parts_of(folder: Path, column: str) -> Parts | None:
+    """The files of a folder as parts, where all of them have ids and vectors of one fixed width.
+
+    That is what `siftline score --gradients` writes; others are read whole, by `read_embeddings`.
+    """
+    schemas = {path: pq.read_schema(path) for path in _files(folder)}
+    used = {path: schema for path, schema in schemas.items() if column in schema.names}
+    kinds = [schema.field(column).type for schema in used.values()]
+    plain = all(
+        pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float16(), pa.float32())
+        for kind in kinds
+    )
+    keyed = all("id" in schema.names for schema in used.values())
+    return Parts(list(used), column) if used and plain and keyed else None
+
+
+def _files(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+    return [path for path in paths if path.is_file()]
+
+
 def read_embeddings(folder: Path, column: str) -> Embeddings:
     """Reads the Parquet files of a folder (not below it) that have the column.
 
@@ -125,8 +205,7 @@ def read_embeddings(folder: Path, column: str) -> Embeddings:
         ValueError: if none has it, rows can't be told, vectors are of several widths, or one row
             has two that differ.
     """
-    paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
-    names = {path: pq.read_schema(path).names for path in paths if path.is_file()}
+    names = {path: pq.read_schema(path).names for path in _files(folder)}
     used = [path for path in names if column in names[path]]
     if not used:
         seen = ", ".join(sorted({name for held in names.values() for name in held})) or "nothing"

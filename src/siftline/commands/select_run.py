@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 import polars as pl
 
+from siftline.commands.rule_tables import read_rule
 from siftline.commands.select_columns import (
     Embeddings,
+    Parts,
     embedded,
     leftover_numbers,
+    parts_of,
     read_embeddings,
     read_scores,
     row_columns,
@@ -54,6 +57,7 @@ class Request:
     embeddings: Path | None = None
     embedding_column: str = "embedding"
     embedder: str | None = None
+    rule: Path | None = None
     seed: int = 0
     overrides: tuple[str, ...] = ()
 
@@ -81,7 +85,7 @@ def select_files(
         pool = _ingested(scratch / "pool", request.sources, make_tracker)
         target = _ingested(scratch / "target", request.targets, make_tracker, "target")
         offered = _Offered(entry, method, request, pool, target, folder, make_tracker)
-        if ":" in entry.name and pool.manifest.rows("rows") > entry.limit:
+        if entry.own and pool.manifest.rows("rows") > entry.limit:
             raise ValueError(
                 f"{pool.manifest.rows('rows')} rows, and {entry.name} takes {entry.limit} at most: "
                 "draw a part with random first"
@@ -98,8 +102,12 @@ def select_files(
 
 
 def configured(entry: Entry, request: Request) -> Any:
-    """The method with its options: those given by --set, and the seed where it has one."""
+    """The method with its options: of a fitted rule, by --set, and the seed where it has one."""
     data: dict[str, Any] = {}
+    if request.rule is not None:
+        if entry.name != "linear_rule":
+            raise ValueError(f"--rule is for linear_rule, and {entry.name} has none: leave it out")
+        data = read_rule(request.rule)
     for assignment in request.overrides:
         override(data, assignment)
     if "seed" in {field.name for field in fields(entry.method)}:
@@ -116,7 +124,7 @@ def _check(entry: Entry, request: Request) -> None:
             f"{entry.name} needs gradient features: make them with siftline score --gradients, "
             "and give its folder as --embeddings DIR"
         )
-    wants = "embeddings" in entry.needs and ":" not in entry.name
+    wants = "embeddings" in entry.needs and not entry.own
     if wants and request.embeddings is None and request.embedder is None:
         raise ValueError(
             f"{entry.name} needs embeddings: give --embeddings DIR, or --embedder MODEL_DIR"
@@ -125,7 +133,7 @@ def _check(entry: Entry, request: Request) -> None:
         raise ValueError("--embeddings and --embedder exclude each other: give one of them")
     if entry.targeted and not request.targets:
         raise ValueError(f"{entry.name} selects towards a target: give --target FILE")
-    if request.targets and not entry.targeted and ":" not in entry.name:
+    if request.targets and not entry.targeted and not entry.own:
         raise ValueError(f"{entry.name} knows no target: leave --target out, or see --list")
 
 
@@ -164,8 +172,25 @@ class _Offered:
         self.entry, self.request, self.pool, self.target = entry, request, pool, target
         self.numbers = _needed(entry, method, request)
         self.scores = None if request.scores is None else read_scores(request.scores)
-        self.vectors = self._vectors(folder, make_tracker)
         self.missing: dict[str, str] = {}
+        self.scored: pl.DataFrame | None = None
+        parts = None
+        if target is not None and request.embeddings is not None and hasattr(method, "score"):
+            parts = parts_of(request.embeddings, request.embedding_column)
+        if parts is None:
+            self.vectors = self._vectors(folder, make_tracker)
+        else:
+            self._score(method, parts)
+
+    def _score(self, method: Any, parts: Parts) -> None:
+        """Has the pool scored part by part, so that only the target's vectors are held."""
+        assert self.target is not None
+        assert self.request.embeddings is not None
+        self.vectors = parts.of(_ids(self.target), self.request.embeddings)
+        target = self.target_frame()
+        self.scored = parts.scored(
+            _ids(self.pool), lambda part: method.score(part, target), self.request.embeddings
+        )
 
     def _vectors(self, folder: Path, make_tracker: MakeTracker) -> Embeddings | None:
         if not {"embeddings", "target embeddings", "gradients"} & set(self.entry.needs):
@@ -192,10 +217,23 @@ class _Offered:
         if absent:
             own = leftover_numbers(self.pool, bucket, absent)
             rows = rows.join(own, on="id", how="left")
+        if self.scored is not None:
+            narrow = self.scored.columns[1:]
+            rows = rows.drop(narrow, strict=False).join(self.scored, on="id", how="left")
+            rows = self._complete(rows, needed)
+            return self._complete(rows.rename({narrow[0]: "embedding"}), ["embedding"]).rename(
+                {"embedding": narrow[0]}
+            )
         if self.vectors is not None:
             rows = self.vectors.joined(rows, self.pool, bucket)
             needed.append("embedding")
         return self._complete(rows, needed)
+
+    def state(self, method: Any, rows: pl.DataFrame) -> Any:
+        """What the method's decision needs of a bucket."""
+        if self.scored is None:
+            return method.summarise(rows)
+        return rows.select(*self.scored.columns, *(["n_tokens"] if "n_tokens" in rows else []))
 
     def _complete(self, rows: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         for name in needed:
@@ -249,6 +287,11 @@ class _Offered:
         return rows
 
 
+def _ids(pool: Pool) -> pl.Series:
+    parts = [pl.DataFrame(pl.from_arrow(pool.rows(b, ["id"]))) for b in range(pool.buckets)]
+    return pl.concat(parts)["id"].unique()
+
+
 def _needed(entry: Entry, method: Any, request: Request) -> tuple[str, ...]:
     """Numbers that every row must have."""
     always = ("n_words", "n_chars")
@@ -271,7 +314,7 @@ def _decided(
         rows = offered.frame(bucket)
         ids.append(rows["id"])
         prompts |= set(rows["prompt_id"])
-        states.append(method.summarise(rows))
+        states.append(offered.state(method, rows))
     if target is not None:
         leaked = int(target["prompt_id"].is_in(prompts).sum())
         if leaked:
@@ -279,7 +322,7 @@ def _decided(
     plan = method.decide(states, budget, target)
     del states
     decided, facts = [], {}
-    own = ":" in offered.entry.name
+    own = offered.entry.own
     for bucket, names in enumerate(ids):
         rows = offered.frame(bucket) if own else pl.DataFrame({"id": names})
         selection = method.apply(rows, plan)

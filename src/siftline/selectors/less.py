@@ -7,14 +7,15 @@ length, several checkpoints side by side, each scaled by the root of its share o
 so that one cosine is the paper's weighted sum of cosines.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import cosine_blocks, over_blocks
-from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
+from siftline.kernels.blocks import block_rows, cosine_blocks, over_blocks
+from siftline.selectors.method import Plan, Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.nearest import TASK
 from siftline.selectors.spending import Budget, spend
 from siftline.selectors.vectors import both, target_rows
@@ -60,7 +61,8 @@ class Gradients:
 class Less(Ranked):
     """The highest mean cosine to the gradients of a task, the best task deciding.
 
-    Global: it holds the features, 2 bytes a value; similarities in blocks.
+    Global: it holds the features, 2 bytes a value; similarities in blocks. Where the caller reads
+    them part by part and has them scored, it holds one part, and about 100 bytes a row.
 
     Attributes:
         tasks: What a task is: "source" takes the target's sources, rows without one being a task
@@ -76,14 +78,30 @@ class Less(Ranked):
     def columns(self) -> dict[str, Any]:
         return {"embedding": pl.Array}
 
-    def rank(self, pool: pl.DataFrame, budget: Budget, target: pl.DataFrame | None) -> Ranking:
+    def score(self, bucket: pl.DataFrame, target: pl.DataFrame | None) -> pl.DataFrame:
+        """What `decide` needs of a bucket, without its vectors.
+
+        Args:
+            bucket: As for `summarise`.
+            target: As for `decide`.
+
+        Returns:
+            `id`, `n_tokens` if there, `value`, the mean cosine to the best task, and `task`, its
+            place among the sorted ones.
+
+        Raises:
+            ValueError: as `summarise` and `both`.
+        """
+        pool = self.summarise(bucket)
         both(pool, target)  # checks both before anything is computed
         rows, names = self._by_task(target_rows(target, "embedding"))
-        tasks, first = np.unique(names, return_index=True)
+        first = np.unique(names, return_index=True)[1]
         counts = np.diff([*first, len(names)])
-        score, block = cosine_blocks(pool["embedding"].to_numpy(), rows["embedding"].to_numpy())
+        x, y = pool["embedding"].to_numpy(), rows["embedding"].to_numpy()
+        score = cosine_blocks(x, y)[0]
+        block = block_rows(max(y.shape))  # features may be wider than the target is long
         values = np.empty(pool.height)
-        best = np.empty(pool.height, dtype=np.int64)
+        best = np.empty(pool.height, dtype=np.int32)
 
         def of_tasks(start: int, stop: int) -> np.ndarray:
             found = score(start, stop).astype(np.float64)
@@ -93,13 +111,28 @@ class Less(Ranked):
         for start, stop, means in over_blocks(pool.height, block, of_tasks):
             best[start:stop] = means.argmax(axis=1)
             values[start:stop] = means.max(axis=1)
+        return pool.drop("embedding").with_columns(
+            pl.Series("value", values), pl.Series("task", best)
+        )
+
+    def decide(
+        self, states: Sequence[pl.DataFrame], budget: Budget, target: pl.DataFrame | None = None
+    ) -> Plan:
+        """As every method; a state is what `summarise` gave, or `score`."""
+        scored = [s if "value" in s.columns else self.score(s, target) for s in states if s.height]
+        return super().decide(scored or states, budget, target)
+
+    def rank(self, pool: pl.DataFrame, budget: Budget, target: pl.DataFrame | None) -> Ranking:
+        names = self._by_task(target_rows(target, "embedding"))[1]
+        tasks = np.unique(names)
+        values = pool["value"].to_numpy()
         order = by_value(values)
         spent = spend(order, amounts_of(pool, budget), budget)
         taken = spent.rows
         table = pl.DataFrame(
             {
                 "id": pool["id"].gather(taken),
-                "task": pl.Series(tasks[best[taken]], dtype=pl.String),
+                "task": pl.Series(tasks[pool["task"].to_numpy()[taken]], dtype=pl.String),
                 "score": values[taken],
             }
         )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from siftline.config import nearest
 from siftline.kernels.least_squares import Fit, least_squares
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.spending import Budget, spend
@@ -74,8 +75,18 @@ def fit_rule(
         deviation, low, high, inflation), and the fit.
 
     Raises:
-        ValueError: as `least_squares`, or for a loss that is not above 0.
+        ValueError: as `least_squares`; for an indicator that is missing, named twice or the same in
+            all runs; or for a loss that is not above 0.
     """
+    for place, name in enumerate(indicators):
+        if name not in runs.columns:
+            raise ValueError(f"the runs have no column {name!r}: {nearest(name, runs.columns)}")
+        if name in indicators[:place]:
+            raise ValueError(f"indicator {name!r} is named twice: name it once")
+        if runs.height > 1 and _flat(runs[name]):
+            raise ValueError(f"{name} is the same in all {runs.height} runs: leave it out")
+    if loss not in runs.columns:
+        raise ValueError(f"the runs have no column {loss!r}: {nearest(loss, runs.columns)}")
     losses = runs[loss].to_numpy().astype(np.float64)
     if not (losses > 0).all():
         raise ValueError(f"{int((~(losses > 0)).sum())} runs have no {loss} above 0")
@@ -95,6 +106,12 @@ def fit_rule(
         }
     )
     return rule, table, fit
+
+
+def _flat(column: pl.Series) -> bool:
+    """Whether all values are one finite number."""
+    numbers = column.cast(pl.Float64, strict=False)
+    return numbers.n_unique() == 1 and bool(numbers.is_finite().all())
 
 
 def next_size(known: Mapping[int, float], low: int, high: int, grid: int = 9) -> int | None:

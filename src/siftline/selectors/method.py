@@ -10,7 +10,11 @@ A method is a frozen dataclass (its fields are its options) with
 columns, `source`, `prompt_id`, `embedding` (pl.Array of float16 or float32). Methods that compare
 words are the exception: they read `text` in `summarise` and keep hashed counts of it. A selection's
 `tables["ranks"]` has `id` and `rank`: the order of preference from 1, null where a row has no place
-in it. `select` runs the three steps on a pool that is one bucket.
+in it. `select` runs the three steps on a pool that is one bucket. A method may have a step more,
+
+    score(bucket, target)            -> state      in place of summarise, without the vectors
+
+for callers that read vectors part by part; `decide` takes what either gave.
 
 Everything is put in the order of ids before anything is computed, so neither the order of rows nor
 the number of buckets can show.

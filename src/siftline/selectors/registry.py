@@ -1,21 +1,15 @@
 """Every selection method by name: what it needs, how far it goes, what it is good for.
 
-A method of one's own joins by import path: `package.module:Class`, a frozen dataclass with the
-three steps of `siftline.selectors.method`. It may say what it needs in class attributes of the
-names that `Entry` has (`needs`, `scope`, `limit`, `good_for`, `warning`, `source`); without them it
-is offered everything but a target.
+A method of one's own joins by import path, `package.module:Class`, or by a name, where the package
+that has it registers it; see `siftline.selectors.own`.
 """
 
-import dataclasses
 import difflib
-import importlib
-import inspect
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 from siftline.selectors.baselines import BalancedRandom, Ifd, Length, Perplexity, Random
 from siftline.selectors.best_fit import BestFit
 from siftline.selectors.deita import Deita
+from siftline.selectors.entry import WIDTH, Entry
 from siftline.selectors.facility_location import FacilityLocation
 from siftline.selectors.kmeans_quality import KmeansQuality
 from siftline.selectors.less import Gradients, Less
@@ -23,75 +17,16 @@ from siftline.selectors.lexical import MAX_ROWS as MAX_COUNTED
 from siftline.selectors.lexical import Dsir, NearestWords
 from siftline.selectors.linear_rule import LinearRule
 from siftline.selectors.method import MAX_ROWS, MAX_VALUES
+from siftline.selectors.own import by_path, registered, registered_as
 from siftline.selectors.rds import RdsPlus
 from siftline.selectors.rounds import KmeansRounds
 from siftline.selectors.simcore import SimCore
 from siftline.selectors.transport import GotD
 
-Need = Literal[
-    "source",  # the name of the source of each row
-    "prompts",  # prompt_id of each row
-    "scores",  # one score column or more
-    "embeddings",
-    "text",
-    "target embeddings",
-    "target text",
-    "gradients",  # gradient features, as recipes and `siftline score --gradients` make them
-    "target gradients",
-    "training",  # models trained between its rounds, which recipes alone do
-]
-Scope = Literal["bucketed", "global"]
-STEPS = ("summarise", "decide", "apply")
-TAUGHT = ("compare", "max_new_tokens", "seed")
-"""Options of a method that trains which say how its models are trained and asked."""
-WIDTH = 384
-"""Dimensions that the limits of methods with embeddings are stated for."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method as the table shows it.
-
-    Attributes:
-        name: What it is called on the command line and in recipes.
-        method: The frozen dataclass; its fields are its options.
-        needs: What its buckets, and the target, must hold.
-        scope: "bucketed" keeps a few numbers a row; "global" holds embeddings or word counts of all
-            rows at once.
-        limit: Most rows it takes (of 384 dimensions where it reads embeddings, of the default
-            features where it reads gradients).
-        good_for: One line.
-        warning: One line.
-        source: Paper or repository.
-    """
-
-    name: str
-    method: type[Any]
-    needs: tuple[Need, ...]
-    scope: Scope
-    limit: int
-    good_for: str
-    warning: str
-    source: str
-
-    @property
-    def targeted(self) -> bool:
-        """Whether it selects towards a target set."""
-        return any(need.startswith("target") for need in self.needs)
-
-    def options(self) -> dict[str, Any]:
-        """Its options with their defaults."""
-        default = self.method()
-        return {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.init}
-
-    def needed_columns(self, method: Any) -> tuple[str, ...]:
-        """Score columns that a configured method reads beside what every row has."""
-        given = {"id", "n_tokens", "source", "prompt_id", "embedding", "text"}
-        asked = method.columns() if hasattr(method, "columns") else {}
-        return tuple(name for name in asked if name not in given)
-
+__all__ = ["METHODS", "Entry", "find", "methods"]
 
 _WIDE = MAX_VALUES // WIDTH
+_FEATURES = Gradients.dimensions * Gradients.epochs
 
 METHODS: tuple[Entry, ...] = (
     Entry(
@@ -173,6 +108,7 @@ METHODS: tuple[Entry, ...] = (
         "Coverage of topics, with a quality score or without.",
         "Depends on k; too many clusters enshrine noise.",
         "kMQ, arXiv 2409.11378",
+        WIDTH,
     ),
     Entry(
         "kmeans_quality_rounds",
@@ -183,6 +119,7 @@ METHODS: tuple[Entry, ...] = (
         "kmeans_quality whose cluster weights follow what a model still gets wrong (recipes only).",
         "A training a round; published to hurt Llama-3-8B in the last. Noise can't be learnt.",
         "iterative kMQ, arXiv 2409.11378",
+        WIDTH,
     ),
     Entry(
         "deita",
@@ -193,6 +130,7 @@ METHODS: tuple[Entry, ...] = (
         "A few thousand rows by two quality scores, without near-duplicates.",
         "As good as its scores; time grows with rows kept.",
         "arXiv 2312.15685",
+        WIDTH,
     ),
     Entry(
         "facility_location",
@@ -213,16 +151,18 @@ METHODS: tuple[Entry, ...] = (
         "A known target: the best published mean of seven tasks at equal rows.",
         "Re-tested near random on several recent models; few queries go deep.",
         "arXiv 2503.01807",
+        WIDTH,
     ),
     Entry(
         "less",
         Less,
         ("gradients", "target gradients"),
         "global",
-        MAX_VALUES // (Gradients.dimensions * Gradients.epochs),
+        MAX_VALUES // _FEATURES,
         "A known target and a small budget: ahead of random in most re-tests.",
         "A forward and a backward pass of the pool for each checkpoint; no diversity.",
         "arXiv 2402.04333",
+        _FEATURES,
     ),
     Entry(
         "got_d",
@@ -233,6 +173,7 @@ METHODS: tuple[Entry, ...] = (
         "Continuing pre-training towards a domain inside the pool's reach.",
         "No diversity: copies go together. Not for targets outside the pool.",
         "arXiv 2405.02774",
+        WIDTH,
     ),
     Entry(
         "simcore",
@@ -243,6 +184,7 @@ METHODS: tuple[Entry, ...] = (
         "A target and no fixed size: it stops by itself.",
         "Published for images only; tau is not transferable between embedders.",
         "arXiv 2303.11101",
+        WIDTH,
     ),
     Entry(
         "dsir",
@@ -267,57 +209,32 @@ METHODS: tuple[Entry, ...] = (
 )
 
 
+def methods() -> tuple[Entry, ...]:
+    """Methods of siftline, then those that installed packages register, by name.
+
+    Raises:
+        ValueError: as `find`, for any that is registered.
+    """
+    taken = [entry.name for entry in METHODS]
+    return (*METHODS, *(registered_as(name, taken) for name in registered()))
+
+
 def find(name: str) -> Entry:
     """A method by its name, or the user's own by `package.module:Class`.
 
     Raises:
-        ValueError: if there is none of that name, or the class lacks a step.
+        ValueError: if there is none of that name, the class lacks a step, or the package that
+            registers it can't be used; then it names the package.
     """
     if ":" in name:
-        return _own(name)
+        return by_path(name)
     known = {entry.name: entry for entry in METHODS}
+    more = registered()
+    if name in more:
+        return registered_as(name, known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
+        names = sorted([*known, *more])
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
         raise ValueError(f"no method {name!r}: {hint} One of your own is package.module:Class")
     return known[name]
-
-
-def _own(path: str) -> Entry:
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"method {path!r}: {error}; give package.module:Class on the Python path"
-        ) from error
-    missing = [step for step in STEPS if not callable(getattr(found, step, None))]
-    if not inspect.isclass(found) or missing:
-        raise ValueError(f"method {path!r} has no {', '.join(missing) or 'class'}: see method.py")
-    if not dataclasses.is_dataclass(found) or not found.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise ValueError(f"method {path!r} is no frozen dataclass: its fields are its options")
-    everything: tuple[Need, ...] = ("source", "prompts", "scores", "embeddings", "text")
-    needs = tuple(getattr(found, "needs", everything))
-    unknown = sorted(set(needs) - set(get_args(Need)))
-    if unknown:
-        raise ValueError(
-            f"method {path!r} needs {unknown[0]!r}: one of {', '.join(get_args(Need))}"
-        )
-    if "training" in needs and not callable(getattr(found, "refine", None)):
-        raise ValueError(f"method {path!r} needs training and has no refine: see rounds.py")
-    lacking = [name for name in TAUGHT if name not in {f.name for f in dataclasses.fields(found)}]
-    if "training" in needs and lacking:
-        raise ValueError(
-            f"method {path!r} needs training and has no option {', '.join(lacking)}: see rounds.py"
-        )
-    document = (inspect.getdoc(found) or "").partition("\n")[0]
-    return Entry(
-        path,
-        found,
-        needs,
-        getattr(found, "scope", "global"),
-        getattr(found, "limit", MAX_ROWS),
-        getattr(found, "good_for", document),
-        getattr(found, "warning", "Not one of siftline's."),
-        getattr(found, "source", path),
-    )

@@ -83,7 +83,7 @@ def _check_size(options: Select, rows: int) -> None:
         ValueError: with the number of rows, or of values, and the limit.
     """
     # The registry's own limits are stated for one width of vectors, which is looked at below.
-    stated = (options.embeds or options.differentiates) and ":" not in options.method
+    stated = (options.embeds or options.differentiates) and not options.entry.own
     most = MAX_ROWS if stated else options.entry.limit
     if rows > most:
         raise ValueError(
