@@ -1,43 +1,46 @@
 """Duplicates by meaning: cosine similarity of embeddings, the same decisions, the same result.
 
-Exact search: rows go in keep order, a block at a time, against the kept rows before them, so m
-copies cost m comparisons; without copies it is n^2 d multiplications, about a minute for 100,000
-rows of 384 and a hundred for a million. Products in 32 bits propose; the product of the two rows in
-64 bits, to six decimals, decides. So threads and block sizes change nothing, and equal vectors
-reach 1.
+Two searches. `exact` holds rows in keep order, a block at a time, against the kept rows before
+them, so m copies cost m comparisons; without copies it is n^2 d multiplications, about a minute for
+100,000 rows of 384 and a hundred for a million. `faiss` holds a row against kept rows in the cells
+nearest to it, so time grows with n^1.5 (see `cells`), and may miss a copy. Either removes a row
+only for one that it was verified similar to.
 
-Memory: the rows in 32 bits once more (1.5 GiB for a million of 384), and a few blocks. A .npy file
-is read from disk block by block; a column of vectors is in memory twice while it is read.
+Memory: `exact` holds the rows in 32 bits once more (1.5 GiB for a million of 384), and a few
+blocks; `faiss` those that are kept, with room to grow (1 to 2 times that), and a few spans. A .npy
+file is read from disk block by block; a column of vectors is in memory twice while it is read.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from siftline.dedup.cosine import BLOCK, DECIMALS, Exact, unit_rows
 from siftline.dedup.engine import ranks
 from siftline.dedup.result import Clock, Deduplicated
 
-BLOCK, CHUNK = 1024, 4096
-"""Rows searched for at once, and rows they are searched among at once."""
+Nearest = Literal["exact", "faiss"]
 MAX_ROWS = 1_000_000
-"""Most rows: an hour or two, which grows with their square."""
-DECIMALS = 6
-"""Of a similarity: units in 32 bits are no more exact."""
+"""Most rows of the exact search: an hour or two, which grows with their square."""
+MAX_ROWS_FAISS = 10_000_000
+"""Most rows of the other: an hour or two as well, and 15 to 31 GB where all of 384 are kept."""
 REASON = "semantic_duplicate"
-_SLACK = 1e-4  # more than 32-bit sums differ by
 
 
-def check_rows(n: int) -> None:
-    """Refuses more rows than can be compared all with all.
+def check_rows(n: int, nearest: Nearest = "exact") -> None:
+    """Refuses more rows than a search takes.
 
     Raises:
         ValueError: naming the remedy.
     """
-    if n > MAX_ROWS:
+    most = MAX_ROWS if nearest == "exact" else MAX_ROWS_FAISS
+    if n > most:
+        other = "search with faiss, " if n <= MAX_ROWS_FAISS else ""
         raise ValueError(
-            f"{n:,} rows are more than the {MAX_ROWS:,} whose embeddings are compared at once: "
+            f"{n:,} rows are more than the {most:,} whose embeddings are compared at once: {other}"
             "give the files by source or topic, or remove duplicates by their texts first"
         )
 
@@ -48,6 +51,7 @@ def semantic_duplicates(
     *,
     priority: np.ndarray | None = None,
     drop_all: bool = False,
+    nearest: Nearest = "exact",
     block: int = BLOCK,
 ) -> Deduplicated:
     """Finds rows whose embeddings point the same way.
@@ -57,32 +61,72 @@ def semantic_duplicates(
         threshold: Cosine similarity in (0, 1], to six decimals, from which rows are duplicates.
         priority: Smaller is kept first, shape (n,); ties go by row.
         drop_all: Remove every row that has a duplicate, the first as well.
-        block: Rows searched for at once.
+        nearest: `exact` finds all; `faiss` takes less time and may miss some, and where every copy
+            goes it may name another of those that a row resembles.
+        block: Rows searched for at once by `exact`.
 
     Raises:
-        ValueError: if the array has another shape, is not finite, has more than `MAX_ROWS` rows, or
-            the threshold is out of range.
+        ValueError: if the array has another shape, is not finite, has more rows than the search
+            takes, or the threshold is out of range.
     """
     if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu":
         said = f"{embeddings.dtype} of shape {embeddings.shape}"
         raise ValueError(f"embeddings are {said}: give numbers of shape (rows, width)")
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"threshold={threshold} must be in (0, 1]")
-    check_rows(len(embeddings))
+    if nearest not in ("exact", "faiss"):
+        raise ValueError(f"nearest={nearest!r} is no search: take exact or faiss")
+    check_rows(len(embeddings), nearest)
     clock = Clock()
     n = len(embeddings)
     matched, similarity = np.full(n, -1, np.int64), np.zeros(n, np.float64)
-    pairs = 0
     with clock.phase("search"):
         rank = ranks(priority)
         order = np.arange(n) if rank is None else np.argsort(rank, kind="stable")
-        search = _Search(_unit(embeddings, order), threshold, drop_all)
-        for start in range(0, n, block):
-            for place, other, value in search.block(start, min(start + block, n)):
-                matched[order[place]], similarity[order[place]] = order[other], value
-        pairs = search.pairs
+        if nearest == "exact":
+            exact = Exact(unit_rows(embeddings, order), threshold, drop_all)
+            _take(exact.all(block), order, matched, similarity)
+            pairs = exact.pairs
+        else:
+            pairs = _in_cells(embeddings, order, threshold, drop_all, matched, similarity)
     none = np.zeros(n, np.bool_)
     return Deduplicated(matched, similarity, none, pairs, clock.seconds, REASON)
+
+
+def _take(
+    found: Iterator[tuple[int, int, float]],
+    order: np.ndarray,
+    matched: np.ndarray,
+    similarity: np.ndarray,
+) -> None:
+    """Writes down what a search finds, by row."""
+    for place, other, value in found:
+        matched[order[place]], similarity[order[place]] = order[other], value
+
+
+def _in_cells(
+    embeddings: np.ndarray,
+    order: np.ndarray,
+    threshold: float,
+    drop_all: bool,
+    matched: np.ndarray,
+    similarity: np.ndarray,
+) -> int:
+    """Searches with faiss; returns the pairs computed."""
+    from siftline.dedup.cells import Cells
+
+    cells = Cells(embeddings, order, threshold)
+    _take(cells.all(), order, matched, similarity)
+    if drop_all:
+        # A kept row goes as well where a row went for it, or where it resembles one that went.
+        gone = np.flatnonzero(matched >= 0)
+        firsts, which = np.unique(matched[gone], return_index=True)
+        at = matched[order] < 0
+        at[np.isin(order, firsts)] = False
+        removed, alone = np.flatnonzero(matched[order] >= 0), np.flatnonzero(at)
+        matched[firsts], similarity[firsts] = gone[which], similarity[gone[which]]
+        _take(cells.chains(removed, alone), order, matched, similarity)
+    return cells.pairs
 
 
 def semantic_reference(embeddings: np.ndarray, threshold: float) -> list[int]:
@@ -115,124 +159,3 @@ def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
         raise ValueError("embeddings must be there for every row and of one width")
     flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     return np.concatenate(flat).astype(np.float32).reshape(len(column), widths[0])
-
-
-class _Search:
-    """Rows in keep order, and which of them later ones are held against.
-
-    Args:
-        unit: float32, shape (n, d); where copies are kept once, kept rows move to the front.
-        threshold: Cosine similarity.
-        drop_all: Hold every row against all others, not only against kept ones before it.
-    """
-
-    def __init__(self, unit: np.ndarray, threshold: float, drop_all: bool) -> None:
-        self.unit, self.threshold, self.drop_all = unit, threshold, drop_all
-        n = len(unit)
-        self.held = np.arange(n)  # places in keep order of the rows at the front
-        self.count = n if drop_all else 0
-        self.room = np.empty((BLOCK, CHUNK), np.float32)
-        self.pairs = 0
-
-    def block(self, start: int, stop: int) -> Iterator[tuple[int, int, float]]:
-        """Places start to stop: of each that goes its place, the one it goes for, and how similar.
-
-        Blocks come in order.
-        """
-        part = self.unit[start:stop].copy()
-        open_ = np.arange(len(part))
-        for low in range(0, self.count, CHUNK):
-            if not len(open_):
-                return
-            rows = self.unit[low : min(low + CHUNK, self.count)]
-            near = self._near(part[open_], rows)
-            if self.drop_all:
-                own = start + open_ - low
-                here = (own >= 0) & (own < len(rows))
-                near[np.flatnonzero(here), own[here]] = False
-            first, value = self._first(part[open_], rows, near)
-            for k in np.flatnonzero(first >= 0):
-                yield start + int(open_[k]), int(self.held[low + first[k]]), float(value[k])
-            open_ = open_[first < 0]
-        if not self.drop_all:
-            yield from self._among(part, open_, start)
-
-    def _among(
-        self, part: np.ndarray, open_: np.ndarray, start: int
-    ) -> Iterator[tuple[int, int, float]]:
-        """Holds the rows of a block that are left against each other, and keeps what is kept."""
-        rows = part[open_]
-        near = np.tril(rows @ rows.T >= self.threshold - _SLACK, -1)
-        kept = np.zeros(len(rows), np.bool_)
-        for k in range(len(rows)):
-            if near[k].any():
-                first, value = self._first(rows[k : k + 1], rows, (near[k] & kept)[None])
-                if first[0] >= 0:
-                    other = start + int(open_[first[0]])
-                    yield start + int(open_[k]), other, float(value[0])
-                    continue
-            kept[k] = True
-        end = self.count + int(kept.sum())
-        self.unit[self.count : end], self.held[self.count : end] = rows[kept], start + open_[kept]
-        self.count = end
-
-    def _near(self, part: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """bool, shape (part, rows): pairs that may be similar."""
-        if len(part) > BLOCK:
-            return part @ rows.T >= self.threshold - _SLACK
-        room = self.room.ravel()[: len(part) * len(rows)].reshape(len(part), len(rows))
-        return np.matmul(part, rows.T, out=room) >= self.threshold - _SLACK
-
-    def _first(
-        self, part: np.ndarray, rows: np.ndarray, near: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row of `part` the first of `rows` that is similar, or -1, and how similar.
-
-        `near` says who may be, and is spent.
-        """
-        found, value = np.full(len(part), -1, np.int64), np.zeros(len(part), np.float64)
-        asked = np.flatnonzero(near.any(axis=1))
-        while len(asked):
-            first = near[asked].argmax(axis=1)
-            cosine = _cosine(part[asked], rows[first])
-            self.pairs += len(asked)
-            hit = cosine >= self.threshold
-            found[asked[hit]], value[asked[hit]] = first[hit], cosine[hit]
-            near[asked[~hit], first[~hit]] = False
-            asked = asked[~hit]
-            asked = asked[near[asked].any(axis=1)]
-        return found, value
-
-
-def _unit(embeddings: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The rows in an order, each of length 1 or 0; float32, made block by block.
-
-    Raises:
-        ValueError: if one is not finite.
-    """
-    out = np.empty(embeddings.shape, np.float32)
-    for start in range(0, len(order), CHUNK):
-        rows = order[start : start + CHUNK]
-        part = np.asarray(embeddings[rows], np.float64)
-        wrong = np.flatnonzero(~np.isfinite(part).all(axis=1))
-        if len(wrong):
-            raise ValueError(
-                f"the embedding of row {rows[wrong[0]]:,} (counted from 0) is not finite: embed "
-                "it again, or leave the row out"
-            )
-        # By the largest number first: squares of very large and very small ones are no numbers.
-        part /= np.maximum(np.abs(part).max(axis=1, keepdims=True, initial=0), _TINY)
-        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), _TINY)
-        out[start : start + CHUNK] = part
-    return out
-
-
-_TINY = np.finfo(np.float64).tiny
-
-
-def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Similarity of rows pair by pair, float64; the same for a pair whatever others there are."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    lengths = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    products = np.divide((a * b).sum(axis=1), lengths, out=lengths, where=lengths > 0)
-    return np.clip(np.round(products, DECIMALS), -1.0, 1.0)
