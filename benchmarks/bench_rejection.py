@@ -33,7 +33,8 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.samples import seed_of
 from siftline.scoring.streaming import Ask, Prompt, Pull
-from siftline.selectors.trials import Campaign, Outcome, Rule, fit_prior, run
+from siftline.selectors.campaign import Campaign, run
+from siftline.selectors.trials import Outcome, Rule, fit_prior
 from siftline.stages.context import by_store_bucket
 from siftline.stages.drawing import run_campaign
 from siftline.stages.grading import by_verifier
@@ -92,7 +93,7 @@ def tally(found: Mapping[str, list[str]], targets: Mapping[str, int]) -> tuple[i
 
 
 def trials(facts: Facts, targets: Mapping[str, int], cap: int, budget: int) -> Spent:
-    """The stage's own spending: pilot, then granted turns."""
+    """The stage's own spending: pilot, then as far as the rest of the budget has room."""
     made = PILOT * len(targets)
     firsts = [[facts[p, j][0] for j in range(PILOT)] for p in targets]
     prior = fit_prior([sum(f) for f in firsts], [PILOT] * len(firsts))
@@ -104,7 +105,7 @@ def trials(facts: Facts, targets: Mapping[str, int], cap: int, budget: int) -> S
     for prompt in targets:
         for j in range(PILOT):
             campaign.feed(prompt, j, Outcome(*facts[prompt, j]))
-    while made < budget and campaign.grant(budget - made):
+    if campaign.within(budget - made, None, 1):
         made += run(campaign, draw, 256, guess=False)
     assert made <= budget
     found = {

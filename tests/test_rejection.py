@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
 from siftline.schema import make_row, message
@@ -18,13 +16,10 @@ from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.streaming import Made, Prompt
 from siftline.scoring.verifiers import Verdict
 from siftline.selectors.difficulty import (
-    PASS_RATES,
     accept,
-    difficulty,
-    stopped_difficulty,
     tally,
 )
-from siftline.selectors.trials import Outcome, Rule, Trial
+from siftline.selectors.trials import Rule
 from siftline.stages import sampler as sampler_stage
 from siftline.stages import sampling
 from siftline.stages.drawing import run_campaign
@@ -133,6 +128,61 @@ def test_draws_never_pass_their_limit_and_both_kinds_of_engine_agree(tmp_path, l
     assert ("out_of_budget" in ends) == (limit < 1000)
 
 
+def test_the_answers_of_a_prompt_that_was_given_up_stay(tmp_path):
+    sampler, campaign, judged = made(Streams(), tmp_path, k=4, cap=12)
+    table = sampling._table(sampler, campaign, judged, None)
+    tried = table.filter((pl.col("status") == "unsolved") & (pl.col("n_correct") > 0))
+    assert tried.height
+    assert tried.select(pl.col("difficulty").is_between(0, 1, closed="none").all()).item()
+    assert tried["n_trials"].max() < 12
+    taken = accept(judged.draws, judged.targets).filter("accepted")
+    kept = dict(taken.group_by("prompt_id").len().iter_rows())
+    assert {p: kept[p] for p in tried["prompt_id"]} == dict(
+        tried.select("prompt_id", "n_distinct").iter_rows()
+    )
+    assert sampling._facts(judged, campaign, sampler.preview(campaign), "math")["correct"] > 0
+
+
+class Dying(Streams):
+    """Ends its process after so many draws."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def draw(self, tokens, seed):
+        if self.drawn >= self.after:
+            raise RuntimeError("the engine died")
+        return super().draw(tokens, seed)
+
+
+@pytest.mark.parametrize(("options", "after"), [({"max_draws": 30}, 23), ({"max_tokens": 140}, 5)])
+def test_a_limited_run_that_was_killed_ends_as_one_that_was_not(tmp_path, options, after):
+    options = {"k": 3, "cap": 40, **options}
+    whole = made(Streams(), tmp_path / "whole", **options)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        made(Dying(after), tmp_path / "killed", **options)
+    engine = Streams()
+    again = made(engine, tmp_path / "killed", **options)
+    assert standing(again[1]) == standing(whole[1])
+    assert again[2].draws.equals(whole[2].draws)
+    assert engine.drawn == whole[2].draws.height - after
+
+
+def test_a_limited_stream_runs_once(tmp_path, monkeypatch):
+    """No turns: the pilot and the rest are one stream each."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return run_campaign(*args, **options)
+
+    monkeypatch.setattr(sampler_stage, "run_campaign", counted)
+    _, campaign, _ = made(Streams(), tmp_path, k=3, cap=40, max_draws=30)
+    assert "out_of_budget" in {status for _, status in standing(campaign).values()}
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("limit", [110, 140, 10_000])
 def test_tokens_never_pass_their_limit(tmp_path, limit):
     for kind in (Engine, Streams):
@@ -212,7 +262,7 @@ def test_a_second_model_sets_the_targets_out_of_the_same_budget(tmp_path):
     first.finish(campaign)
     assert sampler.drawn + judge.drawn <= 60
     assert judge.drawn == 20
-    table = sampling._table(first, first.judged(campaign), rates)
+    table = sampling._table(first, campaign, first.judged(campaign), rates)
     agreement = sampling._agreement(table)
     assert agreement["prompts"] == 5
     # The fake draws of both are the same, but the sampler went on after the pilot.
@@ -242,7 +292,7 @@ def test_a_prompt_that_one_model_refuses_has_no_trial_and_is_listed(tmp_path):
     assert gone not in campaign.trials
     assert sampler.preview(campaign).draws.mean >= 0
     sampler.finish(campaign)
-    table = sampling._table(sampler, sampler.judged(campaign), rates)
+    table = sampling._table(sampler, campaign, sampler.judged(campaign), rates)
     assert table.height == 5
     (line,) = table.filter(pl.col("prompt_id") == gone).to_dicts()
     assert (line["status"], line["n_trials"], line["sampler_difficulty"]) == ("failed", 0, None)
@@ -340,43 +390,6 @@ def test_what_a_verifier_outside_did_not_answer_is_asked_again(tmp_path):
         facts = sampling._facts(sampler.judged(), campaign, before, verifier)
         assert facts["verifier_errors"] == facts["refused"]["verifier_error"] > 0
         assert bool(facts["unanswered"]) == again
-
-
-def test_a_stopped_trial_does_not_flatter_its_prompt():
-    """Over many prompts of one rate, the mean of 1 - difficulty is the rate."""
-    rng = np.random.default_rng(0)
-    for p, k in ((0.1, 3), (0.5, 4)):
-        rows = []
-        for i in range(4000):
-            right = np.cumsum(rng.random(400) < p)
-            n = int(max(np.argmax(right >= k) + 1, 4))
-            rows.append((f"p{i}", n, int(right[n - 1]), int(right[n - 1]), "met"))
-        schema = {**PASS_RATES, "status": pl.String}
-        rates = pl.DataFrame(rows, schema=schema, orient="row")
-        found = 1 - stopped_difficulty(rates, 4)["difficulty"].mean()
-        plain = 1 - difficulty(rates)["difficulty"].mean()
-        assert found == pytest.approx(p, abs=0.02)
-        assert plain > found + 0.02
-
-
-def test_a_prompt_that_was_solved_once_behind_the_pilot_is_neither_unsolvable_nor_unmeasured():
-    rows = [("late", 3, 1, 1, "met"), ("never", 3, 0, 0, "unsolved"), ("twice", 5, 2, 2, "met")]
-    rates = pl.DataFrame(rows, schema={**PASS_RATES, "status": pl.String}, orient="row")
-    found = stopped_difficulty(rates, 2)["difficulty"].to_list()
-    assert found == pytest.approx([2 / 3, 1.0, 3 / 4])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 9), st.lists(st.booleans(), min_size=24, max_size=24))
-def test_a_rate_is_0_only_without_a_success(k, pilot, outcomes):
-    trial = Trial(k, Rule(cap=24, pilot=pilot))
-    for draw, right in enumerate(outcomes):
-        trial.feed(draw, Outcome(right, str(draw)))
-    rows = [("p", trial.used, trial.correct, trial.distinct, trial.status)]
-    rates = pl.DataFrame(rows, schema={**PASS_RATES, "status": pl.String}, orient="row")
-    (found,) = stopped_difficulty(rates, pilot)["difficulty"]
-    assert (found == 1) == (trial.correct == 0)
-    assert 0 <= found <= 1
 
 
 def test_cut_and_stuck_draws_are_refused_unless_told_not_to(tmp_path):

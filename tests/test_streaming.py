@@ -11,9 +11,10 @@ from siftline.kernels.draws import hash64
 from siftline.scoring import streaming
 from siftline.scoring.engines import Failed, Generation, ModelSpec, Sampling
 from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.scoring.samples import sample_store
+from siftline.scoring.samples import sample_store, seed_of
 from siftline.scoring.streaming import Prompt, Streaming
-from siftline.selectors.trials import Beta, Campaign, Outcome, Rule
+from siftline.selectors.campaign import Campaign
+from siftline.selectors.trials import Beta, Outcome, Rule
 from siftline.stages.drawing import run_campaign
 
 SAMPLING = Sampling(max_new_tokens=8)
@@ -25,7 +26,7 @@ OWNER = {tuple(prompt.tokens): name for name, prompt in PROMPTS.items()}
 def text_of(tokens, seed):
     rate = RATES[OWNER[tuple(tokens)]]
     right = hash64(5, OWNER[tuple(tokens)], seed) / 2**63 < rate
-    return Generation(f"{'right' if right else 'wrong'} {seed % 97}", 3, "stop")
+    return Generation(f"{'right' if right else 'wrong'} {seed % 97}", 1 + seed % 8, "stop")
 
 
 class Batches:
@@ -72,6 +73,21 @@ class Stream:
             yield name, self.bad.get(name[0]) or text_of(tokens, seed)
 
 
+@dataclass
+class Watched(Stream):
+    """Notes how many draws are under way, each time it has asked for more."""
+
+    busy: list = field(default_factory=list)
+
+    def stream(self, pull, sampling):
+        def watching(free, idle):
+            given = pull(free, idle)
+            self.busy.append(self.slots - free + len(given))
+            return given
+
+        yield from super().stream(watching, sampling)
+
+
 def recorder(engine, root):
     return Recorder(engine, ModelSpec(path="x", batch_tokens=64), root)
 
@@ -88,8 +104,10 @@ def standing(trials):
     return {p: (t.used, t.correct, t.status) for p, t in trials.trials.items()}
 
 
-def play(engines, root, guess=True, check=judge):
+def play(engines, root, guess=True, check=judge, limits=None):
     trials = campaign()
+    if limits is not None:
+        trials.within(*limits, SAMPLING.max_new_tokens)
     recorders = [recorder(e, root) for e in engines]
     made = run_campaign(recorders, trials, PROMPTS, SAMPLING, 3, check, guess=guess)
     return trials, made
@@ -112,6 +130,65 @@ def test_no_order_of_ends_changes_what_counts(tmp_path, reference, order, guess)
     used = sum(used for used, _, _ in reference.values())
     assert made.computed == used if not guess else made.computed >= used
     assert engine.most == engine.slots  # kept busy
+
+
+def one_after_another(draws, tokens):
+    """What is read if each trial runs to its stop before the next begins; draws made, tokens."""
+    trials, made, spent = campaign().trials, 0, 0
+    for _, prompt in sorted((trial.wanted(), p) for p, trial in trials.items()):
+        while trials[prompt].status == "open":
+            if (draws is not None and made >= draws) or (
+                tokens is not None and spent + SAMPLING.max_new_tokens > tokens
+            ):
+                break
+            draw = trials[prompt].used
+            text = text_of(PROMPTS[prompt].tokens, seed_of(3, prompt, draw))
+            made, spent = made + 1, spent + text.n_tokens
+            trials[prompt].feed(draw, judge([(prompt, draw, text)])[0])
+    return {p: (t.used, t.correct, t.status) for p, t in trials.items()}, made, spent
+
+
+LIMITS = [(9, None), (17, None), (None, 60), (None, 100), (21, 90), (1000, 9000)]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_no_order_of_ends_changes_what_a_limit_leaves(tmp_path, reference, limits):
+    expected, made, spent = one_after_another(*limits)
+    assert (expected == reference) == (limits == LIMITS[-1])
+    for order in range(3):
+        engines = [Stream(order, slots=1 + order)], [Stream(order + i, slots=2) for i in range(3)]
+        for i, several in enumerate(engines):
+            trials, did = play(several, tmp_path / f"{order}{i}", limits=limits)
+            assert standing(trials) == expected
+            assert (did.computed, did.tokens) == (made, spent)
+            assert not trials.within(
+                None if limits[0] is None else limits[0] - made,
+                None if limits[1] is None else limits[1] - spent,
+                SAMPLING.max_new_tokens,
+            )
+
+
+@pytest.mark.parametrize("after", [1, 6, 13])
+@pytest.mark.parametrize("limits", [(17, None), (None, 100)])
+def test_a_limit_leaves_the_same_after_an_engine_that_died(tmp_path, limits, after):
+    expected, made, _ = one_after_another(*limits)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        play([Stream(1, dies_after=after)], tmp_path, limits=limits)
+    trials, did = play([Stream(2)], tmp_path, limits=limits)
+    assert standing(trials) == expected
+    assert did.found == after  # all that had ended is read: none was a guess
+    assert did.found + did.computed == made
+
+
+def test_a_generous_limit_leaves_no_slot_idle(tmp_path):
+    """Under way, each time the engine asks: as many as without a limit."""
+    seen = []
+    for limits in (None, (1000, 9000)):
+        engine = Watched(1, slots=4)
+        play([engine], tmp_path / str(limits), guess=False, limits=limits)
+        seen.append(engine.busy)
+    assert seen[0] == seen[1]
+    assert max(seen[1]) == 4
 
 
 def test_batches_and_streams_share_the_store(tmp_path, reference):

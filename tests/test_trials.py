@@ -1,6 +1,7 @@
 """When a prompt's draws stop, which are made next, and what they will cost."""
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
-from siftline.selectors.preview import preview
-from siftline.selectors.trials import (
-    Beta,
-    Campaign,
-    Outcome,
-    Rule,
-    Trial,
-    fit_prior,
-    run,
-    words_of,
-)
+from siftline.selectors.campaign import Campaign, run
+from siftline.selectors.preview import NODES, _cost, preview
+from siftline.selectors.trials import Beta, Outcome, Rule, Trial, fit_prior, words_of
 
 
 def luck(prompt, draw, seed=0):
@@ -42,6 +35,14 @@ def play(campaign, outcome, slots=32, guess=True):
     )
 
 
+def given_up(rule, used, distinct, target):
+    """The rule as it is written: expected cost above the cap, or a number for the unsolved."""
+    if rule.unsolved_cap is not None and not distinct:
+        return used >= rule.unsolved_cap
+    mean = (rule.prior.a + distinct) / (rule.prior.a + rule.prior.b + used)
+    return used + (target - distinct) / mean > rule.cap
+
+
 def plain_stop(target, rule, outcomes):
     """The stopping rule as one loop over draws in order: draws used, status."""
     keys, correct, used = set(), 0, 0
@@ -51,11 +52,8 @@ def plain_stop(target, rule, outcomes):
                 return used, "met"
             if used >= rule.cap:
                 return used, "capped" if correct else "unsolved"
-            if used and not correct:
-                limit = rule.unsolved_cap
-                mean = rule.prior.a / (rule.prior.a + rule.prior.b + used)
-                if used >= limit if limit is not None else used + target / mean > rule.cap:
-                    return used, "unsolved"
+            if used and given_up(rule, used, len(keys), target):
+                return used, "unsolved"
         ok, key = outcomes[used]
         used += 1
         correct += ok
@@ -102,6 +100,90 @@ def test_certain_draws_are_read_and_never_too_few_to_go_on(target, rule, outcome
     assert trial.certain() == trial.wanted() == 0
 
 
+def ends(target, rule, used=0, distinct=0):
+    """The earliest and the latest draw at which any sequence of outcomes may stop a trial."""
+    if used >= rule.pilot and (
+        distinct >= target or used >= rule.cap or (used and given_up(rule, used, distinct, target))
+    ):
+        return used, used
+    wrong, right = (ends(target, rule, used + 1, distinct + more) for more in (0, 1))
+    return min(wrong[0], right[0]), max(wrong[1], right[1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 5),
+    st.builds(
+        lambda cap, pilot, a, b, unsolved: Rule(
+            cap, min(pilot, cap), Beta(a, b), None if unsolved is None else min(unsolved, cap)
+        ),
+        st.integers(1, 9),
+        st.integers(0, 4),
+        st.floats(0.1, 6),
+        st.floats(0.01, 3),
+        st.none() | st.integers(1, 9),
+    ),
+    st.lists(st.booleans(), max_size=9),
+)
+def test_every_sequence_of_outcomes_reads_what_is_certain_and_no_more_than_the_most(
+    target, rule, outcomes
+):
+    trial = Trial(target, rule)
+    for draw, right in enumerate([*outcomes, None]):
+        first, last = ends(target, rule, trial.used, trial.distinct)
+        if trial.status != "open":
+            assert first == last == trial.used
+            assert trial.certain() == trial.most() == trial.wanted() == 0
+            break
+        assert trial.certain() == first - trial.used
+        most = trial.most()
+        assert most >= last - trial.used
+        if rule.unsolved_cap is None and target - trial.distinct == 1:
+            assert most == last - trial.used  # with more missing, an end may be out of reach
+        assert trial.certain() <= trial.wanted() <= most or trial.wanted() <= trial.certain()
+        if right is not None:
+            trial.feed(draw, Outcome(right, str(draw)))
+
+
+def test_a_late_first_success_may_end_a_trial_that_goes_by_a_number_until_then():
+    rule = Rule(cap=24, pilot=2, prior=Beta(0.5, 0.5), unsolved_cap=20)
+    trial = Trial(4, rule)
+    # One answer of n: n + 3 (n + 1) / 1.5 passes 24 at the eighth draw.
+    assert trial.certain() == 4
+    for draw in range(7):
+        trial.feed(draw, Outcome(False, str(draw)))
+    assert (trial.status, trial.certain(), trial.most()) == ("open", 1, 13)
+    silent = Trial(4, rule)
+    for draw in range(20):
+        silent.feed(draw, Outcome(False, str(draw)))
+    assert (silent.status, silent.used) == ("unsolved", 20)
+    trial.feed(7, Outcome(True, "7"))
+    assert (trial.status, trial.used, trial.distinct) == ("unsolved", 8, 1)
+
+
+def test_a_prompt_with_successes_is_given_up_when_its_expected_cost_passes_the_cap():
+    """1 of n at Beta(1, 1): n + 3 (n + 2) / 2 passes 32 at the twelfth draw."""
+    trial = Trial(4, Rule(cap=32, pilot=4, prior=Beta(1, 1)))
+    for draw in range(32):
+        assert (trial.status == "open") == (draw < 12)
+        trial.feed(draw, Outcome(draw == 1, str(draw)))
+    assert (trial.status, trial.used, trial.distinct) == ("unsolved", 12, 1)
+
+
+def test_prompts_that_hardly_ever_succeed_are_given_up_long_before_the_cap():
+    """Planted: 4 answers at a rate of 0.03 cost 133 draws, the cap is 32."""
+    rates = {f"rare{i:03d}": 0.03 for i in range(300)} | {f"good{i:03d}": 0.6 for i in range(100)}
+    campaign = Campaign.of(dict.fromkeys(rates, 4), Rule(cap=32, pilot=4, prior=Beta(0.5, 1.0)))
+    made = play(campaign, world(rates), guess=False)
+    rare = [t for p, t in campaign.trials.items() if p.startswith("rare")]
+    assert sum(t.status == "unsolved" for t in rare) >= 297
+    assert {t.correct for t in rare if t.status == "unsolved"} >= {0, 1}
+    assert np.mean([t.used for t in rare]) < 10
+    assert made == sum(t.used for t in campaign.trials.values())
+    good = [t.status for p, t in campaign.trials.items() if p.startswith("good")]
+    assert good.count("met") >= 95
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 40))
 def test_batch_size_and_guesses_change_what_is_wasted_and_nothing_that_counts(seed, one, other):
@@ -140,8 +222,11 @@ def test_targets_are_met_exactly_caps_hold_and_the_unsolvable_are_found():
     assert campaign.trials["sure"].used == 4
     assert max(t.used for t in campaign.trials.values()) <= 64
     tight = Campaign.of({"half": 60}, rule)
-    play(tight, world(rates))
-    assert (tight.trials["half"].status, tight.trials["half"].used) == ("capped", 64)
+    play(tight, world(rates))  # 60 at a half cost 120, which the pilot shows
+    assert (tight.trials["half"].status, tight.trials["half"].used) == ("unsolved", 4)
+    whole = Campaign.of({"half": 60}, Rule(cap=64, pilot=64))
+    play(whole, world(rates))
+    assert (whole.trials["half"].status, whole.trials["half"].used) == ("capped", 64)
 
 
 def test_copies_do_not_count_nor_do_near_copies_where_asked():
@@ -151,10 +236,10 @@ def test_copies_do_not_count_nor_do_near_copies_where_asked():
         for draw, text in enumerate(say):
             trial.feed(draw, Outcome(True, text, words_of(text)))
         assert (trial.distinct, trial.same) == (distinct, same)
-    repeating = Trial(2, Rule(cap=5))
+    repeating = Trial(2, Rule(cap=5, pilot=5))
     for draw in range(5):
         repeating.feed(draw, Outcome(True, "same"))
-    assert (repeating.status, repeating.distinct) == ("capped", 1)
+    assert (repeating.status, repeating.distinct, repeating.correct) == ("capped", 1, 5)
 
 
 def test_long_trials_go_first_and_each_draw_is_taken_once():
@@ -169,20 +254,6 @@ def test_long_trials_go_first_and_each_draw_is_taken_once():
     assert len({*first, *rest}) == len(first) + len(rest)
     assert {p for p, _ in rest} == {"easy", "hard"}
     assert rest[0] == ("hard", 3)
-
-
-def test_a_grant_finishes_the_cheapest_and_is_never_passed():
-    rates = {"a": 0.9, "b": 0.5, "c": 0.1}
-    rule = Rule(cap=100, prior=Beta(1, 1))
-    for budget in (0, 1, 7, 30):
-        campaign = Campaign.of(dict.fromkeys(rates, 3), rule)
-        made = 0
-        while made < budget and campaign.grant(budget - made):
-            made += play(campaign, world(rates), guess=False)
-            assert made <= budget
-        campaign.stop()
-        assert made == min(budget, sum(t.used for t in campaign.trials.values()))
-        assert all(t.status != "open" for t in campaign.trials.values())
 
 
 def test_a_draw_that_never_comes_ends_its_trial_alone():
@@ -201,7 +272,7 @@ def test_a_draw_that_never_comes_ends_its_trial_alone():
 
 
 def test_a_draw_that_is_missing_between_others_is_asked_for():
-    campaign = Campaign.of({"a": 3}, Rule(cap=9, pilot=4))
+    campaign = Campaign.of({"a": 3}, Rule(cap=20, pilot=4))
     for draw in (0, 2, 3):
         campaign.feed("a", draw, Outcome(False, str(draw)))
     assert campaign.take(1, guess=False) == [("a", 1)]
@@ -254,12 +325,49 @@ def test_the_preview_covers_what_then_happens(unsolved_cap):
     assert inside["met"] >= 52
 
 
+@pytest.mark.parametrize(
+    ("rule", "used", "distinct", "target"),
+    [
+        (Rule(12, 4, Beta(0.8, 1.2)), 4, 1, 3),
+        (Rule(12, 4, Beta(0.8, 1.2)), 4, 0, 1),
+        (Rule(12, 2, Beta(0.8, 1.2)), 2, 0, 2),
+        (Rule(12, 4, Beta(0.8, 1.2), unsolved_cap=7), 4, 0, 2),
+        (Rule(12, 2, Beta(2.0, 0.1)), 2, 2, 9),
+        (Rule(12, 6, Beta(0.8, 1.2)), 3, 2, 1),  # in the pilot, with more than it wants
+        (Rule(12, 6, Beta(0.8, 1.2), unsolved_cap=9), 3, 0, 1),
+    ],
+)
+def test_the_preview_of_a_trial_is_the_sum_over_all_sequences(rule, used, distinct, target):
+    from scipy.stats import beta
+
+    nodes = (np.arange(NODES) + 0.5) / NODES
+    p = beta.ppf(nodes, rule.prior.a + distinct, rule.prior.b + used - distinct)
+    before = [(draw < distinct, str(draw)) for draw in range(used)]
+    moments = np.zeros((3, NODES))
+    for after in product((False, True), repeat=rule.cap - used):
+        outcomes = [*before, *((right, str(used + j)) for j, right in enumerate(after))]
+        end, status = plain_stop(target, rule, outcomes)
+        weight = p ** sum(after) * (1 - p) ** (len(after) - sum(after))
+        cost = end - used
+        moments += np.array([cost, cost**2, status == "met"])[:, None] * weight
+    mean, second, met = moments.mean(axis=1)
+    found = _cost(rule, used, distinct, target)
+    assert mean > 0
+    assert found == pytest.approx((mean, second - mean**2, met), rel=1e-9, abs=1e-12)
+
+
 def test_a_preview_of_nothing_is_nothing():
     done = Campaign.of({"a": 1}, Rule(cap=1))
     done.feed("a", 0, Outcome(True, "x"))
     said = preview(done.trials, {"a": (1, 5)})
     assert (said.prompts, said.draws.mean, said.met.mean) == (0, 0, 1)
     assert said.seconds is None
+
+
+def test_a_preview_of_a_long_trial_takes_the_answers_missing_times_the_cap():
+    """3,000 draws at a known rate: the negative binomial's mean where nothing ends it."""
+    mean, variance, met = _cost(Rule(3000, 4, Beta(1e6, 1e6)), 4, 0, 50)
+    assert (mean, variance, met) == pytest.approx((100, 100, 1), rel=1e-3)
 
 
 def test_order_of_prompts_changes_nothing():

@@ -26,9 +26,10 @@ class RejectionSampling:
             answers, or the "sampler"'s. Cost is always the sampler's. One pilot does for both where
             they are one model.
         pilot: Draws of every prompt that measure its pass rate; they count.
-        cap: Most draws of a prompt; vanilla has k instead.
-        unsolved_cap: Most draws of a prompt never solved; None gives it up as soon as the draws
-            that its target is expected to cost pass the cap.
+        cap: Most draws of a prompt; vanilla has k instead. A prompt is given up as soon as its
+            draws and those that its target is still expected to cost pass it.
+        unsolved_cap: Most draws of a prompt never solved, whatever they are expected to cost; None
+            goes by the expected cost there too.
         max_quantile: Quantile of the difficulties that counts as the hardest.
         max_similarity: Jaccard similarity of words from which an answer counts as a copy of one
             that the prompt has already; 1 takes only the same text for a copy.

@@ -3,7 +3,7 @@
 One thread for each engine pulls draws from a campaign as slots come free. A finished draw is
 written to its bucket's journal before the thread waits for the next, so a killed process loses only
 draws that had not ended. What is in the store already is taken from there. In which order draws end
-decides nothing: a trial reads them in draw order.
+decides nothing: a trial reads them in draw order, and a limit gives room in an order of its own.
 """
 
 import threading
@@ -18,7 +18,8 @@ import pyarrow as pa
 from siftline.scoring.engines import Failed, Generation, Sampling
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.samples import RECORD, sample_store, seed_of, text_of
-from siftline.selectors.trials import Campaign, Outcome
+from siftline.selectors.campaign import Campaign
+from siftline.selectors.trials import Outcome
 from siftline.store import Store, score_key
 
 Ask = tuple[Any, Sequence[int], int]
@@ -98,7 +99,7 @@ def stream_campaign(
 
     Args:
         recorders: One for each copy of the model; their engines are `Streaming`.
-        campaign: What to draw.
+        campaign: What to draw; may be held within limits.
         prompts: By prompt id.
         sampling: How to draw.
         seed: The run's seed.
@@ -210,7 +211,7 @@ class _State:
 
     def _read(self, prompt: str, draw: int, text: Generation) -> None:
         (outcome,) = self.judge([(prompt, draw, text)])
-        self.campaign.feed(prompt, draw, outcome)
+        self.campaign.feed(prompt, draw, outcome, text.n_tokens)
 
     def ended(self, prompt: str, draw: int, given: Generation | Failed) -> None:
         with self.change:

@@ -54,30 +54,6 @@ def difficulty(rates: pl.DataFrame) -> pl.DataFrame:
     return rates.with_columns(drawn.cast(pl.Float64).alias("difficulty"))
 
 
-def stopped_difficulty(rates: pl.DataFrame, pilot: int) -> pl.DataFrame:
-    """`difficulty` of prompts whose draws stopped when their target was met.
-
-    The last draw of such a prompt is right because it is the last, so n_correct / n_trials is too
-    high; (n_correct - 1) / (n_trials - 1) has no bias (Haldane 1945). Of a single success it leaves
-    nothing, so that one is counted as it is: a solved prompt's difficulty is below 1. So are draws
-    that were stopped by their number, as the pilot's.
-
-    Args:
-        rates: Columns of `PASS_RATES`, and `status` of the trial.
-        pilot: Draws that every prompt has.
-
-    Returns:
-        The same rows with `difficulty` (null where nothing was drawn).
-    """
-    plain = difficulty(rates)
-    several = pl.col("n_correct") > 1
-    stopped = (pl.col("status") == "met") & (pl.col("n_trials") > pilot) & several
-    unbiased = 1.0 - (pl.col("n_correct") - 1) / (pl.col("n_trials") - 1)
-    return plain.with_columns(
-        pl.when(stopped).then(unbiased).otherwise(pl.col("difficulty")).alias("difficulty")
-    )
-
-
 def uniform(n: int, k: int) -> np.ndarray:
     """DART-Math Uniform: every prompt gets the same target (the paper: k = 40).
 

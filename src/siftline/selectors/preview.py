@@ -1,10 +1,10 @@
 """What rejection sampling will cost, from the pilot, before anything more is drawn.
 
 A trial that misses r answers draws until the r-th success of a Bernoulli process whose rate p has
-the posterior Beta of the pilot, or until it stops. Its mean and variance are exact sums over the
-negative binomial's tail, integrated over p by quantiles of the Beta; trials are independent given
-the prior, so their sums are close to normal. What the interval leaves out: the prior's own error,
-and that an answer found before is less likely to be new.
+the posterior Beta of the pilot, or until it is given up. How long it goes on is followed draw by
+draw over the answers found, exactly, and integrated over p by quantiles of the Beta; trials are
+independent given the prior, so their sums are close to normal. What the interval leaves out: the
+prior's own error, and that an answer found before is less likely to be new.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,8 @@ def preview(
 ) -> Preview:
     """Expected cost of finishing trials.
 
-    Memory: a few numbers for each distinct state of a trial, and `NODES` times the cap.
+    Memory: a few numbers for each distinct state of a trial, and `NODES` times the answers missing;
+    time: that times the cap, for each distinct state.
 
     Args:
         trials: Trials after the pilot, by prompt id.
@@ -98,47 +99,39 @@ def preview(
     return Preview(len(states), draws, used, seconds, _interval(met, met_variance))
 
 
-_State = tuple[int, int, int, int]
+_State = tuple[int, int, int]
 
 
 def _state(trial: Trial) -> _State:
     """What the future of a trial depends on."""
-    return trial.used, trial.distinct, trial.correct, trial.target
+    return trial.used, trial.distinct, trial.target
 
 
-def _cost(
-    rule: Rule, used: int, distinct: int, correct: int, target: int
-) -> tuple[float, float, float]:
+def _cost(rule: Rule, used: int, distinct: int, target: int) -> tuple[float, float, float]:
     """Mean and variance of the draws still to come, and the chance that the target is met."""
-    from scipy.stats import beta, binom
+    from scipy.stats import beta
 
-    rest, missing = rule.cap - used, target - distinct
-    quantiles = (np.arange(NODES) + 0.5) / NODES
+    missing = max(target - distinct, 0)
     a, b = rule.prior.a + distinct, rule.prior.b + used - distinct
-    p = beta.ppf(quantiles, a, b)
-    n = np.arange(rest + 1)
-    unmet = binom.cdf(missing - 1, n[:, None], p)  # shape (rest + 1, NODES): not met after n draws
-    hopeless = min(_hopeless_after(rule, used, distinct, target), rest) if not correct else rest
-    if not correct and hopeless < rest:
-        # A trial without a success in its first `hopeless` draws has stopped there.
-        late = np.clip(n - hopeless, 0, None)
-        stopped = (1 - p) ** hopeless * unmet[late]
-        going = np.where(n[:, None] >= hopeless, unmet - stopped, unmet)
-        share = 1 - unmet[-1] - (1 - p) ** hopeless * (1 - unmet[rest - hopeless])
-    else:
-        going, share = unmet, 1 - unmet[-1]
-    tail = going[:-1]
-    first = tail.sum(axis=0)
-    second = ((2 * n[:-1] + 1)[:, None] * tail).sum(axis=0)
+    p = beta.ppf((np.arange(NODES) + 0.5) / NODES, a, b)
+    # Chance of a trial that still draws to have found so many answers; the last row has them all.
+    going = np.zeros((missing + 1, NODES))
+    going[0] = 1.0
+    first, second = np.zeros(NODES), np.zeros(NODES)
+    # Draws at which a trial with so many answers is given up.
+    ends = np.array([rule.given_up(found, target) for found in range(distinct, target)])
+    for n in range(used, rule.cap):
+        drawing = going[: missing if n >= rule.pilot else None].sum(axis=0)
+        if not drawing.any():
+            break
+        first += drawing
+        second += (2 * (n - used) + 1) * drawing
+        step = going[:-1] * p
+        going[:-1] -= step
+        going[1:] += step
+        going[:-1][ends <= n + 1] = 0.0
     mean = float(first.mean())
-    return mean, max(float(second.mean()) - mean**2, 0.0), float(share.mean())
-
-
-def _hopeless_after(rule: Rule, used: int, distinct: int, target: int) -> int:
-    trial = Trial(target, rule)
-    trial.used = used
-    assert not distinct
-    return trial.until_hopeless()
+    return mean, max(float(second.mean()) - mean**2, 0.0), float(going[-1].mean())
 
 
 def _interval(mean: float, variance: float) -> Estimate:

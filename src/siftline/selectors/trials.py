@@ -1,9 +1,9 @@
-"""How many draws a prompt deserves: the posterior of its pass rate, a stopping rule, a queue.
+"""How many draws a prompt deserves: the posterior of its pass rate, and a stopping rule.
 
 A prompt's trial reads its draws in draw order and stops at a draw that depends on those before it
 and on nothing else: the target is met, the cap is reached, or the cost to be expected passes the
-cap. So whichever draws come back first, from whichever device, the same ones count; what was drawn
-beyond the stop is waste.
+cap, whether it was solved before or not. So whichever draws come back first, from whichever device,
+the same ones count; what was drawn beyond the stop is waste.
 
 The pass rate of a prompt has a Beta prior that is fitted to the pilot of all prompts (Griffin &
 Krishnamoorthy's moment estimator of the beta-binomial), weak enough that a few draws of its own
@@ -11,8 +11,6 @@ outvote it. Missing r answers at posterior mean p costs r / p draws (the negativ
 a known p; the mean over the posterior has no finite value before the second success).
 """
 
-import heapq
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
@@ -22,8 +20,9 @@ import numpy as np
 WEAK, STRONG = 0.5, 2.0
 """Bounds of a prior's weight in draws."""
 Status = Literal["open", "met", "capped", "unsolved", "out_of_budget", "failed"]
-"""How a trial stands: target met; stopped at the cap with some answers; given up without one;
-stopped for want of draws or tokens; stopped because the engine refused the prompt."""
+"""How a trial stands: target met; stopped at the cap with some answers; given up because its
+expected cost passes the cap, or at the cap without an answer; stopped for want of draws or tokens;
+stopped because the engine refused the prompt."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ class Rule:
         cap: Most draws, the pilot's included.
         pilot: Draws that are made whatever they show.
         prior: Of the pass rate.
-        unsolved_cap: Most draws without one success; None leaves it to the expected cost.
+        unsolved_cap: Most draws without one success; None leaves it to the expected cost, by which
+            a prompt with a success goes in any case.
         max_similarity: Jaccard similarity of words from which a verified answer counts as a copy
             of an earlier one; 1 compares keys alone.
     """
@@ -101,6 +101,24 @@ class Rule:
     unsolved_cap: int | None = None
     max_similarity: float = 1.0
 
+    def given_up(self, distinct: int, target: int) -> int:
+        """Draws at which a trial with so many answers is given up; the cap where it is not before.
+
+        More draws without an answer never help, and at an equal number of draws nor do fewer
+        answers, but for the first where `unsolved_cap` is set.
+        """
+        least, missing = max(self.pilot, 1), target - distinct
+        if missing <= 0:
+            return self.cap
+        if self.unsolved_cap is not None and not distinct:
+            return min(max(least, self.unsolved_cap), self.cap)
+        # used + missing / mean > cap, solved for used; rounding may put it one off.
+        weight, found = self.prior.a + self.prior.b, self.prior.a + distinct
+        used = max(int((self.cap * found - missing * weight) / (found + missing)) - 1, least)
+        while used < self.cap and used + missing / self.prior.mean(distinct, used) <= self.cap:
+            used += 1
+        return used
+
 
 class Trial:
     """One prompt's draws, read in draw order.
@@ -109,7 +127,7 @@ class Trial:
         used: Draws read so far; none after the stop is ever read.
         correct: Of them verified.
         status: "open" until it stops.
-        allowed: Draws it may make until the next grant, at most the rule's cap.
+        allowed: Draws that there is room for under a limit, at most the rule's cap.
     """
 
     def __init__(self, target: int, rule: Rule) -> None:
@@ -120,6 +138,7 @@ class Trial:
         self.same: dict[int, str] = {}
         self._kept: dict[str, frozenset[str]] = {}
         self._early: dict[int, Outcome | None] = {}
+        self._mark()
         self._settle()
 
     @property
@@ -153,21 +172,66 @@ class Trial:
             end += 1
         return end
 
+    def has(self, draw: int) -> bool:
+        """Whether a draw was read, or came in early."""
+        return draw < self.used or draw in self._early
+
     def wanted(self) -> int:
         """Draws that it is expected to need still, rounded up; 0 when it has stopped."""
         if self.status != "open":
             return 0
-        need = ceil(round(self.missing / self._rate(), 9)) if self.missing else 0
-        return min(max(need, self.rule.pilot - self.used), self.rule.cap - self.used)
+        rate = self.rule.prior.mean(self.distinct, self.used)
+        need = ceil(round(self.missing / rate, 9))
+        return min(max(need, self.rule.pilot - self.used), self._latest - self.used)
 
     def certain(self) -> int:
-        """Draws that it will read whatever they show, as far as it is allowed."""
+        """Draws that it will read whatever they show, as far as it is allowed.
+
+        No sequence stops it earlier: nothing but successes meets the target first, and at any
+        number of draws the fewest answers are the most hopeless.
+        """
         if self.status != "open":
             return 0
-        sure = max(self.missing, self.rule.pilot - self.used)
-        if not self.correct:
-            sure = min(sure, self.until_hopeless())
-        return min(sure, self.allowed - self.used)
+        return max(min(self._sure(), self.allowed - self.used), 0)
+
+    def most(self) -> int:
+        """Draws that it may still need to be given, whatever they show."""
+        if self.status != "open":
+            return 0
+        end = self._latest
+        return end - self.used - sum(draw < end for draw in self._early)
+
+    def reach(self, room: int) -> int:
+        """Where it is certain to get to if so many draws are made that have not come in."""
+        end, last = self.used, self.used + self._sure()
+        while end < last:
+            if end not in self._early:
+                if room <= 0:
+                    break
+                room -= 1
+            end += 1
+        return end
+
+    def until_hopeless(self) -> int:
+        """Draws after which it may first be given up, if they show the worst."""
+        return max(self._soonest - self.used, 1)
+
+    def _sure(self) -> int:
+        return min(max(self.missing, self.rule.pilot - self.used), self.until_hopeless())
+
+    def _mark(self) -> None:
+        """Notes where a trial with the answers found so far is given up.
+
+        That is `_hopeless`, at the earliest `_soonest` if more are found, and `_latest` is where it
+        has stopped whatever comes: with one answer missing it goes on for longest.
+        """
+        at, rule = self.distinct, self.rule
+        self._hopeless = self._soonest = rule.given_up(at, self.target)
+        if rule.unsolved_cap is not None:  # a late first success may cost more than none
+            self._soonest = min(self._hopeless, rule.given_up(max(at, 1), self.target))
+        self._latest = rule.pilot
+        if self.missing:
+            self._latest = max(self._hopeless, rule.given_up(self.target - 1, self.target))
 
     def _read(self, draw: int, outcome: Outcome) -> None:
         self.used += 1
@@ -177,6 +241,7 @@ class Trial:
         key = self._copy_of(outcome)
         if key is None:
             self._kept[outcome.key] = outcome.words
+            self._mark()
         elif key != outcome.key:
             self.same[draw] = key
 
@@ -192,27 +257,6 @@ class Trial:
                     return key
         return None
 
-    def _rate(self, failures: int = 0) -> float:
-        """Posterior mean of the rate of new answers, after that many further failures."""
-        return self.rule.prior.mean(len(self._kept), self.used + failures)
-
-    def _hopeless(self, failures: int = 0) -> bool:
-        """Whether a prompt without a success would be given up after further failures."""
-        used = self.used + failures
-        if used < max(self.rule.pilot, 1):
-            return False
-        if self.rule.unsolved_cap is not None:
-            return used >= self.rule.unsolved_cap
-        return used + self.missing / self._rate(failures) > self.rule.cap
-
-    def until_hopeless(self) -> int:
-        """Failures in a row that a prompt without a success survives, and the one after."""
-        low, high = 1, max(self.rule.cap - self.used, 1)
-        while low < high:  # once hopeless, more failures never help
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._hopeless(middle) else (middle + 1, high)
-        return low
-
     def _settle(self) -> None:
         if self.used < self.rule.pilot:
             return
@@ -220,138 +264,10 @@ class Trial:
             self.status = "met"
         elif self.used >= self.rule.cap:
             self.status = "capped" if self.correct else "unsolved"
-        elif not self.correct and self._hopeless():
+        elif self.used >= self._hopeless:
             self.status = "unsolved"
-
-
-class Campaign:
-    """The trials of many prompts, and which draws to make next.
-
-    Attributes:
-        trials: By prompt id.
-    """
-
-    def __init__(self, trials: Mapping[str, Trial]) -> None:
-        self.trials = {prompt: trials[prompt] for prompt in sorted(trials)}
-        self._asked = {prompt: trial.used for prompt, trial in self.trials.items()}
-        self._stale: set[str] = set(self.trials)
-        self._certain: list[tuple[int, str]] = []
-        self._guesses: list[tuple[int, str]] = []
-
-    @classmethod
-    def of(cls, targets: Mapping[str, int], rule: Rule) -> "Campaign":
-        """New trials for distinct verified answers wanted by prompt id."""
-        return cls({prompt: Trial(target, rule) for prompt, target in targets.items()})
-
-    def part(self, prompts: Iterable[str]) -> "Campaign":
-        """The same trials of some prompts, with a queue of their own."""
-        return Campaign({prompt: self.trials[prompt] for prompt in prompts})
-
-    def feed(self, prompt: str, draw: int, outcome: Outcome | None) -> None:
-        """Takes in one draw, or None for one that will never come."""
-        trial = self.trials[prompt]
-        trial.feed(draw, outcome)
-        # Not draw + 1: a draw before it may be missing, and would never be asked for.
-        self._asked[prompt] = max(self._asked[prompt], trial.known())
-        self._stale.add(prompt)
-
-    def open(self) -> list[str]:
-        """Prompts whose trials have not stopped, sorted."""
-        return [p for p, trial in self.trials.items() if trial.status == "open"]
-
-    def take(self, slots: int, *, guess: bool) -> list[tuple[str, int]]:
-        """The next draws, the longest trials first, so that none is left alone at the end.
-
-        Args:
-            slots: Most draws to return.
-            guess: Also take draws that the trials are expected to need, where those they are
-                certain to read don't fill the slots.
-
-        Returns:
-            Prompt and draw index. Each draw is returned once.
-        """
-        for prompt in sorted(self._stale):
-            self._queue(prompt)
-        self._stale.clear()
-        out = self._pop(self._certain, slots, Trial.certain)
-        if guess and len(out) < slots:
-            out += self._pop(self._guesses, slots - len(out), Trial.wanted)
-        return out
-
-    def grant(self, draws: int) -> int:
-        """Shares out a number of draws among the open trials, those cheapest to finish first.
-
-        Every trial's allowance is set to what it has used and its share.
-
-        Returns:
-            Draws shared out.
-        """
-        left = draws
-        queue = sorted((t.wanted(), p) for p, t in self.trials.items() if t.status == "open")
-        for wanted, prompt in queue:
-            share = min(wanted, left)
-            trial = self.trials[prompt]
-            trial.allowed = trial.used + share
-            left -= share
-            self._stale.add(prompt)
-        return draws - left
-
-    def stop(self) -> None:
-        """Ends every open trial for want of budget."""
-        for prompt in self.open():
-            self.trials[prompt].status = "out_of_budget"
-
-    def _queue(self, prompt: str) -> None:
-        trial = self.trials[prompt]
-        ahead = self._asked[prompt] - trial.used
-        entry = (-trial.wanted(), prompt)
-        if trial.certain() > ahead:
-            heapq.heappush(self._certain, entry)
-        if trial.wanted() > ahead:
-            heapq.heappush(self._guesses, entry)
-
-    def _pop(
-        self, queue: list[tuple[int, str]], slots: int, due: Callable[[Trial], int]
-    ) -> list[tuple[str, int]]:
-        out: list[tuple[str, int]] = []
-        while queue and len(out) < slots:
-            _, prompt = heapq.heappop(queue)
-            trial, first = self.trials[prompt], self._asked[prompt]
-            n = min(due(trial) - (first - trial.used), slots - len(out))
-            if n <= 0:  # an entry from before the last draws came in
-                continue
-            out += [(prompt, first + i) for i in range(n)]
-            self._asked[prompt] = first + n
-            self._stale.add(prompt)
-        return out
 
 
 def words_of(text: str) -> frozenset[str]:
     """Distinct lower-case words of a text."""
     return frozenset(text.lower().split())
-
-
-def run(
-    campaign: Campaign,
-    draw: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int, Outcome | None]]],
-    slots: int,
-    *,
-    guess: bool = True,
-) -> int:
-    """Runs a campaign in batches to its end; the plain loop beside the streaming ones.
-
-    Args:
-        campaign: What to run.
-        draw: Makes draws and says what they were worth.
-        slots: Most draws of one batch.
-        guess: See `Campaign.take`.
-
-    Returns:
-        Draws made, waste included.
-    """
-    made = 0
-    while batch := campaign.take(slots, guess=guess):
-        made += len(batch)
-        for prompt, index, outcome in draw(batch):
-            campaign.feed(prompt, index, outcome)
-    return made

@@ -2,7 +2,9 @@
 
 An engine that runs batches gets one store bucket after another, each in batches that follow from
 the draws before them alone. A resumed run plans the same batches and finds the committed ones, so
-it makes the same draws to the last bit; several devices take a bucket each.
+it makes the same draws to the last bit; several devices take a bucket each. Under a limit such an
+engine goes as far as there was room for when it began; a stream gains room with every draw that
+ends. Both read the same draws.
 """
 
 import threading
@@ -12,7 +14,8 @@ from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import MAX_ROWS, REFUSED, Recorder
 from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.streaming import Judge, Made, Prompt, Streaming, stream_campaign
-from siftline.selectors.trials import Campaign, Outcome, run
+from siftline.selectors.campaign import Campaign, run
+from siftline.selectors.trials import Outcome
 from siftline.stages.spread import over_buckets
 
 
@@ -27,7 +30,7 @@ def run_campaign(
     guess: bool,
     stream: bool = True,
 ) -> Made:
-    """Runs a campaign to its end on the copies of one model.
+    """Runs a campaign to its end, or as far as it has room for, on the copies of one model.
 
     Args:
         recorders: One for each copy.

@@ -199,8 +199,9 @@ def _sampling_notes(name: str, facts: dict[str, Any]) -> list[str]:
         )
     if unsolved:
         notes.append(
-            f"{name}: {unsolved} prompts given up without one verified answer; look at them, many "
-            "are mislabelled (difficulty table, status unsolved)."
+            f"{name}: {unsolved} prompts given up because their answers are expected to cost "
+            "more draws than the cap; look at those without any, many are mislabelled (difficulty "
+            "table, status unsolved)."
         )
     if ends.get("capped"):
         notes.append(

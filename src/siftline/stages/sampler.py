@@ -10,8 +10,9 @@ import polars as pl
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import JUDGE, RejectionSampling
 from siftline.scoring.streaming import Draw
+from siftline.selectors.campaign import Campaign
 from siftline.selectors.preview import Preview, preview
-from siftline.selectors.trials import Campaign, Outcome, Rule, words_of
+from siftline.selectors.trials import Outcome, Rule, words_of
 from siftline.stages.drawing import run_campaign
 from siftline.stages.grading import Grader
 from siftline.stages.problems import (
@@ -38,6 +39,11 @@ class Limits:
     draws: int | None
     tokens: int | None
     longest: int
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self.draws is not None or self.tokens is not None
 
     def left(self) -> int | None:
         """Draws that can be made whatever their length."""
@@ -152,8 +158,9 @@ class Sampler:
         """Runs a campaign within the limits, and charges them.
 
         Without limits, idle slots are filled with draws that may turn out not to be needed. Under
-        limits only draws that are sure to be read are made, and granted in turns: so the limits
-        hold, and what is spent does not depend on which draw ends first.
+        limits only draws that are sure to be read are made, of the trials that `Campaign.within`
+        has room for: so the limits hold, and what is spent does not depend on which draw ends
+        first. A stream gains room as draws end; an engine that runs batches takes a turn for it.
 
         Returns:
             Draws and tokens that a model made now.
@@ -174,12 +181,12 @@ class Sampler:
             return [_outcome(line, campaign.trials[line["prompt_id"]].rule) for line in lines]
 
         while waiting := campaign.open():
-            left = self.limits.left()
-            if left is not None and not (left and campaign.grant(left)):
+            limits = self.limits
+            if limits.limited and not campaign.within(limits.draws, limits.tokens, limits.longest):
                 break
             made = run_campaign(
                 self.recorders, campaign, homes, self.options.sampling, self.options.seed, judge,
-                guess=left is None, stream=self.options.verifier != JUDGE,
+                guess=not limits.limited, stream=self.options.verifier != JUDGE,
             )  # fmt: skip
             computed, tokens = computed + made.computed, tokens + made.tokens
             self._say(made.lost)

@@ -16,16 +16,17 @@ from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import JUDGE, RejectionSampling
 from siftline.scoring.verifiers import isolation_of
+from siftline.selectors.campaign import Campaign
 from siftline.selectors.difficulty import (
     accept,
     difficulty,
-    stopped_difficulty,
     tally,
     targets_for,
 )
 from siftline.selectors.preview import Preview
 from siftline.selectors.selection import decisions
-from siftline.selectors.trials import Campaign, Rule, fit_prior
+from siftline.selectors.stopped import stopped_difficulty
+from siftline.selectors.trials import Rule, fit_prior
 from siftline.stages.context import Context, StageRun
 from siftline.stages.grading import by_verifier, grader, outside
 from siftline.stages.problems import Judgement, added_rows, negatives, problems_of
@@ -65,7 +66,7 @@ def rejection_sampling(context: Context) -> StageRun:
     progress.close()
     judged = sampler.judged(campaign)
     taken = accept(judged.draws, judged.targets)
-    table = _table(sampler, judged, found.other)
+    table = _table(sampler, campaign, judged, found.other)
     if sampler.options.target == "vanilla":  # nothing was aimed at
         drawn = pl.col("status").is_in(["met", "capped", "unsolved"])
         table = table.with_columns(
@@ -214,7 +215,9 @@ def _results(context: Context, added: list[dict[str, Any]]) -> list[StageResult]
     return results
 
 
-def _table(sampler: Sampler, judged: Judgement, other: pl.DataFrame | None) -> pl.DataFrame:
+def _table(
+    sampler: Sampler, campaign: Campaign, judged: Judgement, other: pl.DataFrame | None
+) -> pl.DataFrame:
     """Every prompt's pass rate, target, and how its trial ended.
 
     `difficulty` is that of the model that set the targets, `sampler_difficulty` the sampler's; both
@@ -230,7 +233,7 @@ def _table(sampler: Sampler, judged: Judgement, other: pl.DataFrame | None) -> p
     table = table.join(tally(judged.draws), on="prompt_id", how="left")
     counts = ("n_trials", "n_correct", "n_distinct")
     table = table.with_columns(pl.col(counts).fill_null(0), pl.col("target").fill_null(0))
-    table = stopped_difficulty(table, sampler.options.pilot)
+    table = stopped_difficulty(table, campaign.trials)
     table = table.with_columns(pl.col("difficulty").alias("sampler_difficulty"))
     if other is not None:
         driving = difficulty(other).select("prompt_id", "difficulty")
