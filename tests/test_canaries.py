@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
@@ -16,13 +17,16 @@ from siftline.ledger import StageResult
 from siftline.recipe import Stage, parse
 from siftline.scoring.verifiers import get_verifier
 from siftline.sections import Canaries
+from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import decisions
 from siftline.selectors.verify import Verify
+from siftline.stages import canaries, gates, run
 from siftline.stages.canaries import PLANTED, _plant, measured
-from siftline.stages.context import StageRun
+from siftline.stages.context import Context, StageRun
+from siftline.stages.lane import Lane, first
 from siftline.stages.planting import DEFECTS, SOUND, similarity
-from siftline.stages.run import outputs, run_stage
+from siftline.stages.run import RUN, outputs, run_stage
 from siftline.workspace import Workspace
 
 
@@ -146,25 +150,37 @@ def test_held_against_earlier_rows_decides_as_all_at_once(seed):
 # ---- intervals -------------------------------------------------------------------------------
 
 
-class Lane:
+def added(rows):
+    fields = pa.schema([f.with_nullable(True) for f in schema.ADDED])
+    return pa.Table.from_pylist(rows, schema=fields)
+
+
+class InMemory:
     """As much of a stage's context as planting sees, over rows in memory."""
 
+    lane = None
+
     def __init__(self, rows, per_kind, seed):
-        self.rows = {r["id"]: r for r in rows}
+        self.held = {r["id"]: r for r in rows}
         self.recipe = SimpleNamespace(canaries=Canaries(per_kind), seed=seed)
         self.stage = Stage("verify", "verify", Verify())
         self.buckets = range(1)
         self.emit = quiet
 
     def in_play(self, bucket):
-        return sorted(self.rows)
+        return sorted(self.held)
+
+    def rows(self, bucket):
+        return self.rows_of(self.in_play(bucket))
 
     def rows_of(self, ids):
-        fields = [f.with_nullable(True) for f in schema.ROW]
-        return pa.Table.from_pylist([self.rows[i] for i in ids], schema=pa.schema(fields))
+        return added([self.held[i] for i in ids])
+
+    def judged(self, bucket):
+        return None
 
     def rates(self):
-        table = decisions(sorted(self.rows), kept=[True] * len(self.rows))
+        table = decisions(sorted(self.held), kept=[True] * len(self.held))
         run = measured(self, self.judge, StageRun([StageResult(table)], {}, {}))
         return {line["kind"]: line for line in run.facts["canaries"]}
 
@@ -191,8 +207,8 @@ def test_intervals_cover_what_planting_everywhere_finds():
             row(f"Pool {seed}, question {i}?", f"That gives {n}\n#### {n}", str(n))
             for i, n in ((i, rng.randrange(10, 40)) for i in range(150))
         ]
-        truth = Lane(rows, 150, seed).rates()
-        sample = Lane(rows, 30, seed).rates()
+        truth = InMemory(rows, 150, seed).rates()
+        sample = InMemory(rows, 30, seed).rates()
         for kind, line in sample.items():
             assert line["planted"] == 30
             covered[kind] += line["low"] <= truth[kind]["share"] <= line["high"]
@@ -201,24 +217,113 @@ def test_intervals_cover_what_planting_everywhere_finds():
     assert min(covered.values()) >= 93, covered
 
 
+class RealGate(InMemory):
+    """A context that a whole gate runs in, with a pool and an evaluation set in memory."""
+
+    pool = None
+    workspace = SimpleNamespace(pool=lambda name: name, root=Path())
+
+    def __init__(self, kind, options, rows):
+        super().__init__(rows, 1, 0)
+        self.stage = Stage(kind, kind, options)
+        self.recipe.sets = {"test": SimpleNamespace(name="held_out")}
+
+
+def stock(seed):
+    """Rows of every length."""
+    rng = random.Random(seed)
+
+    def text(least, most):
+        words = ("".join(rng.choices("abcdefghij", k=5)) for _ in range(rng.randrange(least, most)))
+        return " ".join(words)
+
+    return [row(f"What of {text(2, 18)}?", f"It is {text(8, 36)}.") for _ in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "planted", "options"),
+    [
+        ("duplicates", "near_copy", Duplicates(threshold=0.9)),
+        ("decontamination", "leaked", Decontamination(near=0.9)),
+    ],
+)
+def test_intervals_cover_what_the_real_gates_do(kind, planted, options, monkeypatch):
+    """As above with whole gates, too strict for the shorter texts; 20 pools, 5 draws of each."""
+    runs, covered, truths = [], 0, []
+    monkeypatch.setattr(gates, "measured", lambda *run: runs.append(run) or run[2])
+    monkeypatch.setitem(PLANTED, kind, (planted,))
+    ours, theirs = stock(1), stock(2)
+    for number in range(20):
+        rng = random.Random(number)
+        held = added(rng.sample(theirs, 120)).select(schema.ROW.names).cast(schema.ROW)
+        for module in (gates, canaries):
+            pool = SimpleNamespace(all_rows=lambda held=held: held)
+            monkeypatch.setattr(module, "Pool", lambda name, pool=pool: pool)
+        context = RealGate(kind, options, rng.sample(ours, 120 if kind == "duplicates" else 8))
+        RUN[kind](context)
+
+        def share(per_kind, seed, context=context):
+            context.recipe.canaries, context.recipe.seed = Canaries(per_kind), seed
+            (line,) = measured(context, *runs[-1][1:]).facts["canaries"]
+            assert per_kind == 120 or line["planted"] == per_kind
+            return line
+
+        truths.append(share(120, 0)["share"])
+        for seed in range(5 * number, 5 * number + 5):
+            line = share(20, seed)
+            covered += line["low"] <= truths[-1] <= line["high"]
+    assert min(truths) > 0.3
+    assert max(truths) < 0.95
+    assert covered >= 93, covered
+
+
 def test_draws_do_not_depend_on_order_and_few_rows_are_planted_once():
     rows = [row(f"Question {i}?", f"#### {i}", str(i)) for i in range(12)]
-    ahead, behind = Lane(rows, 5, 3), Lane(rows[::-1], 5, 3)
+    ahead, behind = InMemory(rows, 5, 3), InMemory(rows[::-1], 5, 3)
     assert ahead.rates() == behind.rates()
-    assert Lane(rows, 200, 3).rates()["truncated"]["planted"] <= 12
-    none = Lane([row("Why?", "no", None)], 5, 3).rates()["gold_answer"]
+    assert InMemory(rows, 200, 3).rates()["truncated"]["planted"] <= 12
+    none = InMemory([row("Why?", "no", None)], 5, 3).rates()["gold_answer"]
     assert (none["planted"], none["share"], none["low"]) == (0, None, None)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.floats(0, 0.6), st.sampled_from([1, 4]))
+@settings(max_examples=40, deadline=None)
+def test_held_rows_are_the_first_of_all_rows(seed, wanted, removed, buckets):
+    rows = sorted((row(f"Is {n} odd?", "Who knows") for n in range(120)), key=lambda r: r["id"])
+    lane, cut = Lane(seed, wanted, len(rows)), len(rows) // buckets
+    for bucket in reversed(range(buckets)):
+        lane.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
+        lane.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
+    rng = random.Random(seed)
+    kept = [r["id"] for r in rows if rng.random() >= removed]
+    count = min(wanted, len(kept))
+    found = lane.first(kept, count, len(rows))
+    if removed == 0 and wanted > 15:
+        assert found is not None
+    if found is not None:
+        assert found["id"].to_pylist() == [kept[i] for i in first(seed, kept, count)]
+    assert lane.first(kept, count, len(rows) + 1) is None  # a row it was not shown
+
+
+def test_held_rows_are_few():
+    rows = [row(f"Is {n} odd?", "Who knows") for n in range(600)]
+    lane = Lane(0, 20, len(rows))
+    lane.offer(0, added(rows))
+    ids = sorted(r["id"] for r in rows)
+    assert lane.first(ids, 20, len(rows)).num_rows == 20
+    assert lane.first(ids, 120, len(rows)) is None
 
 
 def test_a_canary_that_is_a_row_of_the_pool_is_not_planted():
     """One number changed turns some questions into others that are asked as well."""
     rows = [row(f"Is {n} odd?", "It is a number.", "1") for n in range(60)]
-    lane = Lane(rows, 30, 0)
-    planted = _plant("other_question", rows, 30, set(lane.rows))
+    lane = InMemory(rows, 30, 0)
+    pairs = list(itertools.pairwise([*rows, rows[0]]))
+    planted = _plant("other_question", pairs, 30, sorted(lane.held))
     asked = {r["prompt_id"] for r in rows}
     assert planted
     assert all(canary.row["prompt_id"] not in asked for canary in planted)
-    truth = _plant("other_question", rows, 60, set())
+    truth = _plant("other_question", pairs, 60, [])
     assert len(truth) > len(planted)
 
 
@@ -261,6 +366,25 @@ def test_every_gate_is_measured_and_no_decision_changes(finished, mini, mini_too
     assert share["verify", "gold_answer"] == 0.0
     assert found["confidence"]["proven"]["planted"] > 20
     assert 0 < found["confidence"]["proven"]["high"] < 1
+
+
+def test_rows_that_are_read_again_make_the_same_canaries(
+    finished, mini, mini_tools, tmp_path, monkeypatch
+):
+    recipe, made, read = mini("canaries.per_kind=12"), [], []
+    told = Context.rows_of
+    monkeypatch.setattr(Context, "rows_of", lambda *asked: read.append(1) or told(*asked))
+    for held in (True, False):
+        root = mini_tools.copy_root(finished.root, tmp_path / f"root-{held}")
+        if not held:
+            monkeypatch.setattr(run, "lane_of", lambda *gate: None)
+        for name in ("duplicates", "decontamination"):
+            output, _ = run_stage(Workspace(root), recipe, name, quiet)
+            made.append(output.table("canaries"))
+        assert len(read) == (0 if held else 2)
+    assert made[0].equals(made[2])
+    assert made[1].equals(made[3])
+    assert made[0].height == made[1].height == 24
 
 
 def test_the_verify_gate_of_the_chain_is_the_verifier_itself(finished, mini, mini_tools, tmp_path):

@@ -9,7 +9,9 @@ the share of planted rows that the gate removed. A false drop is a removed row t
 construction, or, for gates that ask a model, a real row whose response verification proved right.
 """
 
-from collections.abc import Callable, Sequence, Set
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -17,10 +19,11 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.ingest.pool import Pool
-from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import KEPT, StageResult
+from siftline.recipe import Recipe, Stage
 from siftline.stages.context import Context, StageRun
-from siftline.stages.planting import DEFECTS, SOUND, Canary
+from siftline.stages.lane import Lane, first
+from siftline.stages.planting import DEFECTS, SOUND, Canary, Row
 from siftline.training.intervals import wilson
 
 Judged = tuple[pl.DataFrame, dict[str, str]]
@@ -64,10 +67,11 @@ def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
     if asked is None or context.stage.scope == "added":
         return run
     lines, facts = [pl.DataFrame(schema=LINES)], []
-    known = {i for bucket in context.buckets for i in context.in_play(bucket)}
+    known = sorted(i for r in run.results for i in [*r.decisions["id"].to_list(), *r.failed])
     kept = sorted(i for r in run.results for i in r.decisions.filter("kept")["id"].to_list())
-    for kind, rows in _drawn(context, kept, SPARE * asked.per_kind + 1).items():
-        table, fact = _judged(judge, kind, _plant(kind, rows, asked.per_kind, known))
+    for kind, rows in _drawn(context, known, kept).items():
+        pairs = _pairs(rows, asked.per_kind)
+        table, fact = _judged(judge, kind, _plant(kind, pairs, asked.per_kind, known))
         lines.append(table)
         facts.append(fact)
     if context.stage.kind in ASK_MODELS:
@@ -131,20 +135,26 @@ def _proven(context: Context, results: Sequence[StageResult]) -> list[dict[str, 
     return [_counted("proven", judged, removed, 0)]
 
 
-def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int, known: Set[str]) -> list[Canary]:
+def _plant(
+    kind: str, pairs: Iterable[tuple[Row, Row]], wanted: int, known: Sequence[str]
+) -> list[Canary]:
     """At most `wanted` canaries of a kind, from the first rows that have something to spoil.
 
     A canary that happens to be a row in play is none, nor is another question that happens to be
     asked there: removing either may be right.
+
+    Args:
+        kind: What is planted.
+        pairs: Rows and their partners.
+        wanted: Most canaries.
+        known: Ids of the rows in play, ascending.
     """
     made: list[Canary] = []
     seen: set[str] = set()
-    prompts = {i[: schema.HALF_ID] for i in known} if kind == "other_question" else set()
-    for row, partner in zip(rows, [*rows[1:], *rows[:1]], strict=True):
+    whole = schema.HALF_ID if kind == "other_question" else None
+    for row, partner in pairs:
         spoiled = DEFECTS[kind](row, partner)
-        if spoiled is None or spoiled["id"] in seen or spoiled["id"] in known:
-            continue
-        if spoiled["prompt_id"] in prompts:
+        if spoiled is None or spoiled["id"] in seen or _begins(known, spoiled["id"][:whole]):
             continue
         seen.add(spoiled["id"])
         made.append(Canary(kind, row["id"], spoiled))
@@ -153,41 +163,66 @@ def _plant(kind: str, rows: Sequence[dict[str, Any]], wanted: int, known: Set[st
     return made
 
 
-def _kinds(context: Context) -> tuple[str, ...]:
+def _begins(known: Sequence[str], start: str) -> bool:
+    """Whether one of some ascending ids begins so."""
+    place = bisect_left(known, start)
+    return place < len(known) and known[place].startswith(start)
+
+
+def _pairs(rows: pa.Table, size: int) -> Iterator[tuple[Row, Row]]:
+    """Every row with its partner, the row after it or the first; made `size` rows at a time."""
+    for start in range(0, rows.num_rows, size):
+        places = range(start, min(start + size, rows.num_rows) + 1)
+        read = rows.take(pa.array([i % rows.num_rows for i in places])).to_pylist()
+        yield from pairwise(read)
+
+
+def _kinds(stage: Stage) -> tuple[str, ...]:
     """Kinds of this gate; a marked final answer is sound only to verifiers that look for one."""
-    kinds = PLANTED[context.stage.kind]
-    marked = getattr(context.stage.options, "verifier", "math") in ("math", "choice")
+    kinds = PLANTED[stage.kind]
+    marked = getattr(stage.options, "verifier", "math") in ("math", "choice")
     return kinds if marked else tuple(kind for kind in kinds if kind != "gold_answer")
 
 
-def _drawn(context: Context, ids: Sequence[str], count: int) -> dict[str, list[dict[str, Any]]]:
+def _count(recipe: Recipe) -> int:
+    """Rows drawn for each kind."""
+    assert recipe.canaries is not None
+    return SPARE * recipe.canaries.per_kind + 1
+
+
+def lane_of(recipe: Recipe, stage: Stage, rows: int) -> Lane | None:
+    """Where a gate with so many rows leaves those that its canaries are made of."""
+    if recipe.canaries is None or stage.kind not in PLANTED or stage.scope == "added":
+        return None
+    own = [kind for kind in _kinds(stage) if kind != "leaked"]
+    return Lane(recipe.seed, _count(recipe) * len(own), rows)
+
+
+def _drawn(context: Context, known: Sequence[str], kept: Sequence[str]) -> dict[str, pa.Table]:
     """Rows for each kind of this gate in the order of their draws, no row twice in large pools.
 
-    Leaks are drawn from the evaluation sets, the other kinds from `ids`, the rows that the gate
-    kept: what it removed is no sound start. They are read once for all kinds.
+    Leaks are drawn from the evaluation sets, the other kinds from `kept`: what the gate removed is
+    no sound start. Those are read once for all kinds.
     """
-    kinds = _kinds(context)
+    kinds, count, seed = _kinds(context.stage), _count(context.recipe), context.recipe.seed
     own = [kind for kind in kinds if kind != "leaked"]
-    order = _first(context.recipe.seed, ids, count * len(own))
+    total = min(count * len(own), len(kept))
+    rows = context.lane.first(kept, total, len(known)) if context.lane else None
+    if rows is None:
+        wanted = [kept[i] for i in first(seed, kept, total)]
+        read = context.rows_of(set(wanted))
+        rows = read.take(pa.compute.index_in(pa.array(wanted, pa.string()), read["id"]))
+    drawn = {}
     # One order for all kinds; each begins where the one before it ends, and goes round.
-    chosen = {
-        kind: [ids[order[(k * count + j) % len(order)]] for j in range(min(count, len(order)))]
-        for k, kind in enumerate(own)
-    }
-    read = context.rows_of({i for wanted in chosen.values() for i in wanted}).to_pylist()
-    rows = {row["id"]: row for row in read}
-    drawn = {kind: [rows[i] for i in wanted] for kind, wanted in chosen.items()}
+    for k, kind in enumerate(own):
+        places = [(k * count + j) % total for j in range(min(count, total))]
+        drawn[kind] = rows.take(pa.array(places, pa.int64()))
     if "leaked" in kinds:
         sets = [Pool(context.workspace.pool(spec.name)) for _, spec in context.recipe.sets.items()]
-        held = [row for pool in sets for row in pool.all_rows().to_pylist()]
-        order = _first(context.recipe.seed, [row["id"] for row in held], count)
-        drawn["leaked"] = [held[i] for i in order]
+        held = pa.concat_tables([schema.ROW.empty_table(), *(pool.all_rows() for pool in sets)])
+        ids = held.column("id").to_pylist()
+        drawn["leaked"] = held.take(pa.array(first(seed, ids, min(count, len(ids)))))
     return {kind: drawn[kind] for kind in kinds}
-
-
-def _first(seed: int, ids: Sequence[str], count: int) -> list[int]:
-    drawn = gumbel_top_k(uniforms(seed, "canary", ids), ids, min(count, len(ids)))
-    return [int(position) for position in drawn]
 
 
 def _table(planted: Sequence[Canary]) -> pa.Table:

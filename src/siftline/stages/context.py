@@ -19,6 +19,7 @@ from siftline.recipe import Recipe, Stage
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.selection import DECISION, Selection
+from siftline.stages.lane import Lane
 from siftline.stages.models import Engines, model_spec
 from siftline.workspace import Workspace
 
@@ -44,6 +45,7 @@ class Context:
         before: The instances before this one with their outputs, in order.
         opened: Engines of this process.
         emit: Takes one line of progress.
+        lane: Where rows that canaries may be made of are held back as they are read.
     """
 
     workspace: Workspace
@@ -53,6 +55,7 @@ class Context:
     before: Sequence[tuple[Stage, StageOutput]]
     opened: Engines
     emit: Callable[[str], None]
+    lane: Lane | None = None
 
     @property
     def buckets(self) -> range:
@@ -69,7 +72,10 @@ class Context:
 
     def rows(self, bucket: int) -> pa.Table:
         """Rows in play of one bucket (columns of `schema.ADDED`), sorted by id."""
-        return self.everything(bucket, self.in_play(bucket))
+        rows = self.everything(bucket, self.in_play(bucket))
+        if self.lane is not None:
+            self.lane.offer(bucket, rows)
+        return rows
 
     def everything(self, bucket: int, ids: Sequence[str]) -> pa.Table:
         """Rows with these ids, of the pool or added by any stage so far, in play or not."""

@@ -6,7 +6,7 @@ another's decisions, and any process can find the outputs of a recipe by reading
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from siftline.stages import (
     shortlist,
     spend,
 )
-from siftline.stages.canaries import PLANTED
+from siftline.stages.canaries import PLANTED, lane_of
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
-VERSION = 3
+VERSION = 4
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
 RUN: dict[str, Callable[[Context], StageRun]] = {
@@ -225,7 +225,7 @@ def run_stage(
             raise ValueError(
                 f"stage {recipe.name}/{name}: no rows are left to judge: loosen a gate"
             )
-        run = RUN[stage.kind](context)
+        run = RUN[stage.kind](replace(context, lane=lane_of(recipe, stage, rows_in)))
     output = write_stage(
         path, run.results, rows_in=rows_in, tables=run.tables, facts=run.facts, identity=inputs
     )
