@@ -184,10 +184,11 @@ finally:
 """
 
 
-def child_peak(path, out):
+def child_peak(path, out, *options):
     """Runs the command line in a process of its own: wall seconds, peak MiB, its JSON."""
     start = time.perf_counter()
     command = [sys.executable, "-c", CHILD, "dedup", str(path), "--out", str(out), "--json"]
+    command += options
     env = {name: value for name, value in os.environ.items() if name not in HOLD}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     wall = time.perf_counter() - start

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
+from siftline.commands import dedup_conversations
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep
 from siftline.kernels.text import numbers, plain
 from siftline.schema import canonical_text, make_row, message
-from siftline.selectors.duplicates import Duplicates, normal_answer
+from siftline.selectors.duplicate_state import Shelf, normal_answer
+from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import select
 
 PLACES = ["market", "school", "library", "station", "bakery", "garden", "harbour", "museum"]
@@ -221,6 +223,19 @@ def test_contradicting_answers_are_listed_whatever_is_kept_first(call, keep):
     assert conflict["answers"] == ["41", "42", "41.0", "$42"]
     assert [int(name.rpartition(":")[2]) for name in conflict["sift_rows"]] == [0, 1, 2, 4]
     assert conflict["sift_prompt_group"] == kept["sift_prompt_group"][0]
+
+
+def test_many_rows_are_decided_about_from_files(call, monkeypatch):
+    rows = [{"n": k, **row} for k, row in enumerate(mixed(7))]
+    said, out = call(rows, "--answer-column", "a")
+    monkeypatch.setattr(dedup_conversations, "Shelf", lambda folder: Shelf(folder, 0))
+    again, other = call(rows, "--answer-column", "a")
+    assert again["removed"] == said["removed"] > 20
+    for name in ("data", "removed", "conflicts"):
+        tables = [pl.read_parquet(folder / name / "*.parquet") for folder in (out, other)]
+        columns = ["n", "sift_similarity"] if name == "removed" else tables[0].columns[:1]
+        assert tables[0].select(columns).equals(tables[1].select(columns))
+    assert sorted(p.name for p in other.iterdir()) == ["conflicts", "data", "removed"]
 
 
 def test_the_same_numbers_are_asked_for_unless_told_otherwise(call):

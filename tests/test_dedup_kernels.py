@@ -13,7 +13,7 @@ from siftline.dedup.engine import Engine, deduplicate
 from siftline.dedup.settings import Settings
 from siftline.kernels.bits import filled64, fold32, high32
 from siftline.kernels.codepoints import tables
-from siftline.kernels.rows import _distinct
+from siftline.kernels.shingles import write_distinct
 from siftline.kernels.textgrams import ROOM, fold_words, shingles_reference, windows, word_units
 
 
@@ -59,7 +59,7 @@ def test_distinct_equals_a_sorted_set(values):
     given_ = np.array(values, np.uint32)
     out = np.full(len(values) + 9, 7, np.uint32)
     ends = np.full(2 * len(values) + 3, -1, np.int32)
-    found = _distinct(given_, len(values), out, 4, ends)
+    found = write_distinct(given_, len(values), out, 4, ends)
     assert out[4 : 4 + found].tolist() == sorted(set(values))
     assert (out[:4] == 7).all()
     assert (out[4 + len(values) :] == 7).all()

@@ -96,7 +96,7 @@ def test_many_copies_cost_as_many_comparisons():
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_meaning_across_chunks(drop, monkeypatch):
-    monkeypatch.setattr("siftline.dedup.semantic.CHUNK", 7)
+    monkeypatch.setattr("siftline.dedup.cosine.CHUNK", 7)
     x = clustered(150, 6, 3)
     assert not (whole := semantic_duplicates(x, 0.9, drop_all=drop, block=4)).kept.all()
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -20,8 +20,10 @@ from siftline.kernels.keep import Keep, as_integers
 from siftline.kernels.text import numbers, plain
 from siftline.recipe import parse
 from siftline.schema import make_row, message
-from siftline.selectors.duplicates import Duplicates, normal_answer
+from siftline.selectors.duplicate_state import Shelf, normal_answer
+from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import select
+from siftline.stages import gates
 from siftline.stages.gates import LAST, keep_order
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
@@ -391,6 +393,19 @@ def test_a_policy_decides_which_copy_stays_in_a_recipe(place):
     assert place(keep="score:stars")[:2] == ("!", "book")
     assert place(keep="source:source=forum,book")[1] == "forum"
     assert place(keep="source:source=nobody,web,book")[1] == "web"
+
+
+def test_a_recipe_decides_from_files_and_leaves_none(place, tmp_path, monkeypatch):
+    folders = []
+
+    def shelf(folder):
+        folders.append(folder)
+        return Shelf(folder, 0)
+
+    monkeypatch.setattr(gates, "Shelf", shelf)
+    assert place(keep="longest")[:2] == (" Indeed.", "book")
+    assert folders[0].parent == tmp_path / "root"
+    assert not folders[0].exists()
 
 
 def test_policies_that_a_gate_cannot_follow_are_refused(place):

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.greedy import Rows, remove_similar, remove_similar_reference
+from siftline.kernels.groups import grouped
 from siftline.kernels.jaccard import jaccard_pairs, jaccard_reference, required_overlap
-from siftline.kernels.lsh import band_groups, band_keys, choose_banding, recall
+from siftline.kernels.lsh import band_keys, choose_banding, recall
 from siftline.kernels.minhash import EMPTY, signatures, signatures_reference
+from siftline.kernels.quantities import quantities
 from siftline.kernels.shingles import (
     Sets,
     char_shingles,
@@ -121,11 +123,18 @@ def test_measured_recall_follows_the_formula():
         assert abs(measured - expected) < 0.08
 
 
-def test_band_groups_number_only_shared_keys_and_guards_part_rows():
-    keys = np.array([[5, 1], [5, 2], [6, 1], [7, 1]], np.uint64)
-    groups, total = band_groups(keys)
-    assert total == 2
-    assert groups.tolist() == [[0, 1], [0, -1], [-1, 1], [-1, 1]]
+def test_groups_number_only_shared_keys_and_guards_part_rows():
+    keys = np.array([[5, 1], [5, 2], [6, 1], [7, 1], [8, 3], [0, 0], [0, 0]], np.uint64)
+    found = grouped(lambda k: keys[:, k], 2, len(keys))
+    assert (found.count, found.last) == (2, 1)
+    assert found.rows.tolist() == [0, 1, 2, 3]
+    lists = np.split(found.numbers, found.lists[1:-1])
+    assert [numbers.tolist() for numbers in lists] == [[0, 1], [0], [1], [1]]
+    turned = grouped(lambda k: keys[:, k], 2, len(keys), lambda rows: np.argsort(-rows))
+    assert turned.rows.tolist() == [3, 2, 1, 0]
+    assert [part.tolist() for part in np.split(turned.numbers, turned.lists[1:-1])] == [
+        part.tolist() for part in lists[::-1]
+    ]
     banding = choose_banding(0.9, 16)
     same = np.zeros((2, 16), np.uint32)
     assert (np.diff(band_keys(same, banding, np.array([3, 3])), axis=0) == 0).all()
@@ -160,31 +169,36 @@ def test_greedy_equals_comparing_all_pairs(data):
     )
     sets = [set(range(k, k + 8)) for k in range(5)] + [set()]
     rows = Rows(
-        identity=column(-1, min(n - 1, 4)),
-        texts=np.stack([column(0, 5), column(0, 5)], axis=1),
+        *in_groups(n, 2),  # one group a band: all rows are candidates
+        identity=column(-1, min(n - 1, 4)).astype(np.int32),
+        texts=np.stack([column(0, 5), column(0, 5)], axis=1).astype(np.int32),
         guard=column(0, 1).astype(np.uint64),
         label=column(-1, 2),
         strict=column(0, 1).astype(bool),
     )
-    everything = np.zeros((n, 2), np.int64)  # one band group: all rows are candidates
-    everything[:, 1] = 1
-    result = remove_similar(rows, sets_of(sets), everything, 2, 0.6, 10**6)
+    result = remove_similar(rows, sets_of(sets), 2, 0.6, 10**6)
     assert result.matched.tolist() == remove_similar_reference(rows, sets, 0.6)
+
+
+def in_groups(n, bands):
+    """Lists in which all rows share a group in each band."""
+    starts = np.arange(n) * bands
+    return starts, starts + bands, np.tile(np.arange(bands, dtype=np.int32), n)
 
 
 def test_a_thousand_copies_cost_a_thousand_comparisons_and_dissimilar_rows_are_bounded():
     n = 1000
     blank = np.zeros(n, np.int64)
-    rows = Rows(
-        blank - 1, np.zeros((n, 2), np.int64), blank.astype(np.uint64), blank - 1, blank > 0
-    )
-    result = remove_similar(rows, sets_of([{1, 2, 3}]), np.zeros((n, 1), np.int64), 1, 0.8, 10**6)
+    same = np.zeros((n, 2), np.int32)
+    rest = (blank.astype(np.uint64), blank - 1, blank > 0)
+    rows = Rows(*in_groups(n, 1), same[:, 0] - 1, same, *rest)
+    result = remove_similar(rows, sets_of([{1, 2, 3}]), 1, 0.8, 10**6)
     assert result.pairs == n - 1
     assert (result.matched[1:] == 0).all()
-    lone = Rows(*rows[:1], np.stack([np.arange(n)] * 2, axis=1), *rows[2:])
+    lone = rows._replace(texts=same + np.arange(n, dtype=np.int32)[:, None])
     apart = sets_of([{k} for k in range(n)])
     with pytest.raises(ValueError, match="candidate pairs"):
-        remove_similar(lone, apart, np.zeros((n, 1), np.int64), 1, 0.8, 1000)
+        remove_similar(lone, apart, 1, 0.8, 1000)
 
 
 def test_numbers_keep_order_operators_and_words():
@@ -200,3 +214,19 @@ def test_numbers_keep_order_operators_and_words():
 def test_words_drop_punctuation_and_part_ideographs():
     assert words("What's 3,5?  YES!") == "what s 3 5 yes"
     assert words("\u4f60\u597d abc\u4f60") == "\u4f60 \u597d abc \u4f60"
+
+
+PIECES = st.sampled_from(
+    [
+        *["three", "two", "threefold", "twice", "no", "on", "dozen", "THREE", "x", "x2", "3"],
+        *["1,200", "12,34", "3.5", "5%", "7", "%", "-4", "*", "+", "-", "(", "_", ",", ".", "\n"],
+        *["\u2212", "\u00d7", "\u0663", "\u00e9", "\u6f22", "\u00bd", "\u2019", "$", " ", " "],
+    ]
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.lists(PIECES | TEXT, max_size=12), max_size=4))
+def test_quantities_of_many_texts_are_those_of_each(drawn):
+    texts = [plain("".join(parts)) for parts in drawn] + ["".join(parts) for parts in drawn]
+    assert quantities(texts) == [numbers(text) for text in texts]

@@ -25,7 +25,8 @@ from siftline.ingest.layouts import Plan, convert, plan_for
 from siftline.ingest.source import Source
 from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Tracker
-from siftline.selectors.duplicates import Duplicates, DuplicateState
+from siftline.selectors.duplicate_state import Shelf
+from siftline.selectors.duplicates import Duplicates
 from siftline.shards import building, write_parquet
 
 CONFLICTS, SCRATCH = "conflicts", ".scratch"
@@ -74,13 +75,13 @@ class _Read:
     """Rows after one reading; arrays of shape (n,).
 
     Attributes:
-        states: What the gate knows of them.
+        shelf: What the gate knows of them.
         answers: id, prompt_id, answer and answer_from of the rows that could be read.
         groups: Their prompt_ids; null of others.
         unreadable: Rows that are no conversation, by reason.
     """
 
-    states: list[DuplicateState]
+    shelf: Shelf
     answers: pl.DataFrame
     groups: pa.Array
     unreadable: dict[str, int]
@@ -89,7 +90,8 @@ class _Read:
 def dedup_conversations(job: Conversations, make_tracker: MakeTracker) -> dict[str, Any]:
     """Does a job; returns its counts and the seconds of its phases.
 
-    Rows that are no conversation (see `ingest`) are kept and counted by reason.
+    Band keys and shingles of many rows lie in scratch files until they are decided about, as those
+    of texts do. Rows that are no conversation (see `ingest`) are kept and counted by reason.
 
     Args:
         job: What to do.
@@ -109,10 +111,10 @@ def dedup_conversations(job: Conversations, make_tracker: MakeTracker) -> dict[s
             _check_rows(job, int(starts[-1]))
         with clock.phase("read"):
             tracker = make_tracker("read", int(starts[-1]), "rows")
-            read = _read(job, tables, tracker)
+            read = _read(job, tables, Shelf(folder / SCRATCH), tracker)
             tracker.close()
         with clock.phase("decide"):
-            plan = job.gate.decide(read.states)
+            plan = job.gate.decide(read.shelf.states, read.shelf.make_room)
             selection = job.gate.apply(read.answers, plan)
         named = row_names(tables, starts)
         result = _as_rows(selection.removed, int(starts[-1]), plan.facts["candidate_pairs"])
@@ -144,8 +146,7 @@ def _check_rows(job: Conversations, n: int) -> None:
         )
 
 
-def _read(job: Conversations, tables: Sequence[Table], tracker: Tracker) -> _Read:
-    states: list[DuplicateState] = []
+def _read(job: Conversations, tables: Sequence[Table], shelf: Shelf, tracker: Tracker) -> _Read:
     answers: list[pl.DataFrame] = []
     groups: list[pa.Array] = []
     unreadable: Counter[str] = Counter()
@@ -166,17 +167,17 @@ def _read(job: Conversations, tables: Sequence[Table], tracker: Tracker) -> _Rea
             except ValueError as error:
                 raise ValueError(f"{table.name}: {error}") from error
             if view.height:
-                states.append(job.gate.summarise(view.with_columns(priority=priority)))
+                shelf.add(job.gate.summarise(view.with_columns(priority=priority)))
                 answers.append(view.select("id", "prompt_id", "answer", "answer_from"))
             groups.append(_spread(view, batch.num_rows, at))
             at += batch.num_rows
             tracker.advance(batch.num_rows)
-    if not states:  # nothing to decide about is decided about like the rest
+    if not shelf.states:  # nothing to decide about is decided about like the rest
         nothing = schema.text_view(schema.ROW.empty_table(), everything=True)
-        states = [job.gate.summarise(nothing)]
+        shelf.add(job.gate.summarise(nothing))
         answers = [nothing.select("id", "prompt_id", "answer", "answer_from")]
     everyone = pa.concat_arrays(groups) if groups else pa.nulls(0, pa.string())
-    return _Read(states, pl.concat(answers), everyone, dict(sorted(unreadable.items())))
+    return _Read(shelf, pl.concat(answers), everyone, dict(sorted(unreadable.items())))
 
 
 def _views(records: list[dict[str, Any]], plan: Plan, at: int) -> tuple[pl.DataFrame, list[str]]:
@@ -224,7 +225,7 @@ def _as_rows(removed: pl.DataFrame, n: int, pairs: int) -> Deduplicated:
 
 def _alternatives(answers: pl.DataFrame, kept: pl.Series) -> int:
     """Kept rows whose prompt another kept row has."""
-    stays = answers.filter(pl.col("id").is_in(kept.to_list()))
+    stays = answers.join(kept.to_frame(), on="id", how="semi")
     return stays.filter(pl.len().over("prompt_id") > 1).height
 
 

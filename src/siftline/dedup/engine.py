@@ -18,7 +18,7 @@ from siftline.dedup.arrow import TextColumn, cuts, pieces
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings, threads
 from siftline.kernels.codepoints import tables
-from siftline.kernels.groups import memberships, shared
+from siftline.kernels.groups import Groups, grouped
 from siftline.kernels.keepers import (
     KEPT,
     NEW,
@@ -44,23 +44,6 @@ _TASK_BYTES = 1 << 20
 _WORD_BYTES = 4
 """With the space; where words are shorter on average, some rows are read again."""
 _NOT_HELD = Held(np.empty(0, np.uint32), np.empty(0, np.int64))
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Who shares a key with whom.
-
-    Attributes:
-        rows: int64, shape (m,): the rows that do, in keep order.
-        lists: int64, shape (m + 1,): where the groups of each start in `numbers`.
-        numbers: int32 group numbers.
-        count: How many groups there are.
-    """
-
-    rows: np.ndarray
-    lists: np.ndarray
-    numbers: np.ndarray
-    count: int
 
 
 @dataclass(frozen=True)
@@ -155,24 +138,9 @@ class Engine:
             n: Rows.
             rank: Place of each row in keep order, shape (n,); by default its number.
         """
-        found = self._each(lambda k: shared(band(k)), list(range(self.banding.bands)))
-        counts = np.zeros(n, np.int32)
-        for rows, _, _ in found:
-            counts[rows] += 1
-        candidates = np.flatnonzero(counts)
-        if rank is not None:
-            candidates = candidates[np.argsort(rank[candidates], kind="stable")]
-        place = np.empty(n, np.int32)
-        place[candidates] = np.arange(len(candidates), dtype=np.int32)
-        lists = np.zeros(len(candidates) + 1, np.int64)
-        np.cumsum(counts[candidates], out=lists[1:])
-        numbers = np.empty(lists[-1], np.int32)
-        ends, base = lists[:-1].copy(), 0
-        for k, (rows, groups, count) in enumerate(found):
-            memberships(place[rows], groups, base, ends, numbers)
-            base += count
-            found[k] = (rows[:0], groups[:0], 0)  # the memory is wanted for the next
-        return Groups(candidates.astype(np.int64), lists, numbers, base)
+        place = rank
+        order = None if place is None else lambda rows: np.argsort(place[rows], kind="stable")
+        return grouped(band, self.banding.bands, n, order, self._each)
 
     def collect(
         self,

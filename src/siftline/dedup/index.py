@@ -29,10 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.dedup.arrow import arrow_of
-from siftline.dedup.engine import Engine, Groups, Sets, ranks, spread
+from siftline.dedup.engine import Engine, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
 from siftline.kernels.rows import Texts

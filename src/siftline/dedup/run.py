@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,9 @@ from siftline.dedup.index import opened
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
-from siftline.dedup.spill import Keys, values_room
 from siftline.kernels.keep import Keep
 from siftline.kernels.rows import Texts
+from siftline.kernels.spill import Keys, values_room
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
 
@@ -48,6 +48,7 @@ class Job:
         rehydrate: Say how often to repeat each kept row.
         embeddings: Column of vectors, or a .npy file of one a row: compare these by cosine
             similarity, not the texts.
+        nearest: How: `exact`, or in cells by `faiss`; a target searches again for every step.
     """
 
     files: tuple[str, ...]
@@ -59,10 +60,15 @@ class Job:
     target: int | None = None
     rehydrate: bool = False
     embeddings: str | None = None
+    nearest: Literal["exact", "faiss"] = "exact"
 
     def __post_init__(self) -> None:
         if self.index is not None and (self.target is not None or self.embeddings is not None):
             raise ValueError("an index takes neither a target nor embeddings: leave one out")
+        if self.nearest != "exact" and self.embeddings is None:
+            raise ValueError(
+                f"nearest={self.nearest} searches embeddings: give them or leave it out"
+            )
         index = None if self.index is None else self.index.absolute()
         out = self.out.absolute()
         if index is not None and (out == index or out in index.parents or index in out.parents):
@@ -250,7 +256,7 @@ def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> tuple[Dedupli
     asked = job.embeddings
     assert asked is not None
     n = sum(table.rows for table in tables)
-    check_rows(n)
+    check_rows(n, job.nearest)
     with clock.phase("read"):
         priority: list[np.ndarray] = []
         vectors: list[np.ndarray] = []
@@ -272,7 +278,13 @@ def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> tuple[Dedupli
     order = np.concatenate(priority) if priority and job.keep.ordered else None
     with clock.phase("search"):
         drop = job.keep.policy == "none"
-        return at_target(job, lambda t: semantic_duplicates(x, t, priority=order, drop_all=drop))
+
+        def decide(threshold: float) -> Deduplicated:
+            return semantic_duplicates(
+                x, threshold, priority=order, drop_all=drop, nearest=job.nearest
+            )
+
+        return at_target(job, decide)
 
 
 def _stored(path: Path) -> np.ndarray:

@@ -6,6 +6,8 @@ band holds the kept rows that fell into it, in keep order, and a removed row is 
 copies cost m comparisons, a row goes only for a kept row it was verified similar to (the first in
 keep order), and nothing but the result is stored. What can still grow is the number of mutually
 dissimilar rows in one band; `max_pairs` bounds it.
+
+As `keepers`, for rows of two texts that may contradict each other.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from siftline.kernels.chains import Chains, append, no_chains
 from siftline.kernels.jaccard import jaccard_reference, similar
 from siftline.kernels.shingles import Sets
 
@@ -23,13 +26,19 @@ class Rows(NamedTuple):
     """n rows in keep order; arrays of shape (n,) unless stated.
 
     Attributes:
-        identity: int64 group, below n, of rows with equal texts; -1 takes no part.
-        texts: int64, shape (n, 2): positions of the two sets of a row, both held to the threshold.
+        starts: int64: row i is in groups[starts[i]:stops[i]].
+        stops: int64.
+        groups: int32 band groups, a list for each row.
+        identity: int32 group, below n, of rows with equal texts; -1 takes no part.
+        texts: int32, shape (n, 2): positions of the two sets of a row, both held to the threshold.
         guard: uint64; rows whose guards differ are not compared.
         label: int64; rows whose labels differ contradict each other; -1 has none.
         strict: bool; such a row is only removed for one with the same label.
     """
 
+    starts: np.ndarray
+    stops: np.ndarray
+    groups: np.ndarray
     identity: np.ndarray
     texts: np.ndarray
     guard: np.ndarray
@@ -42,7 +51,7 @@ class Removals:
     """What `remove_similar` decided; arrays of shape (n,).
 
     Attributes:
-        matched: int64 position of the kept row that row i lost to, -1 where it is kept.
+        matched: int32 position of the kept row that row i lost to, -1 where it is kept.
         value: float64 smaller of the two similarities, 0 where it is kept.
         identical: bool, True where the loss was to a row of the same identity.
         pairs: Pairs compared.
@@ -57,19 +66,14 @@ class Removals:
 
 
 def remove_similar(
-    rows: Rows,
-    sets: Sets,
-    groups: np.ndarray,
-    n_groups: int,
-    threshold: float,
-    max_pairs: int,
+    rows: Rows, sets: Sets, n_groups: int, threshold: float, max_pairs: int
 ) -> Removals:
     """Removes each row that equals or resembles a row kept before it.
 
     Args:
         rows: n rows in keep order.
-        sets: The sets that `rows.texts` points into.
-        groups: int64 band groups, shape (n, bands), -1 for none (see `lsh.band_groups`).
+        sets: The sets that `rows.texts` points into; those of texts that are alone in their groups
+            may be empty.
         n_groups: Number of groups.
         threshold: Jaccard similarity both texts must reach.
         max_pairs: Most pairs to compare.
@@ -81,10 +85,11 @@ def remove_similar(
     # Compiled code does not check bounds.
     assert rows.identity.max(initial=-1) < n, "identities must be numbered below n"
     assert rows.texts.max(initial=-1) < len(sets), "texts must point into the sets"
-    assert groups.shape[0] == n, f"{groups.shape[0]} rows of groups for {n} rows"
-    assert groups.max(initial=-1) < n_groups, "groups must be numbered below n_groups"
-    state = _State.empty(n, groups.shape[1], n_groups)
-    _remove_similar(rows, sets.values, sets.offsets, groups, threshold, max_pairs, state)
+    assert len(rows.starts) == len(rows.stops) == n, f"{len(rows.stops)} lists for {n} rows"
+    assert rows.stops.max(initial=0) <= len(rows.groups), "lists must lie in the groups"
+    assert rows.groups.max(initial=-1) < n_groups, "groups must be numbered below n_groups"
+    state = _State.empty(n)
+    _remove_similar(rows, sets.values, sets.offsets, n_groups, threshold, max_pairs, state)
     pairs, verified = (int(count) for count in state.counts)
     if pairs > max_pairs:
         raise ValueError(
@@ -123,12 +128,6 @@ def _agrees_reference(rows: Rows, i: int, j: int) -> bool:
 
 
 class _State(NamedTuple):
-    # Chains of kept rows in keep order: one a band group, then one an identity. Chain c starts at
-    # head[c], ends at tail[c]; after[band, i] follows row i in its chain of that band, and the last
-    # row of `after` serves the identities.
-    head: np.ndarray
-    tail: np.ndarray
-    after: np.ndarray
     seen: np.ndarray  # the last row that row j was compared with
     matched: np.ndarray
     value: np.ndarray
@@ -136,12 +135,10 @@ class _State(NamedTuple):
     counts: np.ndarray  # pairs compared, pairs found similar
 
     @classmethod
-    def empty(cls, n: int, bands: int, n_groups: int) -> "_State":
-        head, tail = np.full((2, n_groups + n), -1, np.int64)
-        after = np.full((bands + 1, n), -1, np.int64)
-        seen, matched = np.full((2, n), -1, np.int64)
+    def empty(cls, n: int) -> "_State":
+        seen, matched = np.full((2, n), -1, np.int32)
         value, identical = np.zeros(n, np.float64), np.zeros(n, np.bool_)
-        return cls(head, tail, after, seen, matched, value, identical, np.zeros(2, np.int64))
+        return cls(seen, matched, value, identical, np.zeros(2, np.int64))
 
 
 @njit(cache=True)
@@ -152,20 +149,11 @@ def _agrees(rows: Rows, i: int, j: int) -> bool:
 
 
 @njit(cache=True)
-def _append(state: _State, chain: int, line: int, i: int) -> None:
-    if state.head[chain] < 0:
-        state.head[chain] = i
-    else:
-        state.after[line, state.tail[chain]] = i
-    state.tail[chain] = i
-
-
-@njit(cache=True)
-def _twin(rows: Rows, state: _State, chain: int, line: int, i: int) -> int:
+def _twin(rows: Rows, twins: Chains, i: int) -> int:
     """The first kept row equal to row i that it does not contradict, or -1."""
-    j = state.head[chain]
+    j = twins.head[rows.identity[i]]  # a link is its row
     while j >= 0 and not _agrees(rows, i, j):
-        j = state.after[line, j]
+        j = twins.after[j]
     return j
 
 
@@ -187,24 +175,26 @@ def _nearest(
     rows: Rows,
     values: np.ndarray,
     offsets: np.ndarray,
-    chains: np.ndarray,
+    chains: Chains,
     threshold: float,
     state: _State,
     i: int,
 ) -> int:
     """The first kept row similar to row i, or -1; notes the similarity and the counts."""
     best = len(rows.guard)
-    for band in range(len(chains)):
-        j = state.head[chains[band]] if chains[band] >= 0 else -1
-        while 0 <= j < best:
-            if state.seen[j] != i:
-                state.seen[j] = i
-                state.counts[0] += 1
-                found = _compare(rows, values, offsets, i, j, threshold)
-                if found >= 0.0:
-                    state.counts[1] += 1
-                    best, state.value[i] = j, found
-            j = state.after[band, j]
+    for c in range(rows.starts[i], rows.stops[i]):
+        link = chains.head[rows.groups[c]]
+        while link >= 0 and chains.owner[link] < best:
+            j = chains.owner[link]
+            link = chains.after[link]
+            if state.seen[j] == i:
+                continue
+            state.seen[j] = i
+            state.counts[0] += 1
+            found = _compare(rows, values, offsets, i, j, threshold)
+            if found >= 0.0:
+                state.counts[1] += 1
+                best, state.value[i] = j, found
     return best if best < len(rows.guard) else -1
 
 
@@ -213,26 +203,25 @@ def _remove_similar(
     rows: Rows,
     values: np.ndarray,
     offsets: np.ndarray,
-    groups: np.ndarray,
+    n_groups: int,
     threshold: float,
     max_pairs: int,
     state: _State,
 ) -> None:
-    n, bands = groups.shape
+    n = len(rows.identity)
+    chains, twins = no_chains(n_groups, len(rows.groups)), no_chains(n, n)
     for i in range(n):
-        identity = len(state.head) - n + rows.identity[i]
         if rows.identity[i] >= 0:
-            state.matched[i] = _twin(rows, state, identity, bands, i)
+            state.matched[i] = _twin(rows, twins, i)
             if state.matched[i] >= 0:
                 state.value[i], state.identical[i] = 1.0, True
                 continue
-        state.matched[i] = _nearest(rows, values, offsets, groups[i], threshold, state, i)
+        state.matched[i] = _nearest(rows, values, offsets, chains, threshold, state, i)
         if state.counts[0] > max_pairs:
             return
         if state.matched[i] >= 0:
             continue
-        for band in range(bands):
-            if groups[i, band] >= 0:
-                _append(state, groups[i, band], band, i)
+        for c in range(rows.starts[i], rows.stops[i]):
+            append(chains, rows.groups[c], c, i)
         if rows.identity[i] >= 0:
-            _append(state, identity, bands, i)
+            append(twins, rows.identity[i], i, i)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from siftline.kernels.chains import Chains, append, no_chains
 from siftline.kernels.jaccard import jaccard_reference, required_overlap
 
 NEW = -2
@@ -164,16 +165,6 @@ def similarity(rows: Candidates, i: int, j: int, threshold: float) -> float:
     return same / (a + b - same) if same >= need else -1.0
 
 
-class _Chains(NamedTuple):
-    # The kept rows of every group in keep order: entry c of `groups` is a link. Chain g starts at
-    # head[g] and ends at tail[g]; after[c] follows link c, which belongs to row owner[c].
-    head: np.ndarray
-    tail: np.ndarray
-    after: np.ndarray
-    owner: np.ndarray
-    seen: np.ndarray  # the last row that row j was looked at for
-
-
 @njit(cache=True, nogil=True)
 def _keep_first(
     rows: Candidates,
@@ -184,16 +175,12 @@ def _keep_first(
     now: Decisions,
 ) -> int:
     m, links = len(rows.sizes), len(rows.groups)
-    chains = _Chains(
-        np.full(n_groups, -1, np.int32),
-        np.full(n_groups, -1, np.int32),
-        np.full(links, -1, np.int32),
-        np.empty(links, np.int32),
-        np.full(m, -1, np.int32),
-    )
+    chains = no_chains(n_groups, links)
+    seen = np.full(m, -1, np.int32)  # the last row that row j was looked at for
     pairs = 0
     for i in range(m):
-        best, value, compared = _nearest(rows, chains, threshold, max_pairs - pairs, before, now, i)
+        left = max_pairs - pairs
+        best, value, compared = _nearest(rows, chains, seen, threshold, left, before, now, i)
         pairs += compared
         if pairs > max_pairs:
             return pairs
@@ -202,15 +189,15 @@ def _keep_first(
             now.value[i] = value
             continue
         for c in range(rows.lists[i], rows.lists[i + 1]):
-            chains.owner[c] = i
-            _append(chains, rows.groups[c], c)
+            append(chains, rows.groups[c], c, i)
     return pairs
 
 
 @njit(cache=True, nogil=True)
 def _nearest(
     rows: Candidates,
-    chains: _Chains,
+    chains: Chains,
+    seen: np.ndarray,
     threshold: float,
     max_pairs: int,
     before: Decisions,
@@ -227,9 +214,9 @@ def _nearest(
         while link >= 0 and chains.owner[link] < best:
             j = chains.owner[link]
             link = chains.after[link]
-            if chains.seen[j] == i or _dissimilar(before, i, j):
+            if seen[j] == i or _dissimilar(before, i, j):
                 continue
-            chains.seen[j] = i
+            seen[j] = i
             pairs += 1
             if pairs > max_pairs:
                 return best, value, pairs
@@ -247,15 +234,6 @@ def _dissimilar(before: Decisions, i: int, j: int) -> bool:
     """
     old = before.matched[i]
     return old != NEW and before.matched[j] == KEPT and (old == KEPT or j < old)
-
-
-@njit(cache=True, nogil=True)
-def _append(chains: _Chains, group: int, link: int) -> None:
-    if chains.head[group] < 0:
-        chains.head[group] = link
-    else:
-        chains.after[chains.tail[group]] = link
-    chains.tail[group] = link
 
 
 @njit(cache=True, nogil=True)

@@ -108,26 +108,6 @@ def band_keys(signatures: np.ndarray, banding: Banding, guard: np.ndarray) -> np
     return keys
 
 
-def band_groups(keys: np.ndarray) -> tuple[np.ndarray, int]:
-    """Numbers the keys that at least two rows share.
-
-    Args:
-        keys: uint64, shape (n, bands).
-
-    Returns:
-        int64 group numbers, shape (n, bands), -1 where a row is alone; and how many groups.
-    """
-    groups = np.full(keys.shape, -1, np.int64)
-    total = 0
-    for band in range(keys.shape[1]):
-        _, inverse, counts = np.unique(keys[:, band], return_inverse=True, return_counts=True)
-        shared = counts > 1
-        number = np.where(shared, np.cumsum(shared) - 1 + total, -1)
-        groups[:, band] = number[inverse]
-        total += int(shared.sum())
-    return groups, total
-
-
 def _mix(h: np.ndarray) -> np.ndarray:
     h = h * _G
     return h ^ (h >> _SHIFT)

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from siftline.kernels.minhash import EMPTY
+from siftline.kernels.shingles import write_distinct
 from siftline.kernels.textgrams import (
     ROOM,
     fold_characters,
@@ -204,11 +205,11 @@ def collect(
         i = wanted[k]
         if len(held.starts) > 0 and held.starts[i] >= 0:
             kept = held.values[held.starts[i] :]
-            sizes[k] = _distinct(kept, counts[i], values, starts[k], ends)
+            sizes[k] = write_distinct(kept, counts[i], values, starts[k], ends)
             continue
         begin, end = texts.offsets[i], texts.offsets[i + 1]
         count = _shingle(texts.data, begin, end, shingling, buffers)
-        sizes[k] = _distinct(buffers.shingles, count, values, starts[k], ends)
+        sizes[k] = write_distinct(buffers.shingles, count, values, starts[k], ends)
 
 
 @njit(cache=True, nogil=True)
@@ -277,51 +278,3 @@ def _key(slots: np.ndarray, first: int, rows: int, band: int) -> np.uint64:
         h ^= h >> _SHIFT
     h *= _F
     return max(h ^ (h >> _HALF), np.uint64(1))
-
-
-@njit(cache=True, nogil=True)
-def _distinct(
-    shingles: np.ndarray, count: int, out: np.ndarray, start: int, ends: np.ndarray
-) -> int:
-    """Writes the distinct of shingles[:count], ascending, to out[start:]; returns how many.
-
-    Hashes are spread evenly: one pass into as many ranges as there are hashes all but sorts them.
-    `ends` is room for the ranges: int32, twice the count and three more.
-    """
-    if count == 0:
-        return 0
-    bits = 1
-    while (1 << bits) < count:
-        bits += 1
-    shift = np.uint32(32 - bits)
-    ends[: (1 << bits) + 1] = 0
-    for p in range(count):
-        ends[np.int64(shingles[p] >> shift) + 1] += 1
-    total = np.int32(0)
-    for r in range((1 << bits) + 1):
-        total += ends[r]
-        ends[r] = total
-    row = out[start : start + count]
-    for p in range(count):
-        value = shingles[p]
-        of = np.int64(value >> shift)
-        row[np.uint32(ends[of])] = value
-        ends[of] += 1
-    highest = row[0]
-    for p in range(1, count):
-        value = row[p]
-        if highest <= value:
-            highest = value
-            continue
-        q = p
-        while q > 0 and row[q - 1] > value:
-            row[q] = row[q - 1]
-            q -= 1
-        row[q] = value
-    found, last = 1, row[0]
-    for p in range(1, count):
-        value = row[p]
-        row[found] = value
-        found += value != last
-        last = value
-    return found

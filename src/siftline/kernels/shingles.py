@@ -64,13 +64,15 @@ def concatenate(parts: Sequence[Sets]) -> Sets:
 
 def char_shingles(texts: Sequence[str], n: int) -> Sets:
     """Distinct character n-grams of each text, hashed to uint32."""
-    values, offsets = _windows(*_code_points(texts), n)
-    return Sets(*_distinct(values.astype(np.uint32), offsets))  # the low half of each hash
+    values, offsets = _windows(*code_points(texts), n)
+    out, found = np.empty(len(values), np.uint32), np.zeros(len(offsets), np.int64)
+    _distinct_halves(values, offsets, out, found)
+    return Sets(out[: found[-1]].copy(), found)
 
 
 def word_grams(texts: Sequence[str], n: int) -> Sets:
     """Distinct word n-grams of each text (words parted by single spaces), hashed to uint64."""
-    units, offsets = _word_units(*_code_points(texts))
+    units, offsets = _word_units(*code_points(texts))
     return Sets(*_distinct(*_windows(units, offsets, n)))
 
 
@@ -101,7 +103,8 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
-def _code_points(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def code_points(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The code points of some texts one after another, uint64, and where each starts, int64."""
     # A lone surrogate is not valid UTF-32 but does occur in scraped JSON.
     raw = "".join(texts).encode("utf-32-le", "surrogatepass")
     sizes = np.fromiter((len(text) for text in texts), np.int64, len(texts))
@@ -164,3 +167,67 @@ def _distinct(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.n
                 found += 1
         out_offsets[i + 1] = found
     return out[:found].copy(), out_offsets
+
+
+@njit(cache=True)
+def _distinct_halves(
+    values: np.ndarray, offsets: np.ndarray, out: np.ndarray, found: np.ndarray
+) -> None:
+    """The distinct low halves of hashes, row by row."""
+    longest = np.int64(0)
+    for i in range(len(offsets) - 1):
+        longest = max(longest, offsets[i + 1] - offsets[i])
+    row, ends = np.empty(longest, np.uint32), np.empty(2 * longest + 3, np.int32)
+    for i in range(len(offsets) - 1):
+        count = offsets[i + 1] - offsets[i]
+        for p in range(count):
+            row[p] = np.uint32(values[offsets[i] + p])
+        found[i + 1] = found[i] + write_distinct(row, count, out, found[i], ends)
+
+
+@njit(cache=True, nogil=True)
+def write_distinct(
+    shingles: np.ndarray, count: int, out: np.ndarray, start: int, ends: np.ndarray
+) -> int:
+    """Writes the distinct of shingles[:count], ascending, to out[start:]; returns how many.
+
+    Hashes are spread evenly: one pass into as many ranges as there are hashes all but sorts them.
+    `ends` is room for the ranges: int32, twice the count and three more.
+    """
+    if count == 0:
+        return 0
+    bits = 1
+    while (1 << bits) < count:
+        bits += 1
+    shift = np.uint32(32 - bits)
+    ends[: (1 << bits) + 1] = 0
+    for p in range(count):
+        ends[np.int64(shingles[p] >> shift) + 1] += 1
+    total = np.int32(0)
+    for r in range((1 << bits) + 1):
+        total += ends[r]
+        ends[r] = total
+    row = out[start : start + count]
+    for p in range(count):
+        value = shingles[p]
+        of = np.int64(value >> shift)
+        row[np.uint32(ends[of])] = value
+        ends[of] += 1
+    highest = row[0]
+    for p in range(1, count):
+        value = row[p]
+        if highest <= value:
+            highest = value
+            continue
+        q = p
+        while q > 0 and row[q - 1] > value:
+            row[q] = row[q - 1]
+            q -= 1
+        row[q] = value
+    found, last = 1, row[0]
+    for p in range(1, count):
+        value = row[p]
+        row[found] = value
+        found += value != last
+        last = value
+    return found

@@ -14,40 +14,32 @@ for its slots and the band takes all of them from the other text.
 Near means Jaccard similarity of character 5-grams: 5 is the length Leskovec, Rajaraman & Ullman
 (Mining of Massive Datasets, 3.2.2) give for short documents. On word 5-grams (FineWeb, on whole web
 pages) one changed word in a question of 45 words already costs a fifth of the similarity.
+
+The steps are those of `siftline dedup` on texts: keys of all rows, groups of the rows that share
+one (`kernels.groups`), the sets of these rows alone, and decisions in keep order.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import hash64
 from siftline.kernels.keep import Keep
-from siftline.kernels.lsh import Banding, band_groups, band_keys, banding_for
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.lsh import Banding, banding_for
+from siftline.selectors.duplicate_state import (
+    DuplicateState,
+    MakeRoom,
+    gathered,
+    optional,
+    summarised,
+    twin_keys,
+)
 from siftline.selectors.selection import Selection, decisions
 
 MAX_PAIRS = 2_000_000_000
 """Comparisons before giving up: about ten minutes."""
-
-
-@dataclass(frozen=True)
-class DuplicateState:
-    """What is known of some rows: hashes only.
-
-    Attributes:
-        rows: One line a row: id, prompt_id, priority, exact (hash of the response, null where it is
-            empty), prompt_key, response_key, guard, answer (hash, or null), bands.
-        keys: Ascending uint64 hashes of the distinct texts, shape (t,).
-        shingles: Their shingle sets, `kernels.shingles.Sets` of length t.
-    """
-
-    rows: pl.DataFrame
-    keys: np.ndarray
-    shingles: Any
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,9 @@ class Duplicates:
             "source:source=A,B,..." (the source named first). The stage makes `priority` of it;
             rows that a stage added come last, and ties go by id.
         seed: Of the permutation table, as in datasketch.
-        max_rows: Most rows decided at once. A row of 60 + 60 words takes about 3 kB, and deciding
-            takes about that again.
+        max_rows: Most rows decided at once. 2 million of 20 + 40 words, a quarter of them copies,
+            took 2.0 GiB of memory on the command line, 0.7 kB for each row more, and 1.1 kB a row
+            in files (`benchmarks/dedup_growth.py`).
     """
 
     threshold: float = 0.8
@@ -136,44 +129,39 @@ class Duplicates:
         return banding_for(self.threshold, self.num_perm, min_rows=2)
 
     def summarise(self, bucket: pl.DataFrame) -> DuplicateState:
-        from siftline.kernels.shingles import char_shingles
+        guarded = self.numbers == "exact"
+        return summarised(bucket, self.banding(), self.threshold, self.ngram, self.seed, guarded)
 
-        sides: dict[str, np.ndarray] = {}
-        plains: dict[int, str] = {}
-        for side in ("prompt", "response"):
-            folded = [plain(text or "") for text in bucket[side].to_list()]
-            hashed = [hash64(text) for text in folded]
-            plains.update(zip(hashed, folded, strict=True))
-            sides[side] = np.array(hashed, np.uint64)
-        keys = np.array(sorted(plains), np.uint64)
-        shingles = char_shingles([plains[int(key)] for key in keys], self.ngram)
-        texts = np.stack([np.searchsorted(keys, sides[s]) for s in ("prompt", "response")], axis=1)
-        guards = np.array([self._guard(plains[int(key)]) for key in keys], np.uint64)
-        guard = _mixed(guards[texts[:, 0]], guards[texts[:, 1]])
-        raw = bucket["response"].to_list()
-        rows = bucket.select(
-            "id", "prompt_id", _optional(bucket, "priority", pl.Int64).fill_null(0)
-        ).with_columns(
-            pl.Series("exact", [hash64(t) if t else None for t in raw], pl.UInt64),
-            pl.Series("prompt_key", sides["prompt"]),
-            pl.Series("response_key", sides["response"]),
-            pl.Series("guard", guard),
-            pl.Series("answer", [_answer_hash(*a) for a in _answers(bucket)], pl.UInt64),
-            self._bands(shingles, texts, guard, keys),
-        )
-        return DuplicateState(rows, keys, shingles)
-
-    def decide(self, states: Sequence[DuplicateState]) -> DuplicatePlan:
+    def decide(
+        self,
+        states: Sequence[DuplicateState],
+        make_room: MakeRoom = lambda size: np.empty(size, np.uint32),
+    ) -> DuplicatePlan:
         from siftline.kernels.greedy import remove_similar
+        from siftline.kernels.groups import grouped
 
-        rows = pl.concat([state.rows for state in states]).sort("priority", "id")
-        self._check(rows)
-        keys, sets = _merged(states)
-        conflicts = _conflicted(rows)
-        groups, n_groups = band_groups(rows["bands"].to_numpy())
-        groups[rows["exact"].is_null().to_numpy()] = -1
+        everyone = pl.concat([state.rows for state in states])
+        self._check(everyone)
+        conflicts = _conflicted(everyone)
+        bands = self.banding().bands
+
+        def key(k: int) -> np.ndarray:
+            # Equal rows find each other whatever their bands are.
+            if k == bands:
+                return twin_keys(everyone)
+            return np.concatenate([state.bands[k] for state in states])
+
+        def in_keep_order(found: np.ndarray) -> np.ndarray:
+            ranked = everyone.select("priority", "id")[found]
+            return ranked.select(pl.arg_sort_by("priority", "id")).to_series().to_numpy()
+
+        groups = grouped(key, bands + 1, everyone.height, in_keep_order)
+        rows = everyone[groups.rows]
         result = remove_similar(
-            _kernel_rows(rows, keys, conflicts), sets, groups, n_groups, self.threshold, MAX_PAIRS
+            *_compared(rows, groups, conflicts, states, make_room),
+            groups.count,
+            self.threshold,
+            MAX_PAIRS,
         )
         gone = np.flatnonzero(result.matched >= 0)
         identical = result.identical[gone]
@@ -189,11 +177,11 @@ class Duplicates:
         clusters = removed.group_by("matched_id").agg(size=pl.len().cast(pl.Int64) + 1)
         clusters = clusters.rename({"matched_id": "id"}).sort("id")
         facts = {
-            "rows": rows.height,
+            "rows": everyone.height,
             "exact_duplicates": int(identical.sum()),
             "near_duplicates": int((~identical).sum()),
             "conflicting_prompts": len(conflicts),
-            "empty_responses": rows["exact"].null_count(),
+            "empty_responses": everyone["exact"].null_count(),
             "candidate_pairs": result.pairs,
             "verified_pairs": result.verified,
             **self._banding_facts(),
@@ -215,32 +203,10 @@ class Duplicates:
             table,
             facts=plan.facts,
             tables={
-                "clusters": plan.clusters.filter(pl.col("id").is_in(bucket["id"].to_list())),
+                "clusters": plan.clusters.join(bucket.select("id"), on="id", how="semi").sort("id"),
                 "conflicts": _conflict_table(bucket, plan.conflicts),
             },
         )
-
-    def _guard(self, folded: str) -> int:
-        return hash64(*numbers(folded)) if self.numbers == "exact" else 0
-
-    def _bands(
-        self, shingles: Any, texts: np.ndarray, guard: np.ndarray, keys: np.ndarray
-    ) -> pl.Series:
-        from siftline.kernels.minhash import signatures
-
-        banding = self.banding()
-        slots = signatures(shingles, banding.slots, self.seed)
-        # The division that verifies: a text that can't lose one shingle can only equal another.
-        tiny = shingles.sizes / (shingles.sizes + 1) < self.threshold
-        prompts, responses = texts[:, 0], texts[:, 1]
-        first_half = np.arange(banding.slots) % banding.rows < banding.rows // 2
-        from_prompt = np.where(tiny[prompts][:, None], False, first_half[None, :])
-        from_prompt |= tiny[responses][:, None]
-        mixed = np.where(from_prompt, slots[prompts], slots[responses])
-        for side in (prompts, responses):
-            guard = _mixed(guard, np.where(tiny[side], keys[side], np.uint64(0)))
-        bands = band_keys(mixed, banding, guard)
-        return pl.Series("bands", bands, dtype=pl.Array(pl.UInt64, banding.bands))
 
     def _check(self, rows: pl.DataFrame) -> None:
         if rows.height > self.max_rows:
@@ -279,84 +245,66 @@ def against(
     Returns:
         The earlier rows that matter, and `state`.
     """
-    bands = np.unique(state.rows["bands"].to_numpy())
+    from siftline.kernels.groups import among
+
     prompts = state.rows["prompt_id"].unique().to_list()
-    found = []
+    wanted = state.bands[:]
+    near = []
     for earlier in states:
-        if earlier.rows.is_empty():
-            continue
-        shares = np.isin(earlier.rows["bands"].to_numpy(), bands).any(axis=1)
-        shared = pl.Series(np.atleast_1d(shares), dtype=pl.Boolean)
-        near = shared | earlier.rows["prompt_id"].is_in(prompts)
-        rows = earlier.rows.filter(near & ~earlier.rows["id"].is_in(list(gone)))
-        texts = np.unique(np.concatenate([rows["prompt_key"], rows["response_key"]]))
-        places = np.searchsorted(earlier.keys, texts)
-        found.append(DuplicateState(rows, texts, earlier.shingles.take(places)))
-    return [*(part for part in found if part.rows.height), state]
-
-
-def _mixed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    h = (left * np.uint64(0x9E3779B97F4A7C15)) ^ (left >> np.uint64(31))
-    return (h ^ right) * np.uint64(0xBF58476D1CE4E5B9)
-
-
-def _optional(bucket: pl.DataFrame, name: str, dtype: Any) -> pl.Expr:
-    present = pl.col(name) if name in bucket.columns else pl.lit(None)
-    return present.cast(dtype).alias(name)
-
-
-def _answers(bucket: pl.DataFrame) -> list[tuple[str | None, str | None]]:
-    return bucket.select("answer", _optional(bucket, "answer_from", pl.String)).rows()
-
-
-def normal_answer(answer: str) -> str:
-    """A reference answer without case, spacing, currency sign, final stop or number format."""
-    text = plain(answer).strip("$ ").rstrip(". ")
-    try:
-        return str(Decimal(text.replace(",", "")).normalize())
-    except InvalidOperation:
-        return text
-
-
-def _answer_hash(answer: str | None, answer_from: str | None) -> int | None:
-    # Only an answer that is independent of the response can contradict another.
-    if answer is None or not answer.strip() or answer_from == "response":
-        return None
-    return hash64(normal_answer(answer))
-
-
-def _merged(states: Sequence[DuplicateState]) -> tuple[np.ndarray, Any]:
-    from siftline.kernels.shingles import concatenate
-
-    keys, first = np.unique(np.concatenate([state.keys for state in states]), return_index=True)
-    return keys, concatenate([state.shingles for state in states]).take(first)
+        shares = earlier.rows["prompt_id"].is_in(prompts).to_numpy().copy()
+        bands = earlier.bands[:]
+        for mine, theirs in zip(wanted, bands, strict=True):
+            shares |= among(theirs, mine)
+        places = np.flatnonzero(shares)
+        near.append(replace(earlier, rows=earlier.rows[places], bands=bands[:, places]))
+    lost = gone if isinstance(gone, pl.Series) else pl.Series(list(gone), dtype=pl.String)
+    ids = pl.concat([part.rows["id"] for part in [*near, state]])
+    stays, at, found = ~ids.is_in(lost.implode()).to_numpy(), 0, []
+    for part in near:
+        mine = np.flatnonzero(stays[at : at + part.rows.height])
+        at += part.rows.height
+        if len(mine):
+            found.append(replace(part, rows=part.rows[mine], bands=part.bands[:, mine]))
+    return [*found, state]
 
 
 def _conflicted(rows: pl.DataFrame) -> pl.Series:
     answered = rows.filter(pl.col("answer").is_not_null())
-    counts = answered.group_by("prompt_id").agg(pl.col("answer").n_unique())
-    return counts.filter(pl.col("answer") > 1)["prompt_id"].sort()
+    spans = answered.group_by("prompt_id").agg(
+        low=pl.col("answer").min(), high=pl.col("answer").max()
+    )
+    return spans.filter(pl.col("low") < pl.col("high"))["prompt_id"].sort()
 
 
-def _kernel_rows(rows: pl.DataFrame, keys: np.ndarray, conflicts: pl.Series) -> Any:
+def _compared(
+    rows: pl.DataFrame,
+    groups: Any,
+    conflicts: pl.Series,
+    states: Sequence[DuplicateState],
+    make_room: MakeRoom,
+) -> tuple[Any, Any]:
+    """What the kernel takes: the rows that share a key, in keep order, and the sets they need."""
     from siftline.kernels.greedy import Rows
+    from siftline.kernels.pairs import told_apart
 
-    columns = rows.select(
-        identity=pl.struct("prompt_id", "exact").rank("dense").cast(pl.Int64) - 1,
-        label=(pl.col("answer").rank("dense").cast(pl.Int64) - 1).fill_null(-1),
-        strict=pl.col("prompt_id").is_in(conflicts.to_list()),
-        silent=pl.col("exact").is_null(),
-    )
-    sides = [np.searchsorted(keys, rows[s].to_numpy()) for s in ("prompt_key", "response_key")]
-    identity = columns["identity"].to_numpy().copy()
-    identity[columns["silent"].to_numpy()] = -1
-    return Rows(
-        identity=identity,
-        texts=np.stack(sides, axis=1).astype(np.int64),
+    sides = [rows[side].to_numpy() for side in ("prompt_key", "response_key")]
+    keys = np.unique(np.concatenate(sides))
+    texts = np.stack([np.searchsorted(keys, side) for side in sides], axis=1).astype(np.int32)
+    last = groups.numbers[groups.lists[1:] - 1]  # of twins, who have it, or of a band
+    twin = last >= groups.last
+    starts, stops = groups.lists[:-1], groups.lists[1:] - twin
+    read = told_apart(starts, stops, groups.numbers, texts, groups.count, len(keys))
+    kernel_rows = Rows(
+        starts=starts,
+        stops=stops,
+        groups=groups.numbers,
+        identity=np.where(twin, last - groups.last, -1).astype(np.int32),
+        texts=texts,
         guard=rows["guard"].to_numpy(),
-        label=columns["label"].to_numpy(),
-        strict=columns["strict"].to_numpy(),
+        label=rows["answer"].cast(pl.Int64).fill_null(-1).to_numpy(),
+        strict=rows["prompt_id"].is_in(conflicts.to_list()).to_numpy(),
     )
+    return kernel_rows, gathered(states, keys, read, make_room)
 
 
 def _histogram(sizes: pl.Series) -> dict[str, int]:
@@ -366,7 +314,7 @@ def _histogram(sizes: pl.Series) -> dict[str, int]:
 
 def _conflict_table(bucket: pl.DataFrame, conflicts: pl.Series) -> pl.DataFrame:
     # A bucket holds all rows of a prompt, so its lists are complete.
-    independent = _optional(bucket, "answer_from", pl.String).fill_null("") != "response"
+    independent = optional(bucket, "answer_from", pl.String).fill_null("") != "response"
     listed = bucket.filter(
         pl.col("prompt_id").is_in(conflicts.to_list()), pl.col("answer").is_not_null(), independent
     )

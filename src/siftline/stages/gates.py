@@ -1,7 +1,10 @@
 """Gates that need no model: duplicates, decontamination, verification."""
 
 from collections import Counter
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import polars as pl
@@ -14,6 +17,7 @@ from siftline.progress import Progress
 from siftline.scoring.columns import Column, attach_leftovers, score_column
 from siftline.scoring.verifiers import get_verifier, isolation_of
 from siftline.selectors.decontamination import Decontamination
+from siftline.selectors.duplicate_state import Shelf
 from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import Selection
 from siftline.selectors.verify import Verify
@@ -48,19 +52,29 @@ def without_undecided(decided: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, st
 
 
 def duplicates(context: Context) -> StageRun:
-    """Removes exact and near duplicates; rows that a stage added come last in keep order."""
+    """Removes exact and near duplicates; rows that a stage added come last in keep order.
+
+    What is known of many rows lies in files of this run until they are decided about.
+    """
+    scratch = context.workspace.root / f".{context.stage.name}-{uuid4().hex}"
+    try:
+        return _duplicates(context, scratch)
+    finally:
+        rmtree(scratch, ignore_errors=True)
+
+
+def _duplicates(context: Context, scratch: Path) -> StageRun:
     options = context.stage.options
     assert isinstance(options, Duplicates)
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
-    states, ids, scored = [], [], 0
+    shelf, ids, scored = Shelf(scratch), [], 0
     for bucket in context.buckets:
         rows = context.rows(bucket)
         view = schema.text_view(rows, everything=True)
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
-        view = view.with_columns(priority=order)
-        states.append(options.summarise(view))
+        shelf.add(options.summarise(view.with_columns(priority=order)))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
     if options.policy().policy == "score" and not scored:
@@ -68,14 +82,14 @@ def duplicates(context: Context) -> StageRun:
             f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
             "column of the input that no mapping uses"
         )
-    plan = options.decide(states)
+    plan = options.decide(shelf.states, shelf.make_room)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
 
     def judge(planted: pa.Table) -> Judged:
         view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(LAST))
-        gone = set(plan.removed["id"].to_list())
-        decided = options.decide(against(options.summarise(view), states, gone))
+        earlier = against(options.summarise(view), shelf.states, plan.removed["id"])
+        decided = options.decide(earlier)
         return options.apply(view, decided).decisions, {}
 
     return measured(context, judge, gather(context, selections, plan.facts))

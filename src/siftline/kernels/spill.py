@@ -1,11 +1,14 @@
-"""Keys and shingle sets of more rows than should stay in memory: on disk until they are used."""
+"""Keys and shingle sets of more rows than should stay in memory: on disk until they are used.
+
+What is written here is read once or twice and then thrown away, by the process that wrote it: plain
+bytes, no format. A file is read into memory of its own rather than mapped, so that what is held can
+be told from what is on disk.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from siftline.kernels.rows import Rows
 
@@ -15,13 +18,57 @@ SETS_IN_MEMORY = 1 << 30
 """Bytes of shingle sets above which they go to disk."""
 
 
+@dataclass(frozen=True)
+class Shelved:
+    """An array in a file, parts of which are read like those of an array in memory.
+
+    Attributes:
+        path: The file.
+        shape: Of the array.
+        dtype: Of the array.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: int | slice) -> np.ndarray:
+        """A line, or some that follow each other, read now."""
+        if isinstance(part, slice):
+            start, stop, step = part.indices(len(self))
+            assert step == 1, "lines that follow each other"
+            return self._lines(start, max(0, stop - start))
+        return self._lines(part, 1)[0]
+
+    def _lines(self, start: int, count: int) -> np.ndarray:
+        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        at = start * width * self.dtype.itemsize
+        flat = np.fromfile(self.path, self.dtype, count * width, offset=at)
+        return flat.reshape(count, *self.shape[1:])
+
+
+Stored = np.ndarray | Shelved
+"""An array in memory, or in a file."""
+
+
+def shelved(array: np.ndarray, path: Path) -> Shelved:
+    """Writes an array to a file; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for line in array if array.ndim > 1 else [array]:  # of a part, no copy of the whole
+            np.ascontiguousarray(line).tofile(file)
+    return Shelved(path, array.shape, array.dtype)
+
+
 @dataclass
 class Keys:
     """Band keys, hashes and counts of n rows, filled piece by piece in order.
 
-    Keys are 8 bytes a band and row. Where there are many, pieces of them are written to Parquet, a
-    column a band, and one band at a time is read back; hashes and counts are 12 bytes a row and
-    stay.
+    Keys are 8 bytes a band and row. Where there are many, pieces of them are written to files and
+    one band at a time is read back; hashes and counts are 12 bytes a row and stay.
 
     Attributes:
         n: Rows.
@@ -34,7 +81,7 @@ class Keys:
     bands: int
     folder: Path
     limit: int = KEYS_IN_MEMORY
-    _files: list[Path] = field(default_factory=list)
+    _pieces: list[Shelved] = field(default_factory=list)
     _at: int = 0
 
     def __post_init__(self) -> None:
@@ -74,14 +121,7 @@ class Keys:
             return self._keys[band, : self.n]
         if self._held:
             self._write()
-        out = np.empty(self.n, np.uint64)
-        at = 0
-        for path in self._files:
-            with pq.ParquetFile(path) as file:
-                keys = file.read([f"band_{band}"]).column(0).to_numpy()
-            out[at : at + len(keys)] = keys
-            at += len(keys)
-        return out
+        return np.concatenate([np.zeros(0, np.uint64), *(piece[band] for piece in self._pieces)])
 
     def finish(self) -> None:
         """Frees the memory of what is on disk; threads may read bands from here on."""
@@ -91,11 +131,8 @@ class Keys:
             self._keys = self._keys[:, :0].copy()
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"keys-{len(self._files):05d}.parquet"
-        columns = {f"band_{band}": self._keys[band, : self._held] for band in range(self.bands)}
-        pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
-        self._files.append(path)
+        path = self.folder / f"keys-{len(self._pieces):05d}.bin"
+        self._pieces.append(shelved(self._keys[:, : self._held], path))
         self._held = 0
         self._spilled = True
 
