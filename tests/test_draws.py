@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline.kernels import draws
-from siftline.kernels.draws import gumbel_top_k, hash64, uniforms
+from siftline.kernels.draws import (
+    gumbel_top_k,
+    hash64,
+    quick_uniform_reference,
+    quick_uniforms,
+    uniforms,
+)
 
 IDS = [f"{i:040x}" for i in range(4000)]
 
@@ -149,3 +155,20 @@ def test_impossible_draws_are_refused(k, weights, says):
     given_weights = None if weights is None else np.array(weights)
     with pytest.raises(ValueError, match=says):
         gumbel_top_k(np.array([0.1, 0.2, 0.3]), ["a", "b", "c"], k, given_weights)
+
+
+@given(
+    st.integers(0, 2**63), st.text(max_size=9), st.lists(st.text("0123456789abcdef-", max_size=41))
+)
+def test_quick_draws_are_those_of_the_reference_whoever_else_is_asked(seed, stage, ids):
+    drawn = quick_uniforms(seed, stage, ids)
+    assert drawn.tolist() == [quick_uniform_reference(seed, stage, i) for i in ids]
+    assert ((drawn > 0) & (drawn < 1)).all()
+
+
+def test_quick_draws_are_uniform_and_streams_uncorrelated():
+    ids = [hashlib.sha256(str(i).encode()).hexdigest()[:40] for i in range(20_000)]
+    streams = [quick_uniforms(seed, stage, ids) for seed in (0, 1) for stage in ("a", "b")]
+    for u in streams:
+        assert abs(np.sort(u) - (np.arange(len(u)) + 0.5) / len(u)).max() < 2.0 / len(u) ** 0.5
+    assert abs(np.corrcoef(streams) - np.eye(4)).max() < 0.03

@@ -35,6 +35,50 @@ def uniforms(seed: int, stage: str, ids: Sequence[str], index: int = 0) -> np.nd
     return ((np.frombuffer(raw, dtype="<u8") >> 12).astype(np.float64) + 0.5) / 2.0**52
 
 
+def quick_uniforms(seed: int, stage: str, ids: Sequence[str]) -> np.ndarray:
+    """One uniform draw in the open interval (0, 1) per id, at less than half the cost of `uniforms`.
+
+    The bytes of an id pass a multiplying hash (the MurmurHash3 finaliser, a word at a time) in
+    place of a cryptographic one: good enough for ids that are hashes themselves, as row ids are.
+
+    Args:
+        seed: The recipe's seed.
+        stage: Name of the drawing stage; two stages draw independently.
+        ids: n ASCII ids.
+
+    Returns:
+        float64 array, shape (n,).
+    """
+    if not len(ids):
+        return np.empty(0, np.float64)
+    text = np.array(ids, dtype=np.bytes_)
+    width = -(-text.dtype.itemsize // 8) * 8
+    words = text.astype(f"S{width}").view("<u8").reshape(len(ids), -1)
+    h = np.full(len(ids), hash64(seed, stage), np.uint64)
+    sizes = np.char.str_len(text)
+    for k, word in enumerate(words.T):  # of its own words alone: others in the call don't matter
+        h = np.where(sizes > 8 * k, _mixed(h ^ word), h)
+    return ((h >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
+
+
+def quick_uniform_reference(seed: int, stage: str, identity: str) -> float:
+    """What `quick_uniforms` draws for one id, in plain Python."""
+    raw, h = identity.encode("ascii"), hash64(seed, stage)
+    for start in range(0, len(raw), 8):
+        h ^= int.from_bytes(raw[start : start + 8], "little")
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            h = (h ^ (h >> 33)) * factor & 0xFFFFFFFFFFFFFFFF
+        h ^= h >> 33
+    return ((h >> 12) + 0.5) / 2.0**52
+
+
+def _mixed(h: np.ndarray) -> np.ndarray:
+    for factor in (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)):
+        h = (h ^ (h >> np.uint64(33))) * factor
+    mixed: np.ndarray = h ^ (h >> np.uint64(33))
+    return mixed
+
+
 def gumbel_top_k(
     u: np.ndarray, ids: Sequence[str], k: int, weights: np.ndarray | None = None
 ) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from siftline.kernels.draws import gumbel_top_k, uniforms
+from siftline.kernels.draws import gumbel_top_k, quick_uniforms
 
 _ROOM = 2
 """Rows held for one wanted: a gate may remove half of its rows before they are read again."""
@@ -70,7 +70,7 @@ def _among(identity: str, ids: Sequence[str]) -> bool:
 
 def draws(seed: int, ids: Sequence[str]) -> np.ndarray:
     """The draw of each row, float64 in (0, 1): the same at every gate."""
-    return uniforms(seed, "canary", ids)
+    return quick_uniforms(seed, "canary", ids)
 
 
 def first(seed: int, ids: Sequence[str], count: int) -> np.ndarray:

@@ -34,6 +34,8 @@ from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
 from siftline.workspace import Workspace
 
+DRAWS = 2
+"""Version of how canaries' rows are drawn; no other bytes depend on it."""
 VERSION = 4
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
@@ -123,7 +125,7 @@ def _inputs(
         **({"training": _training(recipe)} if getattr(stage.options, "trains", False) else {}),
         **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
         **({"rules": quality.quality_inputs(stage)} if stage.kind == "quality_rules" else {}),
-        **({"canaries": [asdict(planted), recipe.seed]} if planted else {}),
+        **({"canaries": [asdict(planted), recipe.seed, DRAWS]} if planted else {}),
     }
 
 
