@@ -18,7 +18,7 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {"config", "progress", "schema", "shards", "spool", "workspace"}
+LEAVES = {"config", "progress", "schema", "scratch", "shards", "spool", "workspace"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe", "library", "sections"}
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "progress": set(),
     "schema": set(),
+    "scratch": set(),
     "shards": set(),
     "workspace": set(),
     "spool": {"kernels", "schema", "shards"},

@@ -19,11 +19,7 @@ in `data/`, and TRL changes the task when it sees a column called `prompt` or `t
 
 import errno
 import json
-import os
-import platform
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ import pyarrow.parquet as pq
 
 from siftline.card import CardInfo
 from siftline.card import render as render_card
+from siftline.scratch import scratch_folder
 from siftline.shards import (
     ROW_GROUP_BYTES,
     building,
@@ -145,7 +142,7 @@ def publish(
     """
     scores, removed = _checked_scores(scores), _checked_removed(removed)
     sizes = _Sizes(shard_bytes, row_group_bytes)
-    with _scratch(root) as scratch:
+    with scratch_folder(root, "publish") as scratch:
         tables = [rows] if isinstance(rows, pa.Table) else rows
         spooled = spool(tables, scratch / "spool", seed, ranges)
         if not spooled.rows:
@@ -228,36 +225,6 @@ def _empty_message(card: CardInfo) -> str:
         f"curated: no row was selected, nothing is published: stage {worst.stage} removed"
         f" {worst.removed} of {worst.rows_in + worst.added}, loosen it or leave it out"
     )
-
-
-@contextmanager
-def _scratch(root: Path) -> Iterator[Path]:
-    """A dot-named folder in `root` (same file system, so shards are moved and not copied).
-
-    What a killed process of this machine left behind is removed first.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    prefix = f".publish.{platform.node()}."
-    for left in root.glob(f"{prefix}*"):
-        pid = int(left.name.removeprefix(prefix))
-        if pid == os.getpid() or not _alive(pid):
-            shutil.rmtree(left)
-    scratch = root / f"{prefix}{os.getpid()}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
 
 
 def _schema(spooled: Spool, scores: pl.DataFrame) -> pa.Schema:

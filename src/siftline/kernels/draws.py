@@ -36,7 +36,7 @@ def uniforms(seed: int, stage: str, ids: Sequence[str], index: int = 0) -> np.nd
 
 
 def quick_uniforms(seed: int, stage: str, ids: Sequence[str]) -> np.ndarray:
-    """One uniform draw in the open interval (0, 1) per id, at less than half the cost of `uniforms`.
+    """One uniform draw in the open interval (0, 1) per id, at half the cost of `uniforms`.
 
     The bytes of an id pass a multiplying hash (the MurmurHash3 finaliser, a word at a time) in
     place of a cryptographic one: good enough for ids that are hashes themselves, as row ids are.

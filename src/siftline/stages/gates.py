@@ -2,9 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import polars as pl
@@ -16,6 +14,7 @@ from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Progress
 from siftline.scoring.columns import Column, attach_leftovers, score_column
 from siftline.scoring.verifiers import get_verifier, isolation_of
+from siftline.scratch import scratch_folder
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicate_state import Shelf
 from siftline.selectors.duplicates import Duplicates, against
@@ -56,11 +55,8 @@ def duplicates(context: Context) -> StageRun:
 
     What is known of many rows lies in files of this run until they are decided about.
     """
-    scratch = context.workspace.root / f".{context.stage.name}-{uuid4().hex}"
-    try:
+    with scratch_folder(context.workspace.root, context.stage.name) as scratch:
         return _duplicates(context, scratch)
-    finally:
-        rmtree(scratch, ignore_errors=True)
 
 
 def _duplicates(context: Context, scratch: Path) -> StageRun:
