@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 
 import polars as pl
@@ -462,3 +463,11 @@ def test_the_gate_does_not_depend_on_order_and_says_when_it_is_vacuous():
 def test_fractions_in_a_row_are_exact_not_rounded(math):
     third = Fraction(1, 3)
     assert math(f"#### {third.numerator}/{third.denominator}", "0.333333").correct is False
+
+
+def test_a_verifier_that_looks_for_no_step_says_the_same_otherwise():
+    full, plain = get_verifier("math"), get_verifier("math", steps=False)
+    for response in ("2 + 2 = 5, 5 * 2 = 10\n#### 10", "#### 8", "no answer here"):
+        found, other = full(response, "8"), plain(response, "8")
+        assert replace(found, first_error=None, last_right=None) == other
+    assert full("2 + 2 = 5, 5 * 2 = 10\n#### 10", "8").first_error is not None

@@ -157,7 +157,7 @@ def verify(context: Context) -> StageRun:
     """Checks responses against their independent answer."""
     options = context.stage.options
     assert isinstance(options, Verify)
-    check = get_verifier(options.verifier)
+    check = get_verifier(options.verifier, steps=False)
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
 

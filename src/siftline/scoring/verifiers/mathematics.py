@@ -47,21 +47,23 @@ class MathVerifier:
 
     Attributes:
         strict: Take only marked final answers (see `extract_answer`).
+        steps: Whether refuted responses are searched.
     """
 
-    def __init__(self, timeout: float = 5.0, strict: bool = True) -> None:
+    def __init__(self, timeout: float = 5.0, strict: bool = True, steps: bool = True) -> None:
         """Makes a verifier; no process starts before an expression needs one.
 
         Args:
             timeout: Seconds one comparison by math-verify may take; 5 is its own default.
             strict: See the class.
+            steps: See the class.
 
         Raises:
             ValueError: if timeout is not positive.
         """
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, not {timeout}: give seconds, e.g. 5")
-        self.strict = strict
+        self.strict, self.steps = strict, steps
         self._equivalence = Equivalence(timeout)
 
     def __call__(self, response: str, answer: str) -> Verdict:
@@ -87,6 +89,8 @@ class MathVerifier:
                 return Verdict(None, extracted, f"verifier_error: {error}")
         if correct:
             return Verdict(True, extracted, "match")
+        if not self.steps:
+            return Verdict(False, extracted, "wrong_answer")
         found = trace(response)
         return Verdict(False, extracted, "wrong_answer", found.first_error, found.last_right)
 
@@ -158,9 +162,9 @@ def _equal_quantities(left: Quantity, right: Quantity) -> bool:
 
 
 @cache
-def plain_math() -> MathVerifier:
-    """One for the process, since each keeps a child process for the comparisons."""
-    return MathVerifier()
+def plain_math(steps: bool = True) -> MathVerifier:
+    """One of each for the process, since they keep a child process for the comparisons."""
+    return MathVerifier(steps=steps)
 
 
 def verify_math(response: str, answer: str) -> Verdict:
