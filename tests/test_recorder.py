@@ -314,8 +314,9 @@ def test_embeddings_are_unit_vectors_asked_once_per_text(bench):
     for vector in vectors.values():
         assert vector.dtype == np.float16
         assert np.linalg.norm(vector.astype(np.float64)) == pytest.approx(1, abs=2e-3)
-    tokens = bench.engine.tokenizer("second", add_special_tokens=False)["input_ids"]
-    direct = bench.engine.engine.embed([tokens])[0]
+    tokenizer = bench.engine.tokenizer
+    tokens = tokenizer("second", add_special_tokens=False)["input_ids"]
+    direct = bench.engine.engine.embed([[start_token(tokenizer), *tokens]])[0]
     assert np.abs(vectors["b"].astype(np.float32) - direct).max() < 1e-3
     (again, _), asked, _ = bench.asked(lambda r: embed_texts(r, 0, {"z": "second"}))
     assert asked == 0

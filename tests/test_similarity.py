@@ -13,6 +13,7 @@ from siftline.scoring.classifiers import open_classifier
 from siftline.scoring.engines import ModelSpec, open_engine
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.similarity import Held, agreements, cosines, overlaps, word_overlap
+from siftline.scoring.spans import encode, start_token
 
 QUESTION = "What is 3 + 4?"
 HELD = {
@@ -57,7 +58,7 @@ def test_cosines_are_clipped_and_asked_once_a_text(tiny_model, tmp_path):
     assert recorder.tally.computed == 5  # two responses, three samples; a row alone has no pair
     for name in found:
         own, *others = (
-            engine.embed([engine.tokenizer(t, add_special_tokens=False)["input_ids"]])[0]
+            engine.embed([[start_token(engine.tokenizer), *encode(engine.tokenizer, t)]])[0]
             for t in (HELD[name].own, *HELD[name].samples)
         )
         plain = np.mean([max(0.0, float(own @ other)) for other in others])
