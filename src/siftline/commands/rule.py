@@ -8,7 +8,7 @@ import click
 import polars as pl
 
 from siftline.commands.options import json_option, make_tracker
-from siftline.commands.sources import reading_options, source_of
+from siftline.commands.sources import embedding_options, reading_options, source_of
 
 
 @click.group()
@@ -18,18 +18,7 @@ def rule() -> None:
 
 @rule.command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option(
-    "--embeddings",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Parquet files with id, or file and row (from 1), and an embedding.",
-)
-@click.option(
-    "--embedding-column", default="embedding", show_default=True, help="Its column there."
-)
-@click.option(
-    "--embedder", metavar="DIR", help="Model directory to embed with here; kept in the output."
-)
+@embedding_options
 @click.option(
     "--neighbour",
     default=6,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from siftline.commands.options import json_option, make_tracker, say
-from siftline.commands.sources import reading_options, source_of
+from siftline.commands.sources import embedding_options, reading_options, source_of
 
 
 @click.command()
@@ -42,18 +42,7 @@ from siftline.commands.sources import reading_options, source_of
 @click.option(
     "--scores", metavar="DIR", type=click.Path(path_type=Path), help="What `siftline score` wrote."
 )
-@click.option(
-    "--embeddings",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Parquet files with id, or file and row (from 1), and an embedding.",
-)
-@click.option(
-    "--embedding-column", default="embedding", show_default=True, help="Its column there."
-)
-@click.option(
-    "--embedder", metavar="DIR", help="Model directory to embed with here; kept in the output."
-)
+@embedding_options
 @click.option(
     "--rule",
     metavar="FILE",

@@ -1,6 +1,7 @@
 """How the verbs on plain files are told to read them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -36,6 +37,23 @@ def reading_options(command: Command) -> Command:
         help="How the files are written.",
     )
     return layout(form(field_option(command)))
+
+
+def embedding_options(command: Command) -> Command:
+    """Adds --embeddings, --embedding-column and --embedder."""
+    stored = click.option(
+        "--embeddings",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Parquet files with id, or file and row (from 1), and an embedding.",
+    )
+    column = click.option(
+        "--embedding-column", default="embedding", show_default=True, help="Its column there."
+    )
+    model = click.option(
+        "--embedder", metavar="DIR", help="Model directory to embed with here; kept in the output."
+    )
+    return stored(column(model(command)))
 
 
 def columns_of(fields: Sequence[str]) -> dict[str, str]:
