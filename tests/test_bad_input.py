@@ -172,8 +172,9 @@ def test_an_unknown_recipe_key(error):
 
 
 def test_a_budget_above_the_pool(error, call):
-    # The shortlist goes by the budget too: everything from there on runs again.
-    select = ["--set", "budget.size=9000000", "--select", '7+key:"mini/allocate"']
+    # The shortlist goes by the budget too, if it has no size: everything from there on runs again.
+    few = ["--set", "stages.diversity.size=10"]
+    select = [*few, "--set", "budget.size=9000000", "--select", '7+key:"mini/allocate"']
     said = error("run", "mini", "--set", "budget.on_shortfall=error", *select)
     assert "9000000" in said.replace(",", "")
     code, _, err = call("run", "mini", "--set", "budget.on_shortfall=smaller", *select)
