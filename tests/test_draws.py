@@ -14,6 +14,7 @@ from siftline.kernels import draws
 from siftline.kernels.draws import (
     gumbel_top_k,
     hash64,
+    hash64_each,
     quick_uniform_reference,
     quick_uniforms,
     uniforms,
@@ -172,3 +173,8 @@ def test_quick_draws_are_uniform_and_streams_uncorrelated():
     for u in streams:
         assert abs(np.sort(u) - (np.arange(len(u)) + 0.5) / len(u)).max() < 2.0 / len(u) ** 0.5
     assert abs(np.corrcoef(streams) - np.eye(4)).max() < 0.03
+
+
+@given(st.lists(st.text()))
+def test_hashes_of_many_texts_are_those_of_each(texts):
+    assert hash64_each(texts).tolist() == [hash64(text) for text in texts]

@@ -6,7 +6,7 @@ is Gumbel top-k (Efraimidis & Spirakis 2006; Vieira 2014): keep the k largest lo
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,12 @@ def hash64(*parts: object) -> int:
     """63-bit unsigned hash of the parts' text, for seeds that other libraries take."""
     payload = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(payload, digest_size=8).digest(), "little") >> 1
+
+
+def hash64_each(texts: Iterable[str]) -> np.ndarray:
+    """`hash64` of each text, uint64, shape (n,)."""
+    raw = b"".join([hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts])
+    return np.frombuffer(raw, "<u8").astype(np.uint64) >> np.uint64(1)
 
 
 def uniforms(seed: int, stage: str, ids: Sequence[str], index: int = 0) -> np.ndarray:

@@ -8,14 +8,13 @@ a row.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import hash64
+from siftline.kernels.draws import hash64, hash64_each
 from siftline.kernels.lsh import Banding
 from siftline.kernels.text import plain
 
@@ -101,7 +100,7 @@ def summarised(
 
     n = bucket.height
     folded = [plain(t or "") for side in ("prompt", "response") for t in bucket[side].to_list()]
-    hashed = _hashes(folded)
+    hashed = hash64_each(folded)
     keys, first, inverse = np.unique(hashed, return_index=True, return_inverse=True)
     texts = np.ascontiguousarray(inverse.reshape(2, n).T)
     distinct = [folded[k] for k in first.tolist()]
@@ -119,7 +118,7 @@ def summarised(
     raw = bucket["response"].to_list()
     silent = np.array([not text for text in raw], np.bool_)
     bands[:, silent] = ALONE
-    exact = pl.Series("exact", _hashes([text or "" for text in raw]), pl.UInt64)
+    exact = pl.Series("exact", hash64_each([text or "" for text in raw]), pl.UInt64)
     rows = bucket.select(
         "id", "prompt_id", optional(bucket, "priority", pl.Int64).fill_null(0)
     ).with_columns(
@@ -191,18 +190,12 @@ def normal_answer(answer: str) -> str:
         return text
 
 
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    """`hash64` of each text."""
-    raw = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
-    return np.frombuffer(raw, "<u8").astype(np.uint64) >> np.uint64(1)
-
-
 def _guards(texts: Sequence[str], guarded: bool) -> np.ndarray:
     from siftline.kernels.quantities import quantities
 
     if not guarded:
         return np.zeros(len(texts), np.uint64)
-    return _hashes(["\x1f".join(found) for found in quantities(texts)])
+    return hash64_each(["\x1f".join(found) for found in quantities(texts)])
 
 
 def _mixed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
