@@ -18,6 +18,7 @@ from siftline.commands.options import (
     json_option,
     limit_options,
     limited,
+    lines_beside_a_run,
     named_recipe,
     root_option,
     say,
@@ -47,7 +48,7 @@ register(cli)
 @root_option
 @set_option
 @click.option("--select", help="Dagster asset selection; by default everything.")
-@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@click.option("--workers", default=2, show_default=True, help="Model steps at a time.")
 @limit_options
 @json_option
 def run(
@@ -72,7 +73,7 @@ def run(
 @click.argument("recipe")
 @root_option
 @set_option
-@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@click.option("--workers", default=2, show_default=True, help="Model steps at a time.")
 @limit_options
 @json_option
 def plan(
@@ -115,7 +116,8 @@ def plan(
 def _run(workspace: Workspace, recipe: Recipe, overrides: Sequence[str], **options: Any) -> None:
     from siftline.pipelines.execute import run_recipe
 
-    outcome = run_recipe(workspace, recipe, overrides, say, **options)
+    with lines_beside_a_run() as tell:
+        outcome = run_recipe(workspace, recipe, overrides, tell, **options)
     if not outcome.success:
         raise ValueError(outcome.error or f"run {outcome.run_id} failed: see `siftline ui`")
 
@@ -186,7 +188,7 @@ def accuracy_text(arm: str, line: dict[str, Any]) -> str:
     "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
     show_default=True, help="What runs the model.",
 )  # fmt: skip
-@click.option("--workers", default=2, show_default=True, help="Steps at a time.")
+@click.option("--workers", default=2, show_default=True, help="Model steps at a time.")
 def demo(root: Path, overrides: tuple[str, ...], engine: str, workers: int) -> None:
     """Run the whole chain on generated data with planted defects; no GPU, no download."""
     from siftline.demo.summary import audited

@@ -32,15 +32,22 @@ def numbers(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stage_metadata(output: StageOutput, computed: bool) -> dict[str, Any]:
-    """Metadata of a stage's materialization."""
+def last_picture(context: dg.AssetExecutionContext, name: str = "picture") -> dict[str, Any]:
+    """The picture of the asset's last materialization, to be shown again; empty where none is."""
+    event = context.instance.get_latest_materialization_event(context.asset_key)
+    made = event.asset_materialization if event else None
+    return {name: made.metadata[name]} if made and name in made.metadata else {}
+
+
+def stage_metadata(
+    context: dg.AssetExecutionContext, output: StageOutput, computed: bool
+) -> dict[str, Any]:
+    """Metadata of a stage's materialization; a picture is drawn where something was computed."""
     counts = output.accounting
     decided = output.all_decisions()
     why = reasons(decided)
     table = "\n".join(f"| {reason} | {rows:,} |" for reason, rows in why.items())
-    bars = plots.funnel(
-        ["rows"], np.array([counts.kept]), np.array([counts.removed]), np.array([counts.failed])
-    )
+    shown_again = {} if computed else last_picture(context)
     shown: dict[str, Any] = {
         "dagster/row_count": counts.kept,
         "dagster/column_schema": column_schema(DECISIONS),
@@ -48,11 +55,19 @@ def stage_metadata(output: StageOutput, computed: bool) -> dict[str, Any]:
         **numbers(output.facts),
         "facts": dg.MetadataValue.json(output.facts),
         "computed": computed,
-        "picture": _score_picture(decided) or picture(bars, "rows kept and removed"),
+        **(shown_again or {"picture": _picture(counts, decided)}),
     }
     if why:
         shown["reasons"] = dg.MetadataValue.md(f"| reason | rows |\n| --- | ---: |\n{table}")
     return shown
+
+
+def _picture(counts: Accounting, decided: pl.DataFrame) -> dg.MarkdownMetadataValue:
+    drawn = _score_picture(decided)
+    if drawn is not None:
+        return drawn
+    numbers = (np.array([n]) for n in (counts.kept, counts.removed, counts.failed))
+    return picture(plots.funnel(["rows"], *numbers), "rows kept and removed")
 
 
 def _score_picture(decided: pl.DataFrame) -> dg.MarkdownMetadataValue | None:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def make_tracker(label: str, total: int, unit: str) -> Tracker:
 def say(line: str) -> None:
     """Writes a line of progress to stderr."""
     click.echo(line, err=True)
+
+
+@contextmanager
+def lines_beside_a_run() -> Iterator[Callable[[str], None]]:
+    """`say` to stderr as it is now: while steps run in this process, Dagster captures the other."""
+    try:
+        copy = os.dup(sys.stderr.fileno())
+    except (OSError, ValueError):  # not a file: nothing captures it
+        yield say
+        return
+    with os.fdopen(copy, "w", encoding="utf-8") as out:
+        yield lambda line: click.echo(line, file=out)
 
 
 def named_recipe(name: str, overrides: Sequence[str]) -> Recipe:

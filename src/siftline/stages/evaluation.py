@@ -17,8 +17,9 @@ from siftline import shards
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
+from siftline.scoring.engines import ModelSpec
 from siftline.scoring.verifiers import get_verifier
-from siftline.stages.arms import BASE, Arm, train_arms
+from siftline.stages.arms import BASE, Arm, found_arms, train_arms
 from siftline.stages.models import engines, identity, model_spec
 from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
 from siftline.workspace import Workspace
@@ -193,6 +194,41 @@ def _retained(
     )
 
 
+def evaluation_pending(workspace: Workspace, recipe: Recipe) -> bool:
+    """Whether `evaluate_arms` has a model to train or to ask.
+
+    Raises:
+        ValueError: if nothing was published with these settings, or there is no test set.
+    """
+    settings = recipe.evaluation
+    assert settings is not None
+    folders = [Path(model_spec(workspace, recipe, "target").path)]
+    if recipe.training is not None:
+        arms = found_arms(workspace, recipe)
+        if arms is None:
+            return True
+        folders += [arm.folder for arm in arms]
+    questions = test_rows(workspace, recipe, settings.level_column)
+    return not all(_answers(workspace, recipe, f, questions).exists() for f in folders)
+
+
+def _spec(workspace: Workspace, recipe: Recipe, folder: Path) -> ModelSpec:
+    return replace(model_spec(workspace, recipe, "target"), path=str(folder))
+
+
+def _answers(workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame) -> Path:
+    """Where a model's graded answers are, named by all that decides them."""
+    asked = shards.content_hash(
+        [
+            questions["id"].to_list(),
+            {k: v for k, v in vars(recipe.evaluation).items() if k != "retained"},
+            identity(_spec(workspace, recipe, folder)),
+            GRADING,
+        ]
+    )
+    return workspace.root / "evaluations" / f"{asked[:16]}.parquet"
+
+
 def evaluated(
     workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
 ) -> pl.DataFrame:
@@ -202,20 +238,11 @@ def evaluated(
     """
     settings = recipe.evaluation
     assert settings is not None
-    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
-    asked = shards.content_hash(
-        [
-            questions["id"].to_list(),
-            {k: v for k, v in vars(settings).items() if k != "retained"},
-            identity(spec),
-            GRADING,
-        ]
-    )
-    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
+    path = _answers(workspace, recipe, folder, questions)
     if not path.exists():
         with engines() as opened:
             answered = evaluate(
-                opened.get(spec),
+                opened.get(_spec(workspace, recipe, folder)),
                 questions,
                 get_verifier(settings.verifier),
                 settings,

@@ -157,6 +157,14 @@ def _result(out: Path, facts: dict[str, Any]) -> TrainResult:
     )
 
 
+def finished(out: Path) -> TrainResult | None:
+    """What a run left in `out`, whatever it was made of; None where none ended there."""
+    record = out / "training.json"
+    if not record.exists():
+        return None
+    return _result(out, json.loads(record.read_text(encoding="utf-8"))["facts"])
+
+
 def finetune(
     base: Path,
     data: Sequence[Path] | pa.Table,
@@ -205,9 +213,9 @@ def finetune(
     watched = dev_passes(dev, tokenizer, config, schedule)
     whose = _whose_template(template, tokenizer)
     facts = _facts(base, whose, passes, watched, config, arguments, seed, dataset_version)
-    finished = _recorded(out / "training.json", facts["run"])
-    if finished is not None:
-        return _result(out, finished)
+    done = _recorded(out / "training.json", facts["run"])
+    if done is not None:
+        return _result(out, done)
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
     checkpoint = last_checkpoint(checkpoints)
