@@ -5,14 +5,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from siftline.library import find
 from siftline.progress import Tracker
-from siftline.recipe import Recipe, load
 from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE
+
+if TYPE_CHECKING:
+    from siftline.recipe import Recipe
 
 root_option = click.option(
     "--root",
@@ -86,8 +87,11 @@ def lines_beside_a_run() -> Iterator[Callable[[str], None]]:
         yield lambda line: click.echo(line, file=out)
 
 
-def named_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+def named_recipe(name: str, overrides: Sequence[str]) -> "Recipe":
     """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
+    from siftline.library import find
+    from siftline.recipe import load
+
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.exists():
         loaded = load(path, overrides)
