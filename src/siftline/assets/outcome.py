@@ -8,7 +8,7 @@ import polars as pl
 
 from siftline import plots
 from siftline.assets import asking, keys
-from siftline.assets.metadata import last_picture, picture
+from siftline.assets.metadata import picture, shown_before
 from siftline.assets.resource import Siftline
 from siftline.recipe import Recipe
 from siftline.shards import content_hash
@@ -89,6 +89,8 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
         workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
         fresh = arms_pending(workspace, loaded)
         arms = train_arms(workspace, loaded, context.log.info)
+        version = content_hash(sorted(arm.folder.name for arm in arms))
+        before = None if fresh else shown_before(context, version, "curves")
         return dg.MaterializeResult(
             metadata={
                 "models": dg.MetadataValue.json(
@@ -97,9 +99,9 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
                 "loss_tokens": max(arm.loss_tokens for arm in arms),
                 "steps": max(arm.steps for arm in arms),
                 "computed": fresh,
-                **((not fresh and last_picture(context, "curves")) or {"curves": _curves(arms)}),
+                **(before or {"curves": _curves(arms)}),
             },
-            data_version=dg.DataVersion(content_hash(sorted(arm.folder.name for arm in arms))),
+            data_version=dg.DataVersion(version),
         )
 
     return model
@@ -139,15 +141,17 @@ def evaluation_asset(recipe: Recipe) -> dg.AssetsDefinition:
         workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
         fresh = evaluation_pending(workspace, loaded)
         table, _ = evaluate_arms(workspace, loaded, context.log.info)
+        version = content_hash(table.to_dicts())
+        before = None if fresh else shown_before(context, version, "picture")
         overall = table.filter(pl.col("level") == "all")
         return dg.MaterializeResult(
             metadata={
                 **{f"accuracy_{r['arm']}": float(r["accuracy"]) for r in overall.to_dicts()},
                 "table": dg.MetadataValue.json(table.to_dicts()),
                 "computed": fresh,
-                **((not fresh and last_picture(context)) or {"picture": _accuracy(table)}),
+                **(before or {"picture": _accuracy(table)}),
             },
-            data_version=dg.DataVersion(content_hash(table.to_dicts())),
+            data_version=dg.DataVersion(version),
         )
 
     return evaluation
