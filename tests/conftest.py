@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # The models here are tiny: a second thread gains nothing, and spins for long beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -107,7 +109,8 @@ class Finished:
 
 def mini_environment(*more_python: Path, **changes: str) -> dict[str, str]:
     """Environment in which a child finds the mini recipe and its generator."""
-    python = os.pathsep.join(map(str, (*more_python, RECIPES)))
+    known = os.environ.get("PYTHONPATH")
+    python = os.pathsep.join([*map(str, (*more_python, RECIPES)), *([known] if known else [])])
     return os.environ | {
         "PYTHONPATH": python,
         "SIFTLINE_RECIPES": str(RECIPES),
@@ -209,17 +212,35 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all test processes read: the first that asks makes it, the others wait."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "made").exists():
+            shared.mkdir()  # fails where another process died over it
+            make(shared)
+            (shared / "made").touch()
+    return shared
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Finished:
     """`siftline run mini`, once: the truth is out of the root before the run and off limits."""
-    root = tmp_path_factory.mktemp("mini") / "root"
-    made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
-    assert made.returncode == 0, made.stderr
-    truth = root.parent / "truth"
-    shutil.move(root / "truth", truth)
-    said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
-    assert said.returncode == 0, said.stderr[-4000:]
-    return Finished(root, said, truth)
+
+    def make(folder: Path) -> None:
+        root = folder / "root"
+        made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
+        assert made.returncode == 0, made.stderr
+        shutil.move(root / "truth", folder / "truth")
+        said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
+        assert said.returncode == 0, said.stderr[-4000:]
+        (folder / "said.json").write_text(json.dumps([said.args, said.stdout, said.stderr]))
+
+    folder = once(tmp_path_factory, "finished", make)
+    args, out, err = json.loads((folder / "said.json").read_text())
+    said = subprocess.CompletedProcess(args, 0, out, err)
+    return Finished(folder / "root", said, folder / "truth")
 
 
 @pytest.fixture
