@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-# The models here are tiny: a second thread gains nothing, and spins for long beside other work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One test process a core: a second thread gains nothing, and spins for long beside other work.
+for _threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 
 def beside(name: str) -> ModuleType:
@@ -203,15 +204,6 @@ def mini_tools() -> ModuleType:
     return sys.modules[__name__]
 
 
-@pytest.fixture(scope="session")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
-    """Forbids the truth to every process that is started with this environment."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
-    caught = folder / "caught"
-    return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
-
-
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that all test processes read: the first that asks makes it, the others wait."""
     base = factory.getbasetemp()
@@ -222,6 +214,18 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
             make(shared)
             (shared / "made").touch()
     return shared
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
+    """Forbids the truth to every process that is started with this environment."""
+
+    def make(folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+
+    folder = once(tmp_path_factory, "guard", make)
+    caught = folder / "caught"
+    return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
 
 
 @pytest.fixture(scope="session")
@@ -290,3 +294,22 @@ def small_disk(tmp_path):
     held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if os.path.lexists(f)]
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
     pytest.fail(f"files are still open: {[f for f in held if f.startswith(str(folder))]}")
+
+
+# ---- several test processes --------------------------------------------------------------------
+
+TOGETHER = {
+    name: "vllm" for name in ("test_agreement", "test_two_workers", "test_vllm_engine",
+                              "test_vllm_server", "test_worker")
+}  # fmt: skip
+"""Files that start vLLM go to one process: two engines at a time take more memory than there is."""
+LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server", "test_worker")
+"""Files that begin first, so that no process works alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, for what they make once; the longest come first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
+    for item in items:
+        group = TOGETHER.get(item.path.stem, item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
