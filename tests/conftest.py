@@ -298,12 +298,11 @@ def small_disk(tmp_path):
 
 # ---- several test processes --------------------------------------------------------------------
 
-TOGETHER = {
-    name: "vllm" for name in ("test_agreement", "test_two_workers", "test_vllm_engine",
-                              "test_vllm_server", "test_worker")
-}  # fmt: skip
+TOGETHER = dict.fromkeys(
+    ("test_agreement", "test_two_workers", "test_vllm_engine", "test_vllm_server"), "vllm"
+)
 """Files that start vLLM go to one process: two engines at a time take more memory than there is."""
-LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server", "test_worker")
+LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server")
 """Files that begin first, so that no process works alone at the end."""
 
 
