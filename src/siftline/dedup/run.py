@@ -22,8 +22,8 @@ from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, sum
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.kernels.keep import Keep
-from siftline.kernels.rows import Texts
 from siftline.kernels.spill import Keys, values_room
+from siftline.kernels.texts import Texts
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
 
