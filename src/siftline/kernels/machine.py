@@ -75,8 +75,9 @@ class Kernel:
                 if code is None:
                     code = _compiled(self.module, self.name, given)
                     write(file, code)
-                types = [ctypes.c_void_p, ctypes.c_void_p, *(_NUMBERS[each] for each in flat)]
-                self._known[kind] = ctypes.CFUNCTYPE(ctypes.c_int32, *types)(_linked(code))
+                types: list[Any] = [_NUMBERS[each] for each in flat]
+                form = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *types)
+                self._known[kind] = form(_linked(code))
             return self._known[kind]
 
 
