@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.journal import read_journal, scan_journal
-from siftline.shards import PartWriter, content_hash, read_parquet, sync, write_json
+from siftline.shards import PartWriter, content_hash, no_rows, read_parquet, sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class NamespaceFolder:
 def unique(tables: list[pa.Table], schema: pa.Schema) -> pl.DataFrame:
     """Records of several tables, one per key."""
     tables = [table.cast(schema) for table in tables]
-    frame = pl.from_arrow(pa.concat_tables(tables) if tables else schema.empty_table())
+    frame = pl.from_arrow(pa.concat_tables(tables) if tables else no_rows(schema))
     assert isinstance(frame, pl.DataFrame)
     return frame.unique("key", keep="first", maintain_order=True)
 

@@ -165,10 +165,13 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         ValueError: naming the file, where it is missing, cut short or corrupt.
     """
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        # pq.read_table would import pyarrow.dataset, which looks for pandas: half a second.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.read(columns)
+        return found if columns is None else found.select(columns)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing though its manifest names it: run again") from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
         detail = str(error).splitlines()[0]
         raise ValueError(f"{path} is corrupt ({detail}): delete it and run again") from error
 
@@ -259,6 +262,11 @@ class PartWriter:
         self.parts.append(Part(table, bucket, name, data.num_rows, sha256))
 
 
+def no_rows(schema: pa.Schema) -> pa.Table:
+    """An empty table. `schema.empty_table()` looks for pandas, which takes a third of a second."""
+    return pa.Table.from_batches([], schema)
+
+
 def read_bucket(
     folder: Path,
     manifest: Manifest,
@@ -275,7 +283,7 @@ def read_bucket(
         for part in manifest.parts
         if part.table == table and part.bucket == bucket
     ]
-    return pa.concat_tables(tables) if tables else wanted.empty_table()
+    return pa.concat_tables(tables) if tables else no_rows(wanted)
 
 
 class RowHash:

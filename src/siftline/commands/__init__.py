@@ -48,7 +48,9 @@ VERBS: dict[str, Verb] = {
         "Show the funnel, accuracy and report page of RECIPE's newest version.",
     ),
     "rule": Verb(
-        "rule", "rule", "Fit a rule for `siftline select linear_rule` on runs of your own."
+        "rule",
+        "rule",
+        "Fit a rule for `siftline select linear_rule` on runs of your own (InstructMining).",
     ),
     "run": Verb("run", "run", "Run RECIPE, a name or a YAML file, from raw rows to the report."),
     "score": Verb(

@@ -20,6 +20,7 @@ from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
+from siftline.shards import no_rows
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, named_spec
 from siftline.stages.spread import over_buckets
@@ -68,7 +69,7 @@ def reference_scores(
 def _distinct(parts: Sequence[pa.Table]) -> pa.Table:
     """The rows of all parts, each id once, with the columns that scoring reads, sorted by id."""
     seen: set[str] = set()
-    found = [_READ.empty_table()]
+    found = [no_rows(_READ)]
     for part in parts:
         ids = part["id"].to_pylist()
         fresh = part.filter(pa.array([i not in seen for i in ids], pa.bool_()))
