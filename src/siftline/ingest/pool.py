@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from siftline import schema
 from siftline.ingest.readers import Source, fingerprint, read_sources
 from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
+from siftline.verified import SchemaError
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
 _SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
@@ -166,7 +167,7 @@ def build_pool(
     inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine])
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_builder(folder) as scratch:
-        old = Manifest.load(path) if path.exists() else None
+        old = Manifest.found(path)
         if old is not None:
             if old.buckets != spec.buckets:
                 raise ValueError(
@@ -266,7 +267,11 @@ def _write_bucket(
     kept = [p for p in old.parts if (p.table, p.bucket) == (table, bucket)] if old else []
     if kept and all(_there(folder, part) for part in kept):
         assert old is not None
-        before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        try:
+            before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        except SchemaError:  # of a version with other columns
+            writer.add(table, bucket, data)
+            return
         known = set(map(repr, before.to_pylist()))
         now = data.to_pylist()
         fresh = pa.array([repr(row) not in known for row in now], pa.bool_())
