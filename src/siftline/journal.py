@@ -134,5 +134,5 @@ def _frame(rest: memoryview) -> tuple[int, memoryview | None] | None:
 
 
 def read_journal(path: Path) -> list[pa.Table]:
-    """Reads the committed batches of a journal; a torn last frame is left out; see `scan_journal`."""
+    """Reads the committed batches of a journal; see `scan_journal`."""
     return scan_journal(path).batches

@@ -27,7 +27,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from siftline.verified import RERUN, AlteredError, UnhashedError, read_hashed, read_parquet, with_hash
+from siftline.verified import (
+    RERUN,
+    AlteredError,
+    UnhashedError,
+    named_hash,
+    read_hashed,
+    read_parquet,
+    with_hash,
+)
 from siftline.verified import canonical_json as canonical_json
 from siftline.verified import content_hash as content_hash
 from siftline.verified import file_hash as file_hash
@@ -280,6 +288,25 @@ def read_part(
     """Reads one part of a manifest; without a schema its columns are taken as they are."""
     path = folder / part.file
     return read_parquet(path, part.sha256, rows=part.rows, schema=schema, columns=columns)
+
+
+def write_named(table: pa.Table, folder: Path, stem: str) -> None:
+    """Writes a table as the one file `stem-<hash>.parquet` of a folder; see `read_named`."""
+    PartWriter(folder, stem).add(stem, 0, table)
+
+
+def read_named(folder: Path, stem: str) -> pa.Table | None:
+    """Reads the file of `write_named`; None where there is none.
+
+    Raises:
+        ValueError: if it is not what its name says, or there are two.
+    """
+    paths = sorted(folder.glob(f"{stem}-*.parquet"))
+    if not paths:
+        return None
+    if len(paths) > 1:
+        raise AlteredError(f"{paths[0]} and {paths[1].name} say the same twice: delete both")
+    return read_parquet(paths[0], named_hash(paths[0]))
 
 
 class RowHash:

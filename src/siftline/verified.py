@@ -6,8 +6,8 @@ change how nullable they are.
 
 A file is hashed once in a process, as long as its device, inode, size and both times stay. The time
 of change can't be set from outside, so a copy that keeps the time of modification is noticed. Two
-things are not trusted. A file that changed less than `SETTLED_SECONDS` ago is hashed at every read:
-another change could leave the same times. And after `TRUSTED_SECONDS` any file is hashed again: a
+things are not trusted. A file that changed a moment ago is hashed at every read: another change
+could leave the same times. And after `TRUSTED_SECONDS` any file is hashed again: a
 disk goes bad without a change of times.
 """
 
@@ -21,13 +21,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SETTLED_SECONDS = 2.0
-"""The coarsest step in which a file system counts time (FAT)."""
+FINE_STEP, COARSE_STEP = 0.05, 2.0
+"""Seconds within which a file system may give two changes one time: usual, and coarsest (FAT)."""
 TRUSTED_SECONDS = 3600.0
 RERUN = "delete it and run again"
 """What helps where a missing file is made again."""
 SELF = "sha256"
 """Key under which a JSON file holds the hash of the rest of it."""
+
+_GONE = "is missing though its manifest names it: run again"
 
 Identity = tuple[int, int, int, int, int]
 _hashed: dict[Identity, tuple[str, float]] = {}
@@ -68,9 +70,17 @@ def _digest(path: Path) -> tuple[str, Identity]:
             return known[0], seen
         began, clock = time.time(), time.monotonic()
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        if began - max(seen[3:]) / 1e9 >= SETTLED_SECONDS:
+        if _settled(seen, began):
             _hashed[seen] = digest, clock
     return digest, seen
+
+
+def _settled(seen: Identity, now: float) -> bool:
+    """Whether a change after `now` would show in a file's times."""
+    changed = seen[3:]
+    # Times without a fraction come from a file system that counts whole seconds.
+    step = FINE_STEP if any(when % 1_000_000_000 for when in changed) else COARSE_STEP
+    return now - max(changed) / 1e9 >= step
 
 
 def file_hash(path: Path) -> str:
@@ -95,7 +105,7 @@ def confirm(path: Path, sha256: str, remedy: str = RERUN) -> Identity:
     try:
         found, seen = _digest(path)
     except FileNotFoundError:
-        raise AlteredError(f"{path} is missing though its manifest names it: run again") from None
+        raise AlteredError(f"{path} {_GONE}") from None
     except OSError as error:
         raise AlteredError(f"{path} can't be read ({error.strerror or error}): {remedy}") from error
     if not sha256 or found[: len(sha256)] != sha256:
@@ -151,7 +161,9 @@ def read_parquet(
             table = pq.read_table(path, columns=columns, partitioning=None)
             still = _identity(path.stat()) == seen
         except FileNotFoundError:
-            raise AlteredError(f"{path} is missing though its manifest names it: run again") from None
+            raise AlteredError(
+                f"{path} is missing though its manifest names it: run again"
+            ) from None
         except (OSError, pa.ArrowInvalid) as error:
             detail = str(error).splitlines()[0]
             raise AlteredError(f"{path} is corrupt ({detail}): {remedy}") from error

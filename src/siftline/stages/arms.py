@@ -3,7 +3,6 @@
 Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from siftline import shards
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
+from siftline.published import read_config, read_version
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
@@ -49,14 +49,13 @@ def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table
         ValueError: if nothing was published, or by other settings.
     """
     folder = resolve_latest(workspace.curated(recipe.name))
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_version(folder)
     if manifest["identity"]["recipe_hash"] != recipe.hash:
         raise ValueError(
             f"{folder.name} of {recipe.name} was published by other settings: "
             "materialize the curated version again"
         )
-    files = sorted((folder / "data").glob("*.parquet"))
-    table = with_source(pa.concat_tables(shards.read_parquet(path) for path in files))
+    table = with_source(pa.concat_tables(read_config(folder, manifest)))
     return folder.name, table.select([name for name in COLUMNS if name in table.column_names])
 
 

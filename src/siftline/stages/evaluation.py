@@ -194,7 +194,7 @@ def _retained(
 
 
 def evaluated(
-    workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
+    workspace: Workspace, recipe: Recipe, model: Path, questions: pl.DataFrame, progress: Progress
 ) -> pl.DataFrame:
     """A model's graded answers to the test questions; asked once, by all that decides them.
 
@@ -202,7 +202,7 @@ def evaluated(
     """
     settings = recipe.evaluation
     assert settings is not None
-    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
+    spec = replace(model_spec(workspace, recipe, "target"), path=str(model))
     asked = shards.content_hash(
         [
             questions["id"].to_list(),
@@ -211,8 +211,9 @@ def evaluated(
             GRADING,
         ]
     )
-    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
-    if not path.exists():
+    folder, name = workspace.root / "evaluations", asked[:16]
+    found = shards.read_named(folder, name)
+    if found is None:
         with engines() as opened:
             answered = evaluate(
                 opened.get(spec),
@@ -221,8 +222,9 @@ def evaluated(
                 settings,
                 progress.reach,
             )
-        shards.write_parquet(answered.to_arrow(), path)
-    frame = pl.from_arrow(shards.read_parquet(path))
+        found = answered.to_arrow()
+        shards.write_named(found, folder, name)
+    frame = pl.from_arrow(found)
     assert isinstance(frame, pl.DataFrame)
     levels = questions.select("id", pl.col(settings.level_column).cast(pl.String).alias("level"))
     fresh = frame.drop("level").join(levels, on="id", how="left", maintain_order="left")

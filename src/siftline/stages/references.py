@@ -8,7 +8,6 @@ score is its own.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -88,22 +87,23 @@ def _of_model(
     """Columns id and logprob_mean under one reference model, a line per row, sorted by id."""
     spec = named_spec(workspace, recipe, name)
     ids = rows["id"].to_pylist()
-    path = _file(workspace, spec, ids)
-    if not path.exists():
+    folder, stem = workspace.root / "references", _stem(spec, ids)
+    kept = shards.read_named(folder, stem)
+    if kept is None:
         progress = Progress(f"reference {name}", 2 * len(ids), emit, "forward rows")
         scored, failed = _asked(workspace, spec, rows, progress)
         progress.close()
         _check(name, failed, len(ids))
-        shards.write_parquet(scored.to_arrow(), path)
-    frame = pl.from_arrow(shards.read_parquet(path))
+        kept = scored.to_arrow()
+        shards.write_named(kept, folder, stem)
+    frame = pl.from_arrow(kept)
     assert isinstance(frame, pl.DataFrame)
     return frame
 
 
-def _file(workspace: Workspace, spec: ModelSpec, ids: Sequence[str]) -> Path:
+def _stem(spec: ModelSpec, ids: Sequence[str]) -> str:
     """Named by the model and the rows, whose ids are made of what they say."""
-    key = shards.content_hash([likelihood.VERSION, identity(spec), list(ids)])
-    return workspace.root / "references" / f"{key[:16]}.parquet"
+    return shards.content_hash([likelihood.VERSION, identity(spec), list(ids)])[:16]
 
 
 def _asked(

@@ -21,6 +21,7 @@ from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality
+from siftline.verified import with_hash
 from siftline.workspace import Workspace
 
 LEVELS = 5
@@ -83,7 +84,7 @@ def write_report(
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
         "notes": list(notes),
     }
-    shards.write_json(folder / f"{version}{suffix}.json", numbers)
+    shards.write_json(folder / f"{version}{suffix}.json", with_hash(numbers))
     return folder / f"{version}{suffix}.html", numbers
 
 

@@ -27,12 +27,14 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.schema import digest
+from siftline.scoring.fingerprint import RETRAIN, confirm_files, record_files
 from siftline.selectors.selection import DECISION
 from siftline.training.card import write_json, write_record
 from siftline.training.material import dev_passes, lay_out, read_rows, training_passes
 from siftline.training.passes import Passes
 from siftline.training.schedule import Schedule
 from siftline.training.sft import FineTune, check_sharding, last_checkpoint, sft_arguments
+from siftline.verified import AlteredError
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,15 @@ def _recorded(path: Path, run: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["facts"]
-    if facts["run"] != run:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["facts"]
+        theirs = facts["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlteredError(f"{path} is not the record of a run ({error}): {RETRAIN}") from error
+    if theirs != run:
         raise ValueError(
             f"{str(path.parent)!r} holds a run with other data, configuration or seed "
-            f"({facts['run'][:12]}, this one is {run[:12]}): name a new folder or remove it"
+            f"({theirs[:12]}, this one is {run[:12]}): name a new folder or remove it"
         )
     return facts
 
@@ -207,6 +213,7 @@ def finetune(
     facts = _facts(base, whose, passes, watched, config, arguments, seed, dataset_version)
     finished = _recorded(out / "training.json", facts["run"])
     if finished is not None:
+        confirm_files(out)
         return _result(out, finished)
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
@@ -229,6 +236,7 @@ def finetune(
     if trainer.is_world_process_zero():
         curve = _curve(trainer.state.log_history, schedule)
         write_record(out, curve, schedule.rows.skipped, facts, config)
+        record_files(out)
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     return _result(out, facts)
