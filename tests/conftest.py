@@ -137,7 +137,8 @@ class Finished:
 
 def mini_environment(*more_python: Path, **changes: str) -> dict[str, str]:
     """Environment in which a child finds the mini recipe and its generator."""
-    python = os.pathsep.join(map(str, (*more_python, RECIPES)))
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    python = os.pathsep.join(map(str, (*more_python, RECIPES, *given)))
     return os.environ | {
         "PYTHONPATH": python,
         "SIFTLINE_RECIPES": str(RECIPES),

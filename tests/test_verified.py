@@ -106,18 +106,18 @@ def test_trust_ends(tmp_path, hashed, monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    path, real, read = tmp_path / "x.parquet", pq.read_table, []
+    path, real, read = tmp_path / "x.parquet", pq.ParquetFile, []
     write_parquet(pa.table({"a": [1]}), path)
     good, sha256 = path.read_bytes(), file_hash(path)
     write_parquet(pa.table({"a": [2]}), tmp_path / "other.parquet")
 
-    def swapping(at, **named):
+    def swapping(at):
         read.append(at)
         if len(read) == 1:
             shutil.copy(tmp_path / "other.parquet", path)
-        return real(at, **named)
+        return real(at)
 
-    monkeypatch.setattr(verified.pq, "read_table", swapping)
+    monkeypatch.setattr(verified.pq, "ParquetFile", swapping)
     with pytest.raises(AlteredError, match="is corrupt or was replaced"):
         read_parquet(path, sha256)
     path.write_bytes(good)
@@ -297,9 +297,10 @@ def write_inputs(folder, rows):
         reply = f"It has {i} birds, of which {i % 3} are {words[i * 7 % 12]} and {i} fly {i * i}."
         line = {"prompt": prompt, "completion": reply, "source": f"s{i % 2}", "length": i}
         lines.append(json.dumps(line))
-    lines += [lines[0], "{broken"]  # a copy, and a line for quarantine
+    lines = [f"{{broken {rows}", *lines, lines[0]]  # a line for quarantine, and a copy
     (folder / "pool.jsonl").write_text("\n".join(lines) + "\n")
-    line = {"prompt": "What has two wheels and a bell?", "completion": "A bicycle.", "answer": "x"}
+    question = f"What has two wheels, a bell and {rows} spokes?"
+    line = {"prompt": question, "completion": "A bicycle.", "answer": "x"}
     (folder / "test.jsonl").write_text(json.dumps(line) + "\n")
 
 
@@ -342,12 +343,13 @@ def chain(root):
             output.decisions(bucket)
     coverage(workspace, workspace.scores("p", "rows", "length"))
     explain(workspace, rows["id"][0].as_py(), [(recipe, done)])
-    explain(workspace, "pool.jsonl:42", [(recipe, done)])
+    explain(workspace, "pool.jsonl:1", [(recipe, done)])
     if not (workspace.report("small") / f"{version}.json").exists():  # it takes most of the time
         write_report(workspace, recipe, None, [])
     numbers = summary(workspace, recipe)
     for _, output in done:
-        output.table("canaries")
+        for part in output.manifest.parts:
+            output.table(part.table.removeprefix("side_"))
     assert version == published.version
     files = {p: (root / p).read_bytes() for p in kept_files(root)}
     return version, files, numbers["rows"]
@@ -457,7 +459,7 @@ def another(home, path):
 
 ALLOWED = {
     # A manifest of other inputs is no damage but another state, which a run brings up to date.
-    "pool manifest": {"delete", "swap", "older copy"},
+    "pool manifest": {"delete", "older copy"},
     "score manifest": {"delete", "swap", "older copy"},
 }
 

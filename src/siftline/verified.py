@@ -158,7 +158,8 @@ def read_parquet(
     while True:
         seen = confirm(path, sha256, remedy)
         try:
-            table = pq.read_table(path, columns=columns, partitioning=None)
+            with pq.ParquetFile(path) as file:
+                table = file.read(columns)  # a name it has not is left out
             still = _identity(path.stat()) == seen
         except FileNotFoundError:
             raise AlteredError(
@@ -173,7 +174,7 @@ def read_parquet(
         said = f"{table.num_rows:,} rows, its manifest says {rows:,}"
         raise AlteredError(f"{path} is corrupt or was replaced ({said}): {remedy}")
     if schema is None:
-        return table
+        return table if columns is None else table.select(columns)
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     return conform(table, wanted, path, remedy)
 

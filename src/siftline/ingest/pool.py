@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from siftline import schema
 from siftline.ingest.readers import Source, fingerprint, read_sources
 from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
-from siftline.verified import SchemaError
+from siftline.verified import RERUN, AlteredError, SchemaError
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
 _SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
@@ -169,6 +169,10 @@ def build_pool(
     with _sole_builder(folder) as scratch:
         old = Manifest.found(path)
         if old is not None:
+            if old.info["name"] != spec.name:
+                raise AlteredError(
+                    f"{path} was replaced by that of pool {old.info['name']!r}: {RERUN}"
+                )
             if old.buckets != spec.buckets:
                 raise ValueError(
                     f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "

@@ -17,11 +17,10 @@ from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import Likelihood, score_likelihood
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.likelihood import Likelihood
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, named_spec
-from siftline.stages.spread import over_buckets
+from siftline.stages.responses import score_buckets
 from siftline.workspace import Workspace
 
 ASKED = Likelihood(turns="last")
@@ -110,18 +109,11 @@ def _asked(
     workspace: Workspace, spec: ModelSpec, rows: pa.Table, progress: Progress
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Scores from the store, and from the model where it has none; reasons of the failed."""
-
-    def work(
-        recorder: Recorder, bucket: int, part: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        return score_likelihood(recorder, bucket, part, ASKED)
-
     frames, failed = [pl.DataFrame(schema=likelihood.COLUMNS)], {}
     with engines() as opened:
         recorders = opened.recorders(spec, workspace.store, progress.advance)
-        for _, (lines, reasons) in over_buckets(
-            recorders, by_store_bucket(lambda _: rows, 1), work
-        ):
+        buckets = by_store_bucket(lambda _: rows, 1)
+        for _, (lines, reasons) in score_buckets(recorders, buckets, ASKED, progress.advance):
             frames.append(lines)
             failed.update(reasons)
     return pl.concat(frames).select("id", "logprob_mean").sort("id"), failed
