@@ -484,6 +484,70 @@ def test_a_manifest_without_a_hash_is_made_again(house, copy):
     assert chain(root) == house.made
 
 
+# ---- a published version as an input file ----------------------------------------------------
+
+
+def read_by_ingest(version):
+    from siftline.ingest.files import fingerprint
+    from siftline.ingest.source import Source
+
+    fingerprint([Source(str(version.parent / "latest" / "data"))])
+
+
+def read_by_training(version):
+    from siftline.training.material import read_rows
+    from siftline.training.sft import FineTune
+
+    read_rows(sorted((version.parent / "latest" / "data").iterdir()), FineTune())
+
+
+def read_by_train(version):
+    from siftline.commands.train import _shards
+
+    for place in (version.parent, version, version / "data"):
+        _shards([place])
+
+
+def read_by_dedup(version):
+    from siftline.dedup.files import _open
+
+    for path in sorted((version / "data").iterdir()):
+        _open(path.name, path, ["id"])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [read_by_ingest, read_by_training, read_by_train, read_by_dedup],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("name", [n for n in DAMAGE if n != "delete"])
+def test_a_damaged_shard_is_no_input(read, name, make_version, tmp_path):
+    rows = [make_row([message("user", f"q{i}"), message("assistant", "a")]) for i in range(9)]
+    tables = [pa.Table.from_pylist(part, schema=ROW) for part in (rows[:6], rows[6:])]
+    version = make_version(tmp_path / "curated", tables)
+    read(version)
+    first, second = sorted((version / "data").iterdir())
+    DAMAGE[name](first, second, second)
+    with pytest.raises(AlteredError, match=f"{first.name} .*published versions never change"):
+        read(version)
+
+
+@pytest.mark.parametrize("what", ["data/train-00001-of-00002.parquet", "manifest.json"])
+def test_a_version_that_lost_a_file_is_not_trained_on(what, make_version, tmp_path):
+    tables = [pa.table({"id": ["a"]}), pa.table({"id": ["b"]})]
+    version = make_version(tmp_path / "curated", tables)
+    (version / what).unlink()
+    with pytest.raises(AlteredError, match=f"{Path(what).name} is missing"):
+        read_by_train(version)
+
+
+def test_a_surplus_shard_is_no_part_of_a_version(make_version, tmp_path):
+    version = make_version(tmp_path / "curated", [pa.table({"id": ["a"]})])
+    pq.write_table(pa.table({"id": ["b"]}), version / "data" / "train-00001-of-00002.parquet")
+    with pytest.raises(AlteredError, match="is no file of this version"):
+        read_by_train(version)
+
+
 # ---- what no chain holds without a model: store, models, indexes, named files ----------------
 
 RECORD = pa.schema([("key", pa.string()), ("value", pa.float64())])

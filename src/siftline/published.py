@@ -6,7 +6,6 @@ one of its shards as an input file.
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +118,11 @@ def confirm_inputs(paths: Sequence[Path]) -> None:
     Raises:
         AlteredError: if one is not what was published.
     """
-    for path in paths:
-        folder = Path(os.path.abspath(path)).parent.parent
+    for given in paths:
+        path = Path(given).resolve()  # `latest` is a link
+        folder = path.parent.parent
         if not is_version(folder):
             continue
         listed = {folder / file["path"]: file for file in read_version(folder)["files"]}
-        file = listed.get(Path(os.path.abspath(path)))
-        if file is not None:
-            confirm(path, file["sha256"], REMEDY)
+        if path in listed:
+            confirm(path, listed[path]["sha256"], REMEDY)

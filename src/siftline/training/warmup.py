@@ -34,7 +34,14 @@ from siftline.training.objectives import Objective
 from siftline.training.passes import Passes
 from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
 from siftline.training.trainer import PlannedTrainer
-from siftline.verified import UnhashedError, confirm, file_hash, read_hashed, with_hash
+from siftline.verified import (
+    AlteredError,
+    UnhashedError,
+    confirm,
+    file_hash,
+    read_hashed,
+    with_hash,
+)
 
 FACTS = "warmup.json"
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
@@ -160,7 +167,7 @@ def _train(
     marks = [steps * (epoch + 1) // epochs for epoch in range(epochs)]
     checkpoints = out / "checkpoints"
     begun = checkpoints / "run.json"
-    if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["run"] != run:
+    if begun.exists() and _begun(begun) != run:
         shutil.rmtree(checkpoints)  # of another warm-up, which was never finished
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(begun, {"run": run})
@@ -194,6 +201,14 @@ def _train(
     write_json(out / FACTS, with_hash(facts))
     shutil.rmtree(checkpoints)
     return facts
+
+
+def _begun(path: Path) -> str:
+    """The warm-up that checkpoints are of."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlteredError(f"{path} is not the record of a warm-up ({error}): {RETRAIN}") from error
 
 
 def _file(step: int) -> str:
