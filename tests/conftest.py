@@ -61,6 +61,36 @@ def scripted() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def make_version() -> Callable[..., Path]:
+    """`make_version(root, [table, ...], identity={})` writes `root/<version>` and `root/latest`."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from siftline.published import version_of
+    from siftline.shards import file_hash, point_latest
+
+    def make(root: Path, tables: list[pa.Table], identity: dict[str, Any] | None = None) -> Path:
+        draft = root / ".draft"
+        (draft / "data").mkdir(parents=True)
+        files = []
+        for number, table in enumerate(tables):
+            name = f"data/train-{number:05d}-of-{len(tables):05d}.parquet"
+            pq.write_table(table, draft / name)
+            entry = {"sha256": file_hash(draft / name), "bytes": (draft / name).stat().st_size}
+            files.append({"path": name, "rows": table.num_rows, **entry})
+        body = {"format": 1, "identity": identity or {}, "files": files}
+        version = version_of(body)
+        (draft / "manifest.json").write_text(json.dumps({"version": version, **body}))
+        draft.rename(root / version)
+        point_latest(root, version)
+        return root / version
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a random 50,000-parameter Llama and a byte-level tokenizer.
 

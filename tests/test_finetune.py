@@ -192,6 +192,7 @@ def test_the_model_directory_says_what_it_is(tiny_model, full):
         "curve.csv",
         "curve.png",
         "skipped.csv",
+        "siftline-files.json",
         "training.json",
     }
 

@@ -18,7 +18,11 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {"config", "progress", "schema", "scratch", "shards", "spool", "workspace"}
+LEAVES = {
+    "config", "progress", "published", "schema", "scratch", "shards", "spool", "verified",
+    "workspace",
+}  # fmt: skip
+DATA_IN = {"published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe", "library", "sections"}
@@ -30,20 +34,22 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "schema": set(),
     "scratch": set(),
-    "shards": set(),
+    "shards": {"verified"},
+    "verified": set(),
+    "published": {"verified"},
     "workspace": set(),
     "spool": {"kernels", "schema", "shards"},
-    "journal": set(),
-    "namespace": {"journal", "shards"},
+    "journal": {"verified"},
+    "namespace": {"journal", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
     "cache": {"namespace"},
     "terminal": {"progress"},
-    "ingest": {"schema", "shards"},
+    "ingest": {*DATA_IN},
     "kernels": set(),
-    "dedup": {"kernels", "progress", "shards"},
+    "dedup": {*DATA_IN, "kernels", "progress"},
     "selectors": {"config", "kernels", "schema"},
-    "scoring": {"kernels", "selectors", "schema", "shards", "store"},
-    "training": {"kernels", "selectors", "scoring", "schema", "shards", "store"},
+    "scoring": {"kernels", "selectors", "schema", "shards", "store", "verified"},
+    "training": {*DATA_IN, "kernels", "selectors", "scoring", "store"},
     "ledger": {"schema", "shards", "selectors"},
     "sections": {"ingest", "scoring", "training"},
     "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},

@@ -12,6 +12,7 @@ import polars as pl
 
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, ROWS, Pool
 from siftline.ledger import Chapter, StageOutput, stage_chapters
+from siftline.published import is_version, read_config, read_version
 from siftline.recipe import Recipe, Stage
 from siftline.schema import bucket_of
 from siftline.workspace import Workspace
@@ -139,8 +140,9 @@ def _frame(table: Any) -> pl.DataFrame:
 def _published(workspace: Workspace, recipe: Recipe, identity: str) -> Iterator[Chapter]:
     """One chapter per published version of the recipe that holds a row."""
     for folder in sorted(workspace.curated(recipe.name).glob("*/data")):
-        if folder.parent.is_symlink():  # latest
+        version = folder.parent
+        if version.is_symlink() or not is_version(version):  # latest
             continue
-        rows = pl.scan_parquet(folder / "*.parquet").filter(pl.col("id") == identity)
-        if rows.select("id").collect().height:
-            yield Chapter("curated", "published", {"version": folder.parent.name})
+        tables = read_config(version, read_version(version), columns=["id"])
+        if any(identity in table["id"].to_pylist() for table in tables):
+            yield Chapter("curated", "published", {"version": version.name})

@@ -14,6 +14,7 @@ from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe, expand, expand_pool
+from siftline.scoring.fingerprint import confirm_files
 from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace
 
@@ -129,6 +130,7 @@ def train_base(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[
     model = recipe.models[name]
     assert model.pretrain is not None
     folder = trained_folder(workspace, recipe, name)
+    confirm_files(folder)
     if not (folder / "config.json").exists():
         progress = Progress(f"models/{name}", model.pretrain.steps, emit, "steps")
         corpus = corpus_file(workspace, recipe, model)

@@ -26,12 +26,17 @@ def start(workspace: Workspace, recipe: "Recipe", overrides: Sequence[str], **op
 def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     """Paths and numbers of the newest version of a recipe."""
     from siftline.curated import resolve_latest
+    from siftline.verified import AlteredError, read_hashed
 
     folder = resolve_latest(workspace.curated(recipe.name))
+    rewrite = f"`siftline run {recipe.name}` writes it again"
     page = workspace.report(recipe.name) / f"{folder.name}.html"
-    if not page.with_suffix(".json").exists():
+    path = page.with_suffix(".json")
+    if not path.exists():
         raise ValueError(f"version {folder.name} has no report yet: run the recipe to its end")
-    numbers = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    numbers = read_hashed(path, "a report's numbers", rewrite)
+    if numbers.get("version") != folder.name:
+        raise AlteredError(f"{path} is not the report of version {folder.name}: {rewrite}")
     accuracy = {
         line["arm"]: {k: line[k] for k in ("accuracy", "low", "high", "seeds", "n", "at_floor")}
         for line in numbers["accuracy"] or []

@@ -22,12 +22,12 @@ from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_p
 from siftline.ingest.readers import Source, source_files
 from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
-from siftline.scoring.likelihood import Likelihood, score_likelihood
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.likelihood import Likelihood
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
-from siftline.stages.spread import counted, over_buckets, total
+from siftline.stages.responses import score_buckets
+from siftline.stages.spread import total
 from siftline.store import BUCKETS
 
 MARK = ".siftline-score"
@@ -151,12 +151,6 @@ def _score(
     scores, failed = [], [unreadable(pool)]
     total_rows = 2 * pool.manifest.rows("rows")
 
-    def work(
-        recorder: Recorder, bucket: int, rows: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        with counted([recorder], 2 * rows.num_rows, tracker.advance):
-            return score_likelihood(recorder, bucket, rows, asked)
-
     with engines() as opened:
         recorders = opened.recorders(
             spec, store, lambda rows, tokens: tracker.advance(rows, tokens)
@@ -165,7 +159,9 @@ def _score(
         begun = time.monotonic()
         buckets = by_store_bucket(pool.rows, pool.buckets)
         try:
-            for bucket, (lines, reasons) in over_buckets(recorders, buckets, work):
+            for bucket, (lines, reasons) in score_buckets(
+                recorders, buckets, asked, tracker.advance
+            ):
                 found, lost = _by_place(pool, bucket, lines, reasons, asked)
                 scores.append(found)
                 failed.append(lost)

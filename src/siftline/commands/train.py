@@ -87,6 +87,7 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
         ValueError: if a place has none.
     """
     from siftline.curated import resolve_latest
+    from siftline.published import confirmed_files, is_version
 
     files: list[Path] = []
     names = []
@@ -97,9 +98,10 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
         else:
             path = resolve_latest(path) if (path / "latest").exists() else path.resolve()
             folder = path / "data" if (path / "data").is_dir() else path
-            found = sorted(folder.glob("*.parquet"))
-            version = folder.parent if folder.name == "data" else folder
-            name = f"{version.parent.name}/{version.name}"
+            home = folder.parent if folder.name == "data" else folder
+            known = is_version(home)
+            found = confirmed_files(home) if known else sorted(folder.glob("*.parquet"))
+            name = f"{home.parent.name}/{home.name}"
         if not found:
             raise ValueError(f"{given} has no Parquet file: give a published version or Parquet")
         files += found

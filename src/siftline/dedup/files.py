@@ -11,6 +11,8 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.published import confirm_inputs
+
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""
 PIECE_ROWS = 1 << 16
@@ -99,6 +101,7 @@ def _is_jsonl(name: str) -> bool:
 
 
 def _open(name: str, path: Path, columns: Sequence[str]) -> Table:
+    confirm_inputs([path])
     try:
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow

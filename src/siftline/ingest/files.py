@@ -13,11 +13,13 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from siftline.ingest.source import Source, file_format, read_name
+from siftline.published import confirm_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +231,8 @@ def _content_hash(file: InputFile) -> str:
             sha.update(sink.getvalue())
         return sha.hexdigest()
     try:
+        if file.parts[0] == "file":
+            confirm_inputs([Path(file.path)])
         with file.open() as stream:
             while block := stream.read(_BUFFER):
                 sha.update(block)

@@ -28,6 +28,7 @@ from siftline.shards import (
     no_rows,
     read_bucket,
 )
+from siftline.verified import RERUN, AlteredError, SchemaError
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
 _SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
@@ -174,8 +175,12 @@ def build_pool(
     inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine])
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_builder(folder) as scratch:
-        old = Manifest.load(path) if path.exists() else None
+        old = Manifest.found(path)
         if old is not None:
+            if old.info["name"] != spec.name:
+                raise AlteredError(
+                    f"{path} was replaced by that of pool {old.info['name']!r}: {RERUN}"
+                )
             if old.buckets != spec.buckets:
                 raise ValueError(
                     f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "
@@ -274,7 +279,11 @@ def _write_bucket(
     kept = [p for p in old.parts if (p.table, p.bucket) == (table, bucket)] if old else []
     if kept and all(_there(folder, part) for part in kept):
         assert old is not None
-        before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        try:
+            before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        except SchemaError:  # of a version with other columns
+            writer.add(table, bucket, data)
+            return
         known = set(map(repr, before.to_pylist()))
         now = data.to_pylist()
         fresh = pa.array([repr(row) not in known for row in now], pa.bool_())

@@ -3,7 +3,6 @@
 Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from siftline import shards
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
+from siftline.published import read_config, read_version
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
@@ -26,6 +26,7 @@ from siftline.stages.run import outputs
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
 from siftline.training.material import with_source
+from siftline.verified import read_hashed, with_hash
 from siftline.workspace import Workspace
 
 BASE, CURATED = "base", "curated"
@@ -45,20 +46,20 @@ class Arm:
     steps: int
 
 
-def _newest(workspace: Workspace, recipe: Recipe) -> Path:
-    """Folder of the newest version of these settings.
+def _newest(workspace: Workspace, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Folder of the newest version of these settings, and its manifest.
 
     Raises:
         ValueError: if nothing was published, or by other settings.
     """
     folder = resolve_latest(workspace.curated(recipe.name))
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_version(folder)
     if manifest["identity"]["recipe_hash"] != recipe.hash:
         raise ValueError(
             f"{folder.name} of {recipe.name} was published by other settings: "
             "materialize the curated version again"
         )
-    return folder
+    return folder, manifest
 
 
 def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table]:
@@ -67,9 +68,8 @@ def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table
     Raises:
         ValueError: if nothing was published, or by other settings.
     """
-    folder = _newest(workspace, recipe)
-    files = sorted((folder / "data").glob("*.parquet"))
-    table = with_source(pa.concat_tables(shards.read_parquet(path) for path in files))
+    folder, manifest = _newest(workspace, recipe)
+    table = with_source(pa.concat_tables(read_config(folder, manifest)))
     return folder.name, table.select([name for name in COLUMNS if name in table.column_names])
 
 
@@ -93,7 +93,7 @@ def _record(workspace: Workspace, recipe: Recipe) -> Path:
     """Where a recipe's trained arms are listed, named by everything that decides them."""
     training = recipe.training
     assert training is not None
-    folder = _newest(workspace, recipe)
+    folder, _ = _newest(workspace, recipe)
     named = (recipe.roles["target"], recipe.roles.get("sampler", recipe.roles["target"]))
     made_of = [
         VERSION,
@@ -117,7 +117,7 @@ def found_arms(workspace: Workspace, recipe: Recipe) -> list[Arm] | None:
     if not record.exists():
         return None
     found = []
-    for line in json.loads(record.read_text(encoding="utf-8"))["arms"]:
+    for line in read_hashed(record, "a list of trained arms")["arms"]:
         result = finished(workspace.model(line["folder"]))
         if result is None:
             return None
@@ -137,7 +137,7 @@ def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]
         return found
     trained = _train_arms(workspace, recipe, emit)
     listed = [{"arm": a.arm, "seed": a.seed, "folder": a.folder.name} for a in trained]
-    shards.write_json(_record(workspace, recipe), {"arms": listed})
+    shards.write_json(_record(workspace, recipe), with_hash({"arms": listed}))
     return trained
 
 

@@ -1,6 +1,5 @@
 """Gathers what a recipe's run left into the HTML report and the numbers beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
+from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
 VERSION = 1
@@ -102,18 +102,28 @@ def write_report(
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
         "notes": list(notes),
         "made_of": made_of,
+        "page": shards.file_hash(page_file),
     }
-    shards.write_json(page_file.with_suffix(".json"), numbers)
+    shards.write_json(page_file.with_suffix(".json"), with_hash(numbers))
     return page_file, numbers
 
 
 def _written(page: Path, made_of: str) -> dict[str, Any] | None:
-    """The numbers of a page that was made of the same things; None where there is none."""
+    """The numbers of a page that was made of the same things; None where there is none.
+
+    A damaged one is no error: it is written again.
+    """
     beside = page.with_suffix(".json")
     if not (page.exists() and beside.exists()):
         return None
-    numbers: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
-    return numbers if numbers.get("made_of") == made_of else None
+    try:
+        numbers = read_hashed(beside, "a report's numbers")
+    except (AlteredError, UnhashedError):
+        return None
+    page_hash = shards.file_hash(page)
+    return (
+        numbers if (numbers.get("made_of"), numbers.get("page")) == (made_of, page_hash) else None
+    )
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:

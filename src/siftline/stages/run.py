@@ -32,6 +32,7 @@ from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
+from siftline.verified import RERUN, AlteredError, UnhashedError, plain
 from siftline.workspace import Workspace
 
 DRAWS = 2
@@ -159,21 +160,32 @@ def outputs_so_far(
         if stage.name == until:
             break
         try:
-            path = _path(workspace, recipe, stage, _inputs(workspace, recipe, stage, found))
+            inputs = _inputs(workspace, recipe, stage, found)
+        except AlteredError:
+            raise
         except ValueError:  # a model or a set that this stage needs is not there yet
             break
-        output = _written(path)
+        output = _written(_path(workspace, recipe, stage, inputs), inputs)
         if output is None:
             break
         found.append((stage, output))
     return found
 
 
-def _written(path: Path) -> StageOutput | None:
-    """The output at `path`, or None where it or one of its parts is not there."""
-    if not path.exists():
+def _written(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
+    """The output at `path`, or None where it or one of its parts is not there.
+
+    Raises:
+        ValueError: if the file is damaged, or holds the output of something else.
+    """
+    try:
+        output = StageOutput(path) if path.exists() else None
+    except UnhashedError:  # of an earlier version of Siftline: it is made again
         return None
-    output = StageOutput(path)
+    if output is None:
+        return None
+    if output.manifest.info.get("identity") != plain(inputs):
+        raise AlteredError(f"{path} was replaced by the output of another stage: {RERUN}")
     return None if output.manifest.missing(output.folder) else output
 
 
@@ -195,9 +207,9 @@ def outputs(
     return found
 
 
-def _reusable(path: Path) -> StageOutput | None:
+def _reusable(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
     """The output at `path` where nothing in it wants to be tried again; see `run_stage`."""
-    found = _written(path)
+    found = _written(path, inputs)
     if found is None or found.accounting.failed or found.facts.get("unanswered"):
         return None
     return found
@@ -217,7 +229,7 @@ def stage_asks(workspace: Workspace, recipe: Recipe, name: str) -> bool:
         return False
     before = outputs(workspace, recipe, until=name)
     inputs = _inputs(workspace, recipe, stage, before)
-    if _reusable(_path(workspace, recipe, stage, inputs)) is not None:
+    if _reusable(_path(workspace, recipe, stage, inputs), inputs) is not None:
         return False
     reads = stage.kind in ("likelihood", "allocate")
     plants = stage.kind in PLANTED and stage.scope == "all" and recipe.canaries is not None
@@ -246,7 +258,7 @@ def run_stage(
     before = outputs(workspace, recipe, until=name)
     inputs = _inputs(workspace, recipe, stage, before)
     path = _path(workspace, recipe, stage, inputs)
-    found = _reusable(path)
+    found = _reusable(path, inputs)
     if found is not None:
         return found, False
     pool = Pool(workspace.pool(recipe.pool.name))

@@ -39,10 +39,9 @@ class ScoreTable:
 
     def found(self) -> Manifest | None:
         """The manifest, where the table is there and made of these inputs."""
-        path = self.folder / "manifest.json"
-        if not path.exists():
+        manifest = Manifest.found(self.folder / "manifest.json")
+        if manifest is None:
             return None
-        manifest = Manifest.load(path)
         made_of = json.loads(json.dumps(self.inputs))  # as the manifest holds them: no tuples
         fits = manifest.info["inputs"] == made_of and not manifest.missing(self.folder)
         return manifest if fits else None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from siftline.published import confirm_inputs
 from siftline.training.budget import tokenize_rows
 from siftline.training.passes import (
     Corruption,
@@ -41,6 +42,7 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
 
     if not data:
         raise ValueError("no Parquet shard to train on: give the files of a version's data folder")
+    confirm_inputs(data)
     tables = []
     for path in data:
         try:
