@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from siftline.config import build, check_names, convert, nearest, override
+from siftline.config import build, check_names, convert, nearest, override, read_yaml
 from siftline.ingest.pool import PoolSpec
 from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
@@ -39,9 +39,6 @@ from siftline.shards import content_hash
 from siftline.training.correction import Correct
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
-
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The same loader, compiled where PyYAML was built with libyaml: a tenth of the time."""
 
 STAGES: dict[str, type] = {
     "duplicates": Duplicates,
@@ -248,7 +245,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: if it is absent, not YAML, or not a valid recipe; the file's name comes first.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _YAML)
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
