@@ -191,7 +191,9 @@ JSON = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(value=JSON, data=st.data())
 def test_a_flipped_bit_of_hashed_json_is_an_error_or_no_change(tmp_path, value, data):
     path = tmp_path / "m.json"
