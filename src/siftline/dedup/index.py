@@ -212,7 +212,7 @@ class Index:
     def _append(
         self, path: Path, pieces: Iterable[Piece], engine: Engine
     ) -> tuple[int, tuple[int, str]]:
-        """Writes keys and sets of new rows; how many values there are, and of the new: number, hash."""
+        """Writes keys and sets of new rows; number of all values; number and hash of the new."""
         total = self.values
         running = hashlib.sha256()
         with (self.folder / SETS).open("r+b") as sets:
