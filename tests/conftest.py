@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-# The models here are tiny: a second thread gains nothing, and spins for long beside other work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One test process a core: a second thread gains nothing, and spins for long beside other work.
+for _threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 
 def beside(name: str) -> ModuleType:
@@ -137,8 +140,8 @@ class Finished:
 
 def mini_environment(*more_python: Path, **changes: str) -> dict[str, str]:
     """Environment in which a child finds the mini recipe and its generator."""
-    given = filter(None, [os.environ.get("PYTHONPATH")])
-    python = os.pathsep.join(map(str, (*more_python, RECIPES, *given)))
+    known = os.environ.get("PYTHONPATH")
+    python = os.pathsep.join([*map(str, (*more_python, RECIPES)), *([known] if known else [])])
     return os.environ | {
         "PYTHONPATH": python,
         "SIFTLINE_RECIPES": str(RECIPES),
@@ -231,11 +234,26 @@ def mini_tools() -> ModuleType:
     return sys.modules[__name__]
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all test processes read: the first that asks makes it, the others wait."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "made").exists():
+            shared.mkdir()  # fails where another process died over it
+            make(shared)
+            (shared / "made").touch()
+    return shared
+
+
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     """Forbids the truth to every process that is started with this environment."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+
+    def make(folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+
+    folder = once(tmp_path_factory, "guard", make)
     caught = folder / "caught"
     return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
 
@@ -243,14 +261,20 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Finished:
     """`siftline run mini`, once: the truth is out of the root before the run and off limits."""
-    root = tmp_path_factory.mktemp("mini") / "root"
-    made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
-    assert made.returncode == 0, made.stderr
-    truth = root.parent / "truth"
-    shutil.move(root / "truth", truth)
-    said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
-    assert said.returncode == 0, said.stderr[-4000:]
-    return Finished(root, said, truth)
+
+    def make(folder: Path) -> None:
+        root = folder / "root"
+        made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
+        assert made.returncode == 0, made.stderr
+        shutil.move(root / "truth", folder / "truth")
+        said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
+        assert said.returncode == 0, said.stderr[-4000:]
+        (folder / "said.json").write_text(json.dumps([said.args, said.stdout, said.stderr]))
+
+    folder = once(tmp_path_factory, "finished", make)
+    args, out, err = json.loads((folder / "said.json").read_text())
+    said = subprocess.CompletedProcess(args, 0, out, err)
+    return Finished(folder / "root", said, folder / "truth")
 
 
 @pytest.fixture
@@ -300,3 +324,21 @@ def small_disk(tmp_path):
     held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if os.path.lexists(f)]
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
     pytest.fail(f"files are still open: {[f for f in held if f.startswith(str(folder))]}")
+
+
+# ---- several test processes --------------------------------------------------------------------
+
+TOGETHER = dict.fromkeys(
+    ("test_agreement", "test_two_workers", "test_vllm_engine", "test_vllm_server"), "vllm"
+)
+"""Files that start vLLM go to one process: two engines at a time take more memory than there is."""
+LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server")
+"""Files that begin first, so that no process works alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, for what they make once; the longest come first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
+    for item in items:
+        group = TOGETHER.get(item.path.stem, item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -21,7 +21,6 @@ from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.minhash import permutations
 from siftline.kernels.rows import sign
 from siftline.kernels.textgrams import (
-    ROOM,
     characters_reference,
     fold_characters,
     fold_words,
@@ -30,6 +29,7 @@ from siftline.kernels.textgrams import (
     word_units,
     words_reference,
 )
+from siftline.kernels.texts import ROOM, buffers
 
 ODD = [
     "",
@@ -149,7 +149,8 @@ def test_signatures_equal_datasketch(num_perm, seed):
     with Engine(Settings(seed=seed), workers=1) as engine:
         ours = np.empty((len(texts), num_perm), np.uint32)
         table = permutations(num_perm, seed)
-        sign(texts_of(pa.array(texts)), engine.shingling, *table, ours)
+        room = buffers(max(len(text.encode()) for text in texts))
+        sign(texts_of(pa.array(texts)), engine.shingling, *table, ours, room)
     for text, signature in zip(texts, ours, strict=True):
         sketch = MinHash(num_perm=num_perm, seed=seed, scheme="affine32", hashfunc=int)
         for value in shingles_reference(text, 5):

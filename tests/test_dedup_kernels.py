@@ -14,7 +14,8 @@ from siftline.dedup.settings import Settings
 from siftline.kernels.bits import filled64, fold32, high32
 from siftline.kernels.codepoints import tables
 from siftline.kernels.shingles import write_distinct
-from siftline.kernels.textgrams import ROOM, fold_words, shingles_reference, windows, word_units
+from siftline.kernels.textgrams import fold_words, shingles_reference, windows, word_units
+from siftline.kernels.texts import ROOM
 
 
 @njit

@@ -45,6 +45,8 @@ from siftline.shards import (
 from siftline.spool import Spool, cut, read_ordered, spool
 from siftline.verified import AlteredError, confirm
 
+FORMAT = 1
+"""Raise it when equal rows are published as other bytes."""
 SHARD_BYTES = 480 << 20
 """In-memory bytes of one shard; the Hub's own writer cuts at 500 MB."""
 
@@ -171,6 +173,25 @@ def publish(
     return Published(path, manifest["version"], spooled.rows, files, manifest, new)
 
 
+def published_before(root: Path, identity: Mapping[str, Any]) -> Published | None:
+    """The newest version, where it was made of the same things.
+
+    Raises:
+        AlteredError: if it is that one, and was altered since.
+    """
+    if not (root / "latest").exists():
+        return None
+    path = resolve_latest(root)
+    manifest = read_version(path)
+    made_of = json.loads(canonical_json(identity))
+    if manifest["identity"] != made_of or manifest["format"] != FORMAT:
+        return None
+    _unaltered(path, manifest)
+    files = tuple(file["path"] for file in manifest["files"])
+    rows = manifest["counts"]["rows"]
+    return Published(path, manifest["version"], rows, files, manifest, new=False)
+
+
 def resolve_latest(root: Path) -> Path:
     """The folder of the newest version of a recipe.
 
@@ -286,7 +307,7 @@ def _manifest(
     ]
     reasons = removed.group_by("stage", "reason").len().sort("stage", "reason").rows()
     body = {
-        "format": 1,
+        "format": FORMAT,
         "identity": identity,
         "seed": seed,
         "files": files,

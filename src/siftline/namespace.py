@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.journal import Frames, scan_journal
-from siftline.shards import PartWriter, content_hash, sync, write_json
+from siftline.shards import PartWriter, content_hash, no_rows, sync, write_json
 from siftline.verified import AlteredError, conform, named_hash, read_parquet
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class NamespaceFolder:
 def unique(tables: list[pa.Table], schema: pa.Schema, path: Path) -> pl.DataFrame:
     """Records of several tables of the namespace at `path`, one per key."""
     tables = [conform(table, schema, path, _ASKED) for table in tables]
-    frame = pl.from_arrow(pa.concat_tables(tables) if tables else schema.empty_table())
+    frame = pl.from_arrow(pa.concat_tables(tables) if tables else no_rows(schema))
     assert isinstance(frame, pl.DataFrame)
     return frame.unique("key", keep="first", maintain_order=True)
 

@@ -40,6 +40,9 @@ from siftline.training.correction import Correct
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
 
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same loader, compiled where PyYAML was built with libyaml: a tenth of the time."""
+
 STAGES: dict[str, type] = {
     "duplicates": Duplicates,
     "decontamination": Decontamination,
@@ -245,7 +248,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: if it is absent, not YAML, or not a valid recipe; the file's name comes first.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _YAML)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

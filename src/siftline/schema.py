@@ -67,7 +67,7 @@ ADDED = pa.schema(
 
 def messages_type() -> pl.DataType:
     """Polars' type of a conversation; inferred from rows, fields null in the first are lost."""
-    frame = pl.from_arrow(ROW.empty_table())
+    frame = pl.from_arrow(pa.Table.from_batches([], ROW))
     assert isinstance(frame, pl.DataFrame)
     return frame.schema["messages"]
 

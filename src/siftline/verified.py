@@ -168,7 +168,7 @@ def read_parquet(
             still = _identity(path.stat()) == seen
         except FileNotFoundError:
             raise AlteredError(f"{path} {_GONE}") from None
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, KeyError, pa.ArrowException) as error:
             detail = str(error).splitlines()[0]
             raise AlteredError(f"{path} is corrupt ({detail}): {remedy}") from error
         if still:  # what was read is what was hashed

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from siftline import schema, shards
-from siftline.assets import keys
+from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
@@ -150,6 +150,7 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",
+        op_tags=asking.tags(recipe, "base", name),
     )
     def base(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """A small causal model trained from the recipe's corpus."""

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import polars as pl
 
 from siftline.commands.harness import evaluate_tasks, harness_asked, harness_options
 from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
-from siftline.schema import messages_type
+
+if TYPE_CHECKING:
+    import polars as pl
 
 ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 FACTS = "accuracy.json"
@@ -116,13 +117,18 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     click.echo(json.dumps(result) if as_json else _text(result))
 
 
-def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple[pl.DataFrame, int]:
+def _questions(
+    sources: Sequence[Source], out: Path, level_column: str
+) -> "tuple[pl.DataFrame, int]":
     """Rows with an answer, sorted by id: id, messages, tools, answer, source, level.
 
     Raises:
         ValueError: if no row has an answer.
     """
+    import polars as pl
+
     from siftline.ingest.pool import PROVENANCE, Pool, PoolSpec, build_pool
+    from siftline.schema import messages_type
 
     out.mkdir(parents=True, exist_ok=True)
     rows = out / ".rows"
@@ -157,8 +163,10 @@ def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple
     return frame, len(lines) - len(asked)
 
 
-def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.DataFrame:
+def _table(answered: "pl.DataFrame", summarise: Any, confidence: float) -> "pl.DataFrame":
     """Accuracy over all, by level, and by source where there are several."""
+    import polars as pl
+
     by_level = summarise(answered, confidence=confidence)
     tables = [by_level.with_columns(pl.lit(None, pl.String).alias("source"))]
     sources = answered["source"].drop_nulls().unique().sort().to_list()
@@ -169,8 +177,10 @@ def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.Data
     return pl.concat(tables).select(columns)
 
 
-def _picture(table: pl.DataFrame) -> bytes:
+def _picture(table: "pl.DataFrame") -> bytes:
     """PNG of the accuracy by level, over all sources."""
+    import polars as pl
+
     from siftline import plots
 
     lines = table.filter(pl.col("source").is_null())

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import polars as pl
 
 from siftline.commands.options import json_option, make_tracker, say
 from siftline.commands.sources import reading_options, source_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _WHICH = ("transformers", "vllm", "server")
 _SHOWN = (
@@ -162,7 +163,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     _check_failed(scored.failed, rows, "score", given["max_failed"], out / FAILED)
 
 
-def _check_failed(failed: pl.DataFrame, rows: int, what: str, most: float, where: Path) -> None:
+def _check_failed(failed: "pl.DataFrame", rows: int, what: str, most: float, where: Path) -> None:
     if failed.height > most * rows:
         reasons = (
             failed["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
@@ -241,7 +242,10 @@ def _spec(given: dict[str, Any]) -> Any:
     )
 
 
-def _text(result: dict[str, Any], scores: pl.DataFrame, reasons: pl.DataFrame) -> str:
+def _text(result: dict[str, Any], scores: "pl.DataFrame", reasons: "pl.DataFrame") -> str:
+    import numpy as np
+    import polars as pl
+
     """The result as a short table."""
     why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.iter_rows())
     lines = [

@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from siftline.commands.options import json_option, make_tracker, named_recipe, root_option
-from siftline.config import build, override
-from siftline.training.sft import FineTune
 from siftline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from siftline.training.sft import FineTune
 
 
 @click.command()
@@ -50,6 +51,7 @@ def train(
     take one of several GPUs, set CUDA_VISIBLE_DEVICES.
     """
     from siftline.training.finetune import finetune
+    from siftline.training.sft import FineTune
 
     files, name = _shards(curated)
     options, template = FineTune(), None
@@ -107,9 +109,11 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
     return files, ", ".join(names)
 
 
-def _of_recipe(name: str, base: Path | None, root: Path) -> tuple[Path, FineTune, str | None]:
+def _of_recipe(name: str, base: Path | None, root: Path) -> "tuple[Path, FineTune, str | None]":
     """Model to start from, options and chat template of a recipe."""
+    from siftline.config import build
     from siftline.stages.models import model_spec
+    from siftline.training.sft import FineTune
 
     recipe = named_recipe(name, ())
     options = FineTune()
@@ -122,7 +126,10 @@ def _of_recipe(name: str, base: Path | None, root: Path) -> tuple[Path, FineTune
     return base, options, template
 
 
-def _changed(options: FineTune, overrides: Sequence[str]) -> FineTune:
+def _changed(options: "FineTune", overrides: Sequence[str]) -> "FineTune":
+    from siftline.config import build, override
+    from siftline.training.sft import FineTune
+
     data = asdict(options)
     for assignment in overrides:
         override(data, assignment)

@@ -16,6 +16,8 @@ from siftline.published import confirm_inputs
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""
 PIECE_ROWS = 1 << 16
+KEPT_BYTES = 256 << 20
+"""Bytes of tables that are kept between the readings rather than read again."""
 ADDED = (
     "sift_cluster_size",
     "sift_weight",
@@ -138,6 +140,45 @@ def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[
         raise ValueError(
             f"{table.name} is damaged ({_line(error)}): write it again and run again"
         ) from error
+
+
+class Reader:
+    """Reads tables as `read_pieces` does; small ones once, with all columns, and keeps them.
+
+    What is decoded twice costs twice, and so does memory that is touched for the first time.
+
+    Args:
+        tables: All that are to be read.
+        limit: Bytes that all of them together may take in memory to be kept.
+    """
+
+    def __init__(self, tables: Sequence[Table], limit: int = KEPT_BYTES) -> None:
+        self._keeps = sum(map(_decoded_bytes, tables)) <= limit
+        self._kept: dict[str, list[pa.RecordBatch]] = {}
+
+    def __call__(
+        self, table: Table, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of a file in order, some megabytes at a time.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        if not self._keeps:
+            yield from read_pieces(table, columns)
+            return
+        known = self._kept.get(table.name)
+        batches: list[pa.RecordBatch] = []
+        for batch in known if known is not None else read_pieces(table):
+            batches.append(batch)
+            yield batch if columns is None else batch.select(list(columns))
+        self._kept[table.name] = batches  # only once all of it was read
+
+
+def _decoded_bytes(table: Table) -> int:
+    with pq.ParquetFile(table.path) as file:
+        facts = file.metadata
+        return sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -40,7 +40,7 @@ from siftline.dedup.settings import Settings
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
-from siftline.kernels.rows import Texts
+from siftline.kernels.texts import Texts
 from siftline.shards import file_hash, write_json, write_parquet
 from siftline.verified import (
     AlteredError,

@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 
 from siftline import schema
 from siftline.ingest.readers import Source, fingerprint, read_sources
-from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
+from siftline.shards import (
+    Manifest,
+    Part,
+    PartWriter,
+    RowHash,
+    content_hash,
+    no_rows,
+    read_bucket,
+)
 from siftline.verified import RERUN, AlteredError, SchemaError
 
 ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
@@ -139,7 +147,7 @@ class _Spill:
 
     def read(self, table: str, bucket: int) -> pa.Table:
         if (table, bucket) not in self._writers:
-            return _SCHEMAS[table].empty_table()
+            return no_rows(_SCHEMAS[table])
         return pq.read_table(self._path(table, bucket)).cast(_SCHEMAS[table])
 
     def _path(self, table: str, bucket: int) -> Path:
@@ -222,7 +230,7 @@ def _read(
             quarantined.append(batch.quarantine)
             read += batch.provenance.num_rows
             progress(batch.provenance.num_rows + batch.quarantine.num_rows)
-    quarantine = pa.concat_tables([schema.QUARANTINE.empty_table(), *quarantined])
+    quarantine = pa.concat_tables([no_rows(schema.QUARANTINE), *quarantined])
     quarantine = _sorted(QUARANTINE, quarantine)
     bad, total = quarantine.num_rows, read + quarantine.num_rows
     first = f"{_where(quarantine)}" if bad else ""

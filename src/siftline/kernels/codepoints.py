@@ -17,10 +17,11 @@ not composed first, so the two spellings of "é" differ.
 """
 
 from bisect import bisect_right
-from functools import cache
 from unicodedata import category, decomposition, normalize
 
 import numpy as np
+
+from siftline.kernels.machine import kept
 
 PARTS, WORD, SOLO, MARK, NOTHING, SPACE = range(6)
 LIMIT = 0x110000
@@ -50,7 +51,7 @@ _ZERO_WIDTH_SPACE = 0x200B
 _SKIN_TONES = (0x1F3FB, 0x1F3FF)
 
 
-@cache
+@kept
 def tables() -> tuple[np.ndarray, np.ndarray]:
     """Classes, uint8, and folds, uint32, of every code point; shape (LIMIT,) each."""
     classes = np.full(LIMIT, PARTS, np.uint8)

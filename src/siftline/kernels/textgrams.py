@@ -30,9 +30,6 @@ from siftline.kernels.codepoints import (
     fold_reference,
 )
 
-ROOM = 96
-"""Bytes that a fold buffer needs beyond twice the length of the text."""
-
 _G = np.uint64(0x9E3779B97F4A7C15)
 _F = np.uint64(0xBF58476D1CE4E5B9)
 _B = np.uint64(0xD6E8FEB86659FD93)

@@ -11,15 +11,18 @@ from itertools import takewhile
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import jinja2
-
 from siftline.scoring.engines import Span, positions
 from siftline.scoring.templates import render
 
 Turns = Literal["last", "all"]
 """Which assistant turns are the response."""
-FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a template's own code raises about a row that it was not written for."""
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What a template's own code raises about a row that it was not written for."""
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class UnscorableRow(ValueError):
@@ -49,7 +52,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: A
     """
     try:
         return render(tokenizer, messages, **options)
-    except FAULTS as error:
+    except _faults() as error:
         raise UnscorableRow("template_error", f"{type(error).__name__}: {error}") from error
 
 

@@ -95,8 +95,8 @@ def summarised(
     """
     from siftline.kernels.minhash import signatures
     from siftline.kernels.pairs import pair_keys
-    from siftline.kernels.rows import ALONE
     from siftline.kernels.shingles import char_shingles, concatenate
+    from siftline.kernels.texts import ALONE
 
     n = bucket.height
     folded = [plain(t or "") for side in ("prompt", "response") for t in bucket[side].to_list()]

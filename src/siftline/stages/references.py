@@ -18,6 +18,7 @@ from siftline.recipe import Recipe
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
+from siftline.shards import no_rows
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, named_spec
 from siftline.stages.responses import score_buckets
@@ -66,7 +67,7 @@ def reference_scores(
 def _distinct(parts: Sequence[pa.Table]) -> pa.Table:
     """The rows of all parts, each id once, with the columns that scoring reads, sorted by id."""
     seen: set[str] = set()
-    found = [_READ.empty_table()]
+    found = [no_rows(_READ)]
     for part in parts:
         ids = part["id"].to_pylist()
         fresh = part.filter(pa.array([i not in seen for i in ids], pa.bool_()))

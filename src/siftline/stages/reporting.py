@@ -14,16 +14,19 @@ from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
 from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
+from siftline.shards import content_hash
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
 from siftline.stages.models import role_engine
 from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
-from siftline.stages.scorers import quality
-from siftline.verified import with_hash
+from siftline.stages.scorers import quality, score_versions
+from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
+VERSION = 1
+"""Raise it when the page of equal facts changes: then it is drawn anew."""
 LEVELS = 5
 MAP_POINTS = 4000
 """Prompts drawn on the cluster map; more only cover each other."""
@@ -52,6 +55,22 @@ def write_report(
     """
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
+    page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
+    made_of = content_hash(
+        [
+            VERSION,
+            __version__,
+            recipe.hash,
+            {stage.name: [output.manifest.version, output.facts] for stage, output in done},
+            score_versions(workspace, recipe),
+            accuracy.to_dicts() if accuracy is not None else None,
+            [arm.folder.name for arm in arms],
+            planted.to_dicts() if planted is not None else None,
+        ]
+    )
+    found = _written(page_file, made_of)
+    if found is not None:
+        return page_file, found
     context = final_context(workspace, recipe, done)
     notes = _notes(done, accuracy)
     page = render(
@@ -74,8 +93,7 @@ def write_report(
             notes=notes,
         )
     )
-    folder = workspace.report(recipe.name)
-    shards.write_text(folder / f"{version}{suffix}.html", page)
+    shards.write_text(page_file, page)
     numbers: dict[str, Any] = {
         "recipe": recipe.name,
         "version": version,
@@ -83,9 +101,29 @@ def write_report(
         "facts": {stage.name: output.facts for stage, output in done},
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
         "notes": list(notes),
+        "made_of": made_of,
+        "page": shards.file_hash(page_file),
     }
-    shards.write_json(folder / f"{version}{suffix}.json", with_hash(numbers))
-    return folder / f"{version}{suffix}.html", numbers
+    shards.write_json(page_file.with_suffix(".json"), with_hash(numbers))
+    return page_file, numbers
+
+
+def _written(page: Path, made_of: str) -> dict[str, Any] | None:
+    """The numbers of a page that was made of the same things; None where there is none.
+
+    A damaged one is no error: it is written again.
+    """
+    beside = page.with_suffix(".json")
+    if not (page.exists() and beside.exists()):
+        return None
+    try:
+        numbers = read_hashed(beside, "a report's numbers")
+    except (AlteredError, UnhashedError):
+        return None
+    page_hash = shards.file_hash(page)
+    return (
+        numbers if (numbers.get("made_of"), numbers.get("page")) == (made_of, page_hash) else None
+    )
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:

@@ -207,6 +207,36 @@ def outputs(
     return found
 
 
+def _reusable(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
+    """The output at `path` where nothing in it wants to be tried again; see `run_stage`."""
+    found = _written(path, inputs)
+    if found is None or found.accounting.failed or found.facts.get("unanswered"):
+        return None
+    return found
+
+
+def stage_asks(workspace: Workspace, recipe: Recipe, name: str) -> bool:
+    """Whether a stage will load a model when it is run now.
+
+    Not where its output is found, nor where it only reads likelihoods and every row it sees is in
+    the pool's score table.
+
+    Raises:
+        ValueError: if a stage before it, a model or a set is not there yet.
+    """
+    stage = recipe.stage(name)
+    if not models_used(recipe, stage):
+        return False
+    before = outputs(workspace, recipe, until=name)
+    inputs = _inputs(workspace, recipe, stage, before)
+    if _reusable(_path(workspace, recipe, stage, inputs), inputs) is not None:
+        return False
+    reads = stage.kind in ("likelihood", "allocate")
+    plants = stage.kind in PLANTED and stage.scope == "all" and recipe.canaries is not None
+    added = any(output.accounting.added for _, output in before)
+    return not reads or plants or added
+
+
 def run_stage(
     workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str], None]
 ) -> tuple[StageOutput, bool]:
@@ -228,8 +258,8 @@ def run_stage(
     before = outputs(workspace, recipe, until=name)
     inputs = _inputs(workspace, recipe, stage, before)
     path = _path(workspace, recipe, stage, inputs)
-    found = _written(path, inputs)
-    if found is not None and not found.accounting.failed and not found.facts.get("unanswered"):
+    found = _reusable(path, inputs)
+    if found is not None:
         return found, False
     pool = Pool(workspace.pool(recipe.pool.name))
     with engines() as opened:

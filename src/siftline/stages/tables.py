@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from siftline.ingest.pool import Pool
 from siftline.schema import bucket_of
-from siftline.shards import Manifest, PartWriter, RowHash, read_bucket
+from siftline.shards import Manifest, PartWriter, RowHash, no_rows, read_bucket
 from siftline.store import BUCKETS
 
 FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])
@@ -85,7 +85,7 @@ class ScoreTable:
             nonlocal after, waiting
             lines = pl.concat(waiting) if waiting else None
             for bucket in range(after, until):
-                part = self.schema.empty_table()
+                part = no_rows(self.schema)
                 if lines is not None:
                     here = _of_bucket(lines, bucket, pool.buckets)
                     part = here.sort("id").to_arrow().select(self.schema.names).cast(self.schema)

@@ -111,8 +111,8 @@ def _facts(
     }
 
 
-def _recorded(path: Path, run: str) -> dict[str, Any] | None:
-    """The facts in `path` if it exists and is of this run.
+def _recorded(path: Path, run: str | None = None) -> dict[str, Any] | None:
+    """The facts in `path` if it exists and is of this run; of any, where none is given.
 
     Raises:
         ValueError: if it is of another run.
@@ -124,7 +124,8 @@ def _recorded(path: Path, run: str) -> dict[str, Any] | None:
         theirs = facts["run"]
     except (ValueError, KeyError, TypeError) as error:
         raise AlteredError(f"{path} is not the record of a run ({error}): {RETRAIN}") from error
-    if theirs != run:
+    if run not in (None, theirs):
+        assert run is not None
         raise ValueError(
             f"{str(path.parent)!r} holds a run with other data, configuration or seed "
             f"({theirs[:12]}, this one is {run[:12]}): name a new folder or remove it"
@@ -161,6 +162,15 @@ def _result(out: Path, facts: dict[str, Any]) -> TrainResult:
         skipped=pl.read_csv(out / "skipped.csv", schema=DECISION),
         facts=facts,
     )
+
+
+def finished(out: Path) -> TrainResult | None:
+    """What a run left in `out`, whatever it was made of; None where none ended there."""
+    facts = _recorded(out / "training.json")
+    if facts is None:
+        return None
+    confirm_files(out)
+    return _result(out, facts)
 
 
 def finetune(
@@ -211,10 +221,10 @@ def finetune(
     watched = dev_passes(dev, tokenizer, config, schedule)
     whose = _whose_template(template, tokenizer)
     facts = _facts(base, whose, passes, watched, config, arguments, seed, dataset_version)
-    finished = _recorded(out / "training.json", facts["run"])
-    if finished is not None:
+    done = _recorded(out / "training.json", facts["run"])
+    if done is not None:
         confirm_files(out)
-        return _result(out, finished)
+        return _result(out, done)
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
     checkpoint = last_checkpoint(checkpoints)
