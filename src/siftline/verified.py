@@ -107,13 +107,18 @@ def confirm(path: Path, sha256: str, remedy: str = RERUN) -> Identity:
     except FileNotFoundError:
         raise AlteredError(f"{path} {_GONE}") from None
     except OSError as error:
-        raise AlteredError(f"{path} can't be read ({error.strerror or error}): {remedy}") from error
+        raise _unreadable(path, error, remedy) from error
     if not sha256 or found[: len(sha256)] != sha256:
         raise AlteredError(
             f"{path} is corrupt or was replaced (sha256 {found[:12]}…, {seen[2]:,} bytes; "
             f"{sha256[:12]}… was written): {remedy}"
         )
     return seen
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> AlteredError:
+    helps = "make it readable" if isinstance(error, PermissionError) else remedy
+    return AlteredError(f"{path} can't be read ({error.strerror or error}): {helps}")
 
 
 def named_hash(path: Path) -> str:
@@ -162,10 +167,8 @@ def read_parquet(
                 table = file.read(columns)  # a name it has not is left out
             still = _identity(path.stat()) == seen
         except FileNotFoundError:
-            raise AlteredError(
-                f"{path} is missing though its manifest names it: run again"
-            ) from None
-        except (OSError, KeyError, pa.ArrowInvalid) as error:
+            raise AlteredError(f"{path} {_GONE}") from None
+        except (OSError, KeyError, pa.ArrowException) as error:
             detail = str(error).splitlines()[0]
             raise AlteredError(f"{path} is corrupt ({detail}): {remedy}") from error
         if still:  # what was read is what was hashed
@@ -249,7 +252,9 @@ def read_hashed(path: Path, what: str, remedy: str = RERUN) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(value).__name__}")
     except FileNotFoundError:
         raise AlteredError(f"{path} is missing: run again") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    except (ValueError, RecursionError) as error:
         raise AlteredError(f"{path} is not {what} ({error}): {remedy}") from error
     said = value.pop(SELF, None)
     if said is None:

@@ -212,10 +212,7 @@ class Index:
     def _append(
         self, path: Path, pieces: Iterable[Piece], engine: Engine
     ) -> tuple[int, tuple[int, str]]:
-        """Writes keys and sets of new rows; how many values there are then, and the new ones' hash.
-
-        The hash comes with the number of values it is of.
-        """
+        """Writes keys and sets of new rows; number of all values; number and hash of the new."""
         total = self.values
         running = hashlib.sha256()
         with (self.folder / SETS).open("r+b") as sets:
@@ -316,11 +313,7 @@ class Index:
         return [name for name in (*self.keys, self.decisions, self.changes) if name]
 
     def _confirm(self) -> None:
-        """Compares every file of the index with what its manifest says.
-
-        Raises:
-            AlteredError: if one is missing, cut, or has other bytes.
-        """
+        """Compares every file of the index with what its manifest says."""
         for name in self._named():
             confirm(self.folder / name, self.hashes.get(name, ""), ANEW)
         path = self.folder / SETS
