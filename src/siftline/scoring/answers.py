@@ -28,9 +28,9 @@ LONGEST_ANSWER = 1000
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s+(-?\d[\d.,/]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
-_NAME = re.compile(
-    r"(?<![A-Za-z])(?:answers?|final[ \t]+(?:result|value|solution))(?![A-Za-z])|答案", re.IGNORECASE
-)
+_CRY = re.compile(r"(\d)!+$")
+"""Behind #### stands a plain number, so a mark behind it is no factorial."""
+_NAME = re.compile(r"(?<![A-Za-z])answers?(?![A-Za-z])|答案", re.IGNORECASE)
 _MARKUP = r"(?:\*{1,3}|_{1,3}|`|\})?"
 _LINK = re.compile(
     rf"{_MARKUP}[ \t]*"
@@ -69,6 +69,8 @@ _SUBJECT = re.compile(
     re.IGNORECASE,
 )
 """What an answer in a sentence begins with, before its number: the total is 18."""
+_COMPUTED = re.compile(r"(?=[(\s]*[-$€£¥₹]{0,2}\d)(?![^=]*\d[A-Za-z])(?![^=]*\\)[^=]*=.*?([^=<>]+)")
+"""A computation with its result: 12 * 3 = 36."""
 _DISPLAYS = {"\\[": "\\]", "$$": "$$", "\\(": "\\)", "$": "$"}
 _ENVIRONMENT = re.compile(r"\\begin\{(equation|align|gather|displaymath)(\*?)\}")
 _GAP = re.compile(
@@ -158,7 +160,7 @@ def _after_hashes(text: str) -> Iterator[Candidate]:
     lines = list(_HASHES.finditer(text))
     last = len(text.rstrip())
     for match in lines:
-        payload = match[1].strip()
+        payload = _CRY.sub(r"\1", match[1].strip())
         if not payload or "\\boxed" in payload or _NAME.search(payload):
             continue  # what stands in it is a mark of its own
         if match.end() >= last or parse_quantity(payload) is not None:
@@ -238,7 +240,7 @@ def _phrases(text: str) -> Iterator[tuple[Candidate, bool]]:
     for match in deque(_NAME.finditer(text), MOST_PHRASES):
         before = text[max(0, match.start() - 60) : match.start()]
         line = before.rpartition("\n")[2]
-        final = match[0].lower().startswith("final") or bool(re.search(r"(?i)\bfinal\s*$", line))
+        final = re.search(r"(?i)\bfinal\s*$", line) is not None
         link = _LINK.match(text, match.end())
         heading = _ALONE.match(text, match.end()) and _HEADING.fullmatch(line)
         if heading or (link and link.end() < last and text[link.end()] == "\n"):
@@ -271,6 +273,8 @@ def _inline(text: str, place: int) -> tuple[str, int] | None:
     end = place + len(line)
     payload = _sentence(line)
     payload = _SUBJECT.sub("", _FILLER.sub("", payload, count=1))
+    computed = _COMPUTED.fullmatch(payload)
+    payload = computed[1].strip() if computed else payload
     return (payload, end) if payload else None
 
 

@@ -72,7 +72,7 @@ _SLASH = re.compile(
 _BARE_LOG = re.compile(r"\\log(?!\s*_)(?![A-Za-z])")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _NAME = re.compile(
-    r"(?:\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{(?P<styled>[^{}=]*)\}|(?P<plain>[A-Za-z][A-Za-z ]+))"
+    r"(?:\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{(?P<styled>[^{}=]*)\}|(?P<plain>[A-Za-z]{2,}(?: [A-Za-z]+)*))"
     r"\s*=\s*(?P<value>[^=]+)",
     re.DOTALL,
 )
