@@ -157,9 +157,8 @@ def is_value(text: str) -> bool:
 
 
 def _after_hashes(text: str) -> Iterator[Candidate]:
-    lines = list(_HASHES.finditer(text))
     last = len(text.rstrip())
-    for match in lines:
+    for match in deque(_HASHES.finditer(text), MOST_PHRASES):
         payload = _CRY.sub(r"\1", match[1].strip())
         if not payload or "\\boxed" in payload or _NAME.search(payload):
             continue  # what stands in it is a mark of its own
@@ -324,7 +323,7 @@ def _lines_a(text: str) -> Iterator[Candidate]:
     if _LINE_B.search(text):
         return
     last = len(text.rstrip())
-    for match in _LINE_A.finditer(text):
+    for match in deque(_LINE_A.finditer(text), MOST_PHRASES):
         end = text.find("\n", match.end())
         end = len(text) if end < 0 else end
         line = text[match.end() : min(end, match.end() + LONGEST_ANSWER)]
