@@ -11,8 +11,8 @@ worked answer it is from, and against the same with another number, in four form
     false mismatch  a mismatch of what is equal; math-verify says no more than True or False
     open            siftline alone: it can't tell
 
-math-verify is asked as its readme has it: `verify(parse(reference), parse(response))`, the reference
-of the generated pairs between dollar signs.
+math-verify is asked as its readme has it: `verify(parse(reference), parse(response))`, with the
+reference between dollar signs.
 """
 
 import argparse
@@ -58,7 +58,10 @@ def gsm8k(path: Path) -> list[Row]:
         body, label = (part.strip() for part in json.loads(line)["answer"].rsplit("####", 1))
         other = str(int(label.replace(",", "")) + 1) if "." not in label else f"{label}1"
         for form, write in FORMS.items():
-            rows += [(form, write(body, label), label, True), (form, write(body, label), other, False)]
+            rows += [
+                (form, write(body, label), label, True),
+                (form, write(body, label), other, False),
+            ]
     return rows
 
 
@@ -111,7 +114,9 @@ def compare(rows: Iterable[Row], sides: dict[str, Says]) -> tuple[list[tuple[str
 
 def main() -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--each", type=int, default=50, help="pairs of every kind")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Pairs of answers whose equality is known by how they were made, for `bench_verdicts.py` and tests.
+"""Pairs of answers whose equality is known by how they were made.
 
 SymPy makes an expression and rewrites it; what is equal, is so by construction. What differs was
 changed: a number, a sign, a bracket that moved. Nothing here knows of math-verify or of siftline.

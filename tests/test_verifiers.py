@@ -1,7 +1,6 @@
 import threading
 import time
 from dataclasses import replace
-from fractions import Fraction
 
 import polars as pl
 import pytest

@@ -1,9 +1,10 @@
 r"""Finding the final answer of a response: which span it is. What it is worth is judged elsewhere.
 
-Only what a writer marks on purpose counts: `\boxed{x}`, `#### x` (GSM8K), "the answer is x", a
-heading "Final Answer" with the answer on the next line. The usual fall-back, the last number in
-the text, calls a truncated or a wrong chain of thought an answer, so it is there only for reading
-and never used to make or to judge data (dart-math ends with it by default; see its strict switch).
+Only what a writer marks on purpose counts: `\boxed{x}`, `#### x`, `<answer>x</answer>`, "the answer
+is x", a heading "Final Answer" with the answer on the next line. The usual fall-back, the last
+number in the text, calls a truncated or a wrong chain of thought an answer, so it is there only for
+reading and never used to make or to judge data (dart-math ends with it by default; see its strict
+switch).
 
 Reasoning is left out first. Boxes that stand in one list are one answer, which is the list. Marks
 that give several answers are all candidates: nobody can tell which of them is meant, so a judge
@@ -18,6 +19,15 @@ from dataclasses import dataclass
 from siftline.scoring.quantities import NUMBER, answer_key, parse_quantity
 from siftline.scoring.reasoning import without_reasoning
 
+__all__ = [
+    "Candidate",
+    "answer_key",
+    "extract_answer",
+    "find_answers",
+    "is_value",
+    "parse_quantity",
+]
+
 MOST_CANDIDATES = 8
 """Different answers beyond which a response has none."""
 MOST_PHRASES = 200
@@ -26,6 +36,7 @@ LONGEST_ANSWER = 1000
 """Characters of a marked answer beyond which it is cut: what is longer is no answer."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"<(answer|final_answer)>", re.IGNORECASE)
 _BARE_BOX = re.compile(r"\\boxed\s+(-?\d[\d.,/]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 _CRY = re.compile(r"(\d)!+$")
@@ -36,10 +47,10 @@ _LINK = re.compile(
     rf"{_MARKUP}[ \t]*"
     r"(?:(?:to|of|for|in) (?:the|this|that|your|our|part|question|problem)\b[^.:=\n]{0,80}?[ \t]+)?"
     r"(?:(?P<verb>(?:is|are|was|be|equals|becomes)\b|(?:must|should|would|will) be\b|=|是|为)"
-    rf"[ \t]*{_MARKUP}[ \t]*[:：]?|[:：])[ \t]*{_MARKUP}[ \t]*[:：]?[ \t]*",
+    rf"[ \t]*{_MARKUP}[ \t]*[:\uff1a]?|[:\uff1a])[ \t]*{_MARKUP}[ \t]*[:\uff1a]?[ \t]*",
     re.IGNORECASE,
 )
-_ALONE = re.compile(rf"{_MARKUP}[ \t]*[:：.]?[ \t]*{_MARKUP}[ \t]*(?=\n|$)")
+_ALONE = re.compile(rf"{_MARKUP}[ \t]*[:\uff1a.]?[ \t]*{_MARKUP}[ \t]*(?=\n|$)")
 """Behind a heading: nothing more on its line."""
 _HEADING = re.compile(
     r"[\s#>*_`\-=\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]*(?:\d+[.)]\s*)?(?:\\text(?:bf)?\{)?"
@@ -55,11 +66,11 @@ _UNSURE = re.compile(
 _LINE_A = re.compile(r"^[ \t]*A:[ \t]*", re.IGNORECASE | re.M)
 _LINE_B = re.compile(r"^[ \t]*B[:.)]", re.M)
 """A line of a second choice: then "A:" begins the first one, and no answer."""
-_SENTENCE_END = re.compile(r"[.?](?=\s|$)|(?<=[A-Za-z]{2})!(?=\s|$)|。")
+_SENTENCE_END = re.compile(r"[.?](?=\s|$|</\w+>)|</\w+>|(?<=[A-Za-z]{2})!(?=\s|$)|。")
 _BOLD = re.compile(r"(?<![\w)])\*{2,3}|\*{2,3}(?![\w(])")
 _FILLER = re.compile(
     r"(?:therefore|thus|then|simply|just|hence|indeed|clearly|exactly|also|still|actually|now|"
-    r"equal to|given by|found to be|as follows|that|[:：,])[\s:：,]+",
+    r"equal to|given by|found to be|as follows|that|[:\uff1a,])[\s:\uff1a,]+",
     re.IGNORECASE,
 )
 _SUBJECT = re.compile(
@@ -103,10 +114,10 @@ class Candidate:
 def find_answers(response: str) -> tuple[Candidate, ...]:
     r"""Finds every answer that a response may mean as its final one, in the order of the text.
 
-    Boxes, `####` lines and "final answer" marks count alike, and so do plain phrases ("the answer
-    is x", "answer: x", a line "A: x") behind the last of those, or where there is none. A `####`
-    line counts when nothing follows it or when it holds a bare number, because `####` is also a
-    Markdown heading. A phrase counts when what it names looks like a value, or is the last.
+    Boxes, `####` lines, tags and "final answer" marks count alike, and so do plain phrases ("the
+    answer is x", "answer: x", a line "A: x") behind the last of those, or where there is none. A
+    `####` line counts when nothing follows it or when it holds a bare number, since `####` is a
+    Markdown heading too. A phrase counts when what it names looks like a value, or is the last.
 
     Args:
         response: The response's text.
@@ -118,7 +129,7 @@ def find_answers(response: str) -> tuple[Candidate, ...]:
     phrases = [p for p in _phrases(text) if "\\boxed" not in p[0].text]
     valued = [(found, final) for found, final in phrases if is_value(found.text)]
     strong = list(_lists(_boxes(text), text)) + list(_after_hashes(text))
-    strong += [found for found, final in valued if final]
+    strong += [found for found, final in valued if final] + list(_tagged(text))
     edge = max((found.start for found in strong), default=-1)
     weak = [found for found, final in valued if not final and found.start > edge]
     if not strong and phrases:
@@ -164,6 +175,16 @@ def _after_hashes(text: str) -> Iterator[Candidate]:
             continue  # what stands in it is a mark of its own
         if match.end() >= last or parse_quantity(payload) is not None:
             yield Candidate(match.start(), match.end(), payload[:LONGEST_ANSWER])
+
+
+def _tagged(text: str) -> Iterator[Candidate]:
+    """Answers between tags: <answer>12</answer>. Marks inside of one are marks of their own."""
+    for match in deque(_TAG.finditer(text), MOST_PHRASES):
+        inside = text[match.end() : match.end() + LONGEST_ANSWER]
+        payload, closing, _ = inside.partition(f"</{match[1]}>")
+        marked = "\\boxed" in payload or "####" in payload or _NAME.search(payload)
+        if closing and payload.strip() and not marked and "\n" not in payload.strip():
+            yield Candidate(match.start(), match.end() + len(payload), payload.strip())
 
 
 def _boxes(text: str) -> list[Candidate]:
@@ -257,10 +278,10 @@ def _phrases(text: str) -> Iterator[tuple[Candidate, bool]]:
 
 
 def _worded(start: int, payload: str, end: int) -> Candidate:
-    """A payload as a candidate: "5!" in prose is a factorial, or 5 and a cry."""
+    """A payload as a candidate: "5!" in prose is a factorial, or 5; "- 5" may be an item."""
     cried = re.fullmatch(r"(.*\d)!+", payload)
-    parts = (payload, cried[1]) if cried else ()
-    return Candidate(start, end, payload, parts)
+    other = cried[1] if cried else payload[1:].strip() if payload.startswith("- ") else ""
+    return Candidate(start, end, payload, (payload, other) if other else ())
 
 
 def _inline(text: str, place: int) -> tuple[str, int] | None:
@@ -298,8 +319,8 @@ def _next_block(text: str, place: int, last: int) -> tuple[str, int] | None:
     found = _display(text, start) or _inline(text, start)
     if found is None:
         return None
-    bulleted = re.match(r"(?:[-\u2022>*]|\d+[.)])\s+(?=\S)", found[0])
-    payload = found[0][bulleted.end() :] if bulleted and found[0][0] != "-" else found[0]
+    bulleted = re.match(r"(?:[\u2022>*]|\d+[.)])\s+(?=\S)", found[0])
+    payload = found[0][bulleted.end() :] if bulleted else found[0]
     return (payload, found[1]) if is_value(payload) or found[1] >= last else None
 
 

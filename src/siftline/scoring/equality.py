@@ -27,7 +27,7 @@ from siftline.scoring.quantities import (
 LONGEST_EXPRESSION = 500
 """Characters beyond which an unequal pair is not compared: real answers are shorter."""
 Ask = Callable[[str, str], bool | None]
-"""Compares two expressions, reference first; see `scoring.values.compare`."""
+"""Compares two expressions, reference first; see `scoring.value_equality.compare`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Judged:
 
 
 _SOME_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
-_MATH_WORDS = frozenset("and or pi sqrt sin cos tan log ln exp max min gcd lcm".split())
+_MATH_WORDS = frozenset(
+    ["and", "or", "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "max", "min", "gcd", "lcm"]
+)
 _WHY = re.compile(r"[\s,;:-]*(?:since|because)\b")
 _THEREFORE = re.compile(r"[\s,;:-]*(?:and so|so|and thus|thus|which|therefore|hence|and hence)\b")
 _UNIT = re.compile(r"\s+(?:[a-z]{2,}|(?-i:[mgLlsh](?:\^?\{?[23]\}?)?(?![\w^])))", re.IGNORECASE)
@@ -55,6 +57,7 @@ _AGAIN = {"or", "but", "not", "no", "wait", "actually", "instead", "wrong", "inc
 _OPEN = _AGAIN | {"out", "than", "less", "fewer", "more", "except", "without"}
 _PLAIN = {"over", "to", "of", "by", "from", "is", "are", "am", "pm", "noon"}
 """Words that change no number from behind its unit, as they would from before it."""
+_LETTER = re.compile(r"\(?([A-J])\)?")
 _LABEL = re.compile(
     r"(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{\s*\(?(?P<styled>[A-J])[).]?\s*\)?\s*\}"
     r"|\((?P<plain>[A-J])\))(?:\\[,;: ]|~|\s)*(?P<rest>.*)",
@@ -63,7 +66,9 @@ _LABEL = re.compile(
 _ABOUT_WORD = re.compile(r"(?:approximately|about|around|roughly|nearly|almost|approx\.?)\s+")
 _LENGTH = re.compile(r"(?<![A-Za-z])(?:[cmk]?m|ft|in)\}?\s*(?:\^\s*\{?([23])\}?)?[\s}]*$")
 _ABOUT = re.compile(r"(?:\\approx|\u2248|~|\\sim)\s*")
-_CURRENCY = re.compile(r"^(?:\\text\{\s*(?:Rs\.?|USD)\s*\}|\\\$|\$|\u20ac|\u00a3|\u00a5|\u20b9|\\pounds|Rs\.?(?=\s*\d))\s*")
+_CURRENCY = re.compile(
+    r"^(?:\\text\{\s*(?:Rs\.?|USD)\s*\}|\\\$|\$|\u20ac|\u00a3|\u00a5|\u20b9|\\pounds|Rs\.?(?=\s*\d))\s*"
+)
 _PERCENT = re.compile(r"\s*(?:\\?%|\bpercent|\\text\{\s*(?:\\?%|percent)\s*\})$")
 _SLASH = re.compile(
     r"(?<![\w}])([A-Za-z]|\d+)\s*/\s*(\d+|[A-Za-z])(?=\s*(?!(?:and|or)\b)(?:[A-Za-z(]"
@@ -72,11 +77,14 @@ _SLASH = re.compile(
 _BARE_LOG = re.compile(r"\\log(?!\s*_)(?![A-Za-z])")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _NAME = re.compile(
-    r"(?:\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{(?P<styled>[^{}=]*)\}|(?P<plain>[A-Za-z]{2,}(?: [A-Za-z]+)*))"
+    r"(?:\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{(?P<styled>[^{}=]*)\}"
+    r"|(?P<plain>[A-Za-z]{2,}(?: [A-Za-z]+)*))"
     r"\s*=\s*(?P<value>[^=]+)",
     re.DOTALL,
 )
 """A quantity by its name: cost = 5. One letter is the grammar's."""
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9 .:'-]+")
 _MOST_WORDS = 4
@@ -111,9 +119,12 @@ def judge(given: str, wanted: str, ask: Ask) -> Judged:
     decided = _plainly(given, wanted)
     if decided is not None:
         return decided
+    choices = [_LETTER.fullmatch(tidy(text)) for text in (given, wanted)]
+    if choices[0] and choices[1] and "(" in given + wanted:
+        return Judged(choices[0][1] == choices[1][1])
     letters = [_labelled(text) for text in (given, wanted)]
     for (letter, _), other in ((letters[0], wanted), (letters[1], given)):
-        alone = re.fullmatch(r"\(?([A-J])\)?", tidy(other))
+        alone = _LETTER.fullmatch(tidy(other))
         if letter and alone:
             return Judged(letter == alone[1])
     if letters[0][0] or letters[1][0]:
@@ -154,9 +165,11 @@ def _quantities(left: Quantity, right: Quantity, wanted: str) -> Judged:
         return Judged(True)
     pairs = [(left.value, right.value)]
     if left.percent != right.percent:
-        pairs.append((left.value / 100, right.value) if left.percent else (left.value * 100, right.value))
+        pairs.append(
+            (left.value / 100, right.value) if left.percent else (left.value * 100, right.value)
+        )
     digits = re.search(r"(\d*)\.(\d+)(?!\d*[/eE\d])", tidy(wanted))
-    if digits is None or right.value.denominator == 1 and not digits:
+    if digits is None:
         return Judged(False)
     places, shown = len(digits[2]), len((digits[1] + digits[2]).lstrip("0"))
     unit = Fraction(1, 10**places)
@@ -166,7 +179,7 @@ def _quantities(left: Quantity, right: Quantity, wanted: str) -> Judged:
 
 
 def _rounds(value: Fraction, rounded: Fraction, unit: Fraction, may_be: bool) -> bool | None:
-    """Whether a decimal may be a value rounded to its last place; None if only cut, or too short."""
+    """Whether a decimal may be a value, rounded; None if only cut, or with too few digits."""
     distance = abs(value - rounded)
     ends = 10**60 % value.denominator == 0
     if distance <= unit / 2:
@@ -184,7 +197,7 @@ def _equal_quantities(left: Quantity, right: Quantity) -> bool:
 
 
 def _ratios(given: str, wanted: str) -> Judged:
-    """Ratios and times of day: 2:4 is 1:2 as a ratio and not as a time, so only some are decided."""
+    """Ratios and times of day: 2:4 is 1:2 as a ratio, and not as a time."""
     both = _RATIO.fullmatch(given) and _RATIO.fullmatch(wanted)
     if not both:
         return Judged(None, "a ratio or a time of day on one side")
@@ -192,7 +205,7 @@ def _ratios(given: str, wanted: str) -> Judged:
     if left == right:
         return Judged(True)
     same = len(left) == len(right) and all(
-        a * right[0] == b * left[0] for a, b in zip(left, right, strict=True)
+        a * right[0] == b * left[0] and a * b for a, b in zip(left, right, strict=True)
     )
     return Judged(None, "a ratio or a time of day") if same else Judged(False)
 
@@ -266,7 +279,10 @@ def _words(given: str, wanted: str) -> Judged | None:
     if letters[0] == letters[1] and len(letters[0]) < 4 and "\\text" not in given + wanted:
         return Judged(None, "words, or products of letters")  # abc and cba
     names = [set(text.replace("-", " ").split()) for text in plain]
-    short = all(_PLAIN_TEXT.fullmatch(t) and len(n) <= _MOST_WORDS for t, n in zip(plain, names, strict=True))
+    short = all(
+        _PLAIN_TEXT.fullmatch(t) and len(n) <= _MOST_WORDS
+        for t, n in zip(plain, names, strict=True)
+    )
     nested = names[0] <= names[1] or names[1] <= names[0]
     if not all(prose) or not short or nested or any(text in _SAYING for text in plain):
         return Judged(None, "words that can't be compared")
@@ -282,7 +298,9 @@ _SAYING = frozenset(
 
 def _unworded(text: str) -> str:
     r"""A text with words out of their text commands, if it is words alone: \text{red} is red."""
-    return re.sub(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", without_unit(text))
+    return re.sub(
+        r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", without_unit(text)
+    )
 
 
 def _is_prose(text: str) -> bool:
@@ -290,7 +308,9 @@ def _is_prose(text: str) -> bool:
 
     To an algebra system "red" is r*e*d. Two letters alone are a product: xy.
     """
-    bare = re.sub(r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?", " ", text)
+    bare = re.sub(
+        r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?", " ", text
+    )
     words = [w for w in _SOME_WORD.findall(bare) if w.lower() not in _MATH_WORDS]
     if len(bare.split()) == 1 and "\\" not in text and re.fullmatch(r"\d*[a-z]{2}", bare.strip()):
         return False

@@ -2,8 +2,9 @@
 
 math-verify limits its own time with SIGALRM, which works only on the main thread and only between
 Python instructions: a huge power inside SymPy never returns. So the comparison runs in a child
-process that arms a timer of its own with the default action. The kernel then ends the child whatever
-it is doing, on any thread of the caller, and a child whose parent is gone reads end of file and ends.
+process that arms a timer of its own with the default action. The kernel then ends the child
+whatever it is doing, on any thread of the caller, and a child whose parent is gone reads end of
+file and ends.
 
 The timer counts processor time, so that a busy machine changes no verdict; one of the clock stands
 behind it, for a child that waits.
@@ -137,7 +138,8 @@ def prepare() -> None:
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answers one JSON line `[seconds, gold, target]` with one JSON line, until end of file."""
-    from siftline.scoring.values import Unreadable, compare  # SymPy, which only the child needs
+    from siftline.scoring.value_equality import compare  # SymPy, which only the child needs
+    from siftline.scoring.values import Unreadable
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     compare("1", "1")  # what SymPy does once is outside the first request's time

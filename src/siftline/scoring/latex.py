@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from siftline.scoring.quantities import JOINING, NOT_UNITS, NUMBER, SCALES
+from siftline.scoring.quantities import JOINING, NOT_UNITS, SCALES
 
 _GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 """A group in braces, with groups in it two levels deep."""
@@ -31,7 +31,9 @@ def shell(text: str) -> str:
     text = re.sub(r"(?<!\\)\$(?=\S)([^$]*?[^$\s\\])\$(?!\d)", r"\1", text)
     text = re.sub(r"\\\((.*?)\\\)|\\\[(.*?)\\\]", _inside, text, flags=re.DOTALL)
     text = re.sub(r"\*\*(?=\S)([^*]+?)\*\*|__(?=\S)([^_]+?)__", _inside, text)
-    text = re.sub(r"\\begin\{(equation|align|gather)\*?\}|\\end\{(equation|align|gather)\*?\}", "", text)
+    text = re.sub(
+        r"\\begin\{(equation|align|gather)\*?\}|\\end\{(equation|align|gather)\*?\}", "", text
+    )
     text = re.sub(r"^\\(?:displaystyle|textstyle)\s*", "", text.strip().strip("*`"))
     return re.sub(r"(?:(?<![.\s])[.,;:]|\\\\|\\[,;])+\s*$", "", text.rstrip()).strip()
 
@@ -70,7 +72,7 @@ def _sub(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[
     return apply
 
 
-_SIGNS = {
+_SIGNS: dict[str, str | int | None] = {
     "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-", "\u00d7": "\\times ",
     "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u2217": "\\cdot ", "\u00f7": "\\div ",
     "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u221e": "\\infty ",
@@ -81,6 +83,7 @@ _SIGNS = {
     "\u00be": "\\frac{3}{4}", "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}",
     "\u2248": "\\approx ", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
+_SIGN_TABLE = str.maketrans(_SIGNS)
 _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a",
                         "0123456789-+")  # fmt: skip
 _LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089",
@@ -93,14 +96,14 @@ def _unicode(text: str) -> str:
     text = re.sub("[\u2080-\u2089]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|π)", r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    return text.translate(str.maketrans(_SIGNS))
+    return text.translate(_SIGN_TABLE)
 
 
-_STYLE = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf|normal)|mbox|operatorname\*?|boldsymbol|bm)"
-_JOINT = re.compile(rf"{_STYLE}\s*\{{\s*,?\s*(and|or)\s*\}}")
-_STYLED = re.compile(
-    rf"{_STYLE}\s*\{{\s*([^A-Za-z{{}}\\]+|[A-Za-z]|sin|cos|tan|log|ln)\s*\}}"
+_STYLE = (
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf|normal)|mbox|operatorname\*?|boldsymbol|bm)"
 )
+_JOINT = re.compile(rf"{_STYLE}\s*\{{\s*,?\s*(and|or)\s*\}}")
+_STYLED = re.compile(rf"{_STYLE}\s*\{{\s*([^A-Za-z{{}}\\]+|[A-Za-z]|sin|cos|tan|log|ln)\s*\}}")
 
 
 def _styles(text: str) -> str:
@@ -110,9 +113,8 @@ def _styles(text: str) -> str:
 
     def bare(match: re.Match[str]) -> str:
         word = match[1].strip()
-        vector = word in ("i", "j", "k") and "bf" in match[0] + "bm"
-        if vector and re.match(r"\\(?:mathbf|bm|boldsymbol|textbf)", match[0]):
-            return match[0]
+        if word in ("i", "j", "k") and re.match(r"\\(?:mathbf|bm|boldsymbol|textbf)", match[0]):
+            return match[0]  # a vector
         return f"\\{word} " if word in ("sin", "cos", "tan", "log", "ln") else f" {word} "
 
     return _STYLED.sub(bare, text)
@@ -128,7 +130,20 @@ def _spaces(text: str) -> str:
     return re.sub(r"\\\\|\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\hspace\*?\{[^{}]*\}", space, text)
 
 
-_FENCE = re.compile(r"\\(?:left|right|middle)\s*(\.)|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
+_FENCE = re.compile(
+    r"\\(?:left|right|middle)\s*(\.)|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*"
+)
+
+
+def _group(text: str, place: int) -> int:
+    """Where the group in braces that begins at a place ends."""
+    depth = 0
+    for end in range(place, len(text)):
+        if text[end] in "{}" and text[end - 1 : end] != "\\":
+            depth += 1 if text[end] == "{" else -1
+            if not depth:
+                return end + 1
+    return len(text)
 
 
 def _argument(text: str, place: int) -> int:
@@ -136,13 +151,7 @@ def _argument(text: str, place: int) -> int:
     if place >= len(text):
         return place
     if text[place] == "{":
-        depth = 0
-        for end in range(place, len(text)):
-            if text[end] in "{}" and text[end - 1 : end] != "\\":
-                depth += 1 if text[end] == "{" else -1
-                if not depth:
-                    return end + 1
-        return len(text)
+        return _group(text, place)
     if text[place] == "\\":
         command = re.compile(r"\\([A-Za-z]+|.)\s*").match(text, place)
         if command is None:
@@ -169,7 +178,9 @@ def _arguments(text: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
     out, place = [], 0
-    for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*|\^\s*(?=[-+]?[\\\d(A-Za-z])", text):
+    for match in re.finditer(
+        r"\\(frac|binom|sqrt)(?![A-Za-z])\s*|\^\s*(?=[-+]?[\\\d(A-Za-z])", text
+    ):
         if match.start() < place:
             continue
         out.append(text[place : match.start()])
@@ -183,7 +194,7 @@ def _arguments(text: str) -> str:
             end = text.find("]", place) + 1 or len(text)
             out.append(text[place:end])
             place = _blank(text, end)
-        for number in range(1 if match[1] == "sqrt" else 2):
+        for _ in range(1 if match[1] == "sqrt" else 2):
             place = _blank(text, place)
             if match[1] == "sqrt" and text[place : place + 1] == "(":
                 end = _bracket(text, place)  # \sqrt(2), no LaTeX, and what is meant is plain
@@ -211,7 +222,7 @@ def _bracket(text: str, place: int) -> int:
 
 
 def _power(text: str, place: int) -> tuple[str, int]:
-    """An exponent in braces: ^-3, ^(2/3), ^\\frac12; a number without braces is taken whole."""
+    r"""An exponent in braces: ^-3, ^(2/3), ^\frac12; a number without braces is taken whole."""
     whole = re.compile(r"[-+]?\d+|[-+][A-Za-z]").match(text, place)
     if whole:
         return f"^{{{whole[0]}}}", whole.end()
@@ -252,7 +263,8 @@ _TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\d\}?)?"
 def _degrees(text: str) -> str:
     """Degrees inside of a function are an angle in radians."""
     angle = r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})"
-    shut = rf"({_TRIG})\s*(?:\(\s*{angle}\s*(?:{DEGREES})\s*\)|\{{\s*{angle}\s*(?:{DEGREES})\s*\}}|{angle}\s*(?:{DEGREES}))"
+    angle += rf"\s*(?:{DEGREES})\s*"
+    shut = rf"({_TRIG})\s*(?:\(\s*{angle}\)|\{{\s*{angle}\}}|{angle})"
     return re.sub(
         shut, lambda m: f"{m[1]}(\\frac{{\\pi \\cdot {m[2] or m[3] or m[4]}}}{{180}})", text
     )
@@ -266,24 +278,30 @@ _NAMED_UNIT = (
 )
 _TEXT_UNIT = r"\\(?:text(?:bf|it|rm)?|mathrm|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 _UNIT_POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
-_UNIT = rf"(?:\\[dt]?frac\{{\s*{_TEXT_UNIT}\s*\}}\{{\s*{_TEXT_UNIT}\s*\}}|{_TEXT_UNIT}{_UNIT_POWER})"
+_UNIT = (
+    rf"(?:\\[dt]?frac\{{\s*{_TEXT_UNIT}\s*\}}\{{\s*{_TEXT_UNIT}\s*\}}|{_TEXT_UNIT}{_UNIT_POWER})"
+)
 _UNIT_TAIL = re.compile(
     rf"(?P<value>.*?[\w}})\]!]){_SPACE}*(?P<unit>{_UNIT}"
     rf"(?:(?:{_SPACE}|\\cdot|\\times|/|\\%)*{_UNIT})*)\.?",
     re.DOTALL,
 )
 _WORD_TAIL = re.compile(
-    rf"(?P<value>.*[\d}})\]!A-Za-z])\s+{_NAMED_UNIT}{_UNIT_POWER}(?:\s+(?:per|/)\s+{_NAMED_UNIT})?",
+    rf"(?P<value>.*?[\d}})\]!A-Za-z])\s+{_NAMED_UNIT}{_UNIT_POWER}(?:\s+(?:per|/)\s+{_NAMED_UNIT})?",
     re.DOTALL,
 )
-_LETTER_UNITS = frozenset(["m", "g", "s", "h", "L", "l", "C", "F", "J", "N", "V", "W", "A", "K", "H"])
+_LETTER_UNITS = frozenset(
+    ["m", "g", "s", "h", "L", "l", "C", "F", "J", "N", "V", "W", "A", "K", "H"]
+)
 
 
 def _is_unit(words: str) -> bool:
     """Whether words in a text command are a unit: they change no value and are no variable."""
     words = re.sub(r"\\[,;:! ]|\\cdot|\\times|~|\^|[{}]", " ", words).strip()
     names = re.findall(r"[^\s/.\-]+", words)
-    if not names or not re.fullmatch(r"[A-Za-z\u00b5\u03a9\u00b0$\u20ac\u00a3 ./\-\u00b7^0-9]+", words):
+    if not names or not re.fullmatch(
+        r"[A-Za-z\u00b5\u03a9\u00b0$\u20ac\u00a3 ./\-\u00b7^0-9]+", words
+    ):
         return False
     if len(words) == 1:
         return words in _LETTER_UNITS
@@ -301,7 +319,7 @@ def without_unit(text: str) -> str:
 
 
 NORMALISATIONS = (
-    Normalisation("signs of Unicode", "2√5 − π", r"2\sqrt{5} - \pi ", "Math-Verify issue 76",
+    Normalisation("signs of Unicode", "2√5·π", r"2\sqrt{5}\cdot \pi ", "Math-Verify issue 76",
                   _unicode),
     Normalisation("braces around a comma", "32{,}349", "32,349", "MATH, answer 10{,}080",
                   _sub((r"\{\s*,\s*\}", ","))),
@@ -312,7 +330,7 @@ NORMALISATIONS = (
     Normalisation("fonts around numbers, letters, and, or", r"\text{13}", " 13 ",
                   "Math-Verify issue 37", _styles),
     Normalisation("sizes of brackets", r"\left( 3, 4 \right)", "( 3, 4 )", "Math-Verify issue 56",
-                  lambda text: _FENCE.sub(lambda m: "" if m[1] is None else "", text)),
+                  lambda text: _FENCE.sub("", text)),
     Normalisation("other names", r"x \leqslant 3", r"x \le 3", "AMC answers at AoPS",
                   _sub((r"\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])|<=", r"\\le"),
                        (r"\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])|>=", r"\\ge"),

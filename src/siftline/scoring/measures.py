@@ -28,7 +28,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with a measure: `kind` tells what is measured, `size` is in the kind's least unit."""
+    """A number with a measure: what is measured, and its size in the least unit of that kind."""
 
     kind: str
     factor: int

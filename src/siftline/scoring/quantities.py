@@ -58,8 +58,11 @@ so nothing that belongs together comes apart."""
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207e]+")
 _VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 _SPACED = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])")
-_REMARK = re.compile(r"(?<=[\w%]) \((?=[^()]*[A-Za-z]{4})[^()]*\)$")
-"""Words in brackets behind an answer: 18 (since 3 * 6 = 18); not 3 (mod 5) or 2 (x + 1)."""
+_REMARK = re.compile(
+    r"(?<=[\w%]) \((?=[^()]*[A-Za-z]{4})"
+    r"(?![^()]*\b(?:or|not|but|if|maybe|either|unless)\b)[^()]*\)$"
+)
+"""Words in brackets behind an answer: 18 (since 3 * 6 = 18); not 3 (mod 5), 2 (x + 1), 2 (or 3)."""
 _MINUSES = str.maketrans(
     {"\u2044": "/", "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"}
 )

@@ -1,5 +1,8 @@
-"""Final answers of mathematical responses: found (`scoring.answers`), then judged
-(`scoring.equality`), which are two steps that know nothing of each other."""
+"""Final answers of mathematical responses.
+
+They are found (`scoring.answers`), then judged (`scoring.equality`): two steps that know nothing of
+each other.
+"""
 
 from functools import cache
 
@@ -9,10 +12,7 @@ from siftline.scoring.equivalence import Equivalence, EquivalenceError
 from siftline.scoring.steps import trace
 from siftline.scoring.verifiers.verdict import Verdict
 
-__all__ = ["LONGEST_EXPRESSION", "VERSION", "MathVerifier", "plain_math", "verify_math"]
-
-VERSION = 2
-"""Raised when the same response and answer get another verdict."""
+__all__ = ["LONGEST_EXPRESSION", "MathVerifier", "plain_math", "verify_math"]
 
 
 class MathVerifier:
@@ -106,9 +106,9 @@ def plain_math(steps: bool = True) -> MathVerifier:
 def verify_math(response: str, answer: str) -> Verdict:
     r"""Whether a response's marked final answer is the reference answer.
 
-    Takes `#### 18`, a line `A: 18`, `\boxed{18}`, "the answer is 18", a heading; units and other words after
-    the number, thousands commas, currency, percent, fractions, negatives. Strict: without a mark
-    there is no final answer, and `correct` is None.
+    Takes `#### 18`, a line `A: 18`, `\boxed{18}`, "the answer is 18", a heading; units and other
+    words after the number, thousands commas, currency, percent, fractions, negatives. Strict:
+    without a mark there is no final answer, and `correct` is None.
 
     Args:
         response: The response's text.
