@@ -160,6 +160,8 @@ def _same_items(gold: Any, target: Any, decimals: Decimals) -> Equal:
         in_order = _all(
             same(a, b, decimals) for a, b in zip(left.values, right.values, strict=True)
         )
+    if in_order and (_is_matrix(gold) or _is_matrix(target)):
+        return None  # a vector, and a list of its elements
     if in_order or (left.ordered and right.ordered):
         return in_order
     as_sets = _same_collections(left.values, right.values, decimals)
