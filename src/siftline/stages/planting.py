@@ -13,7 +13,7 @@ from typing import Any
 from siftline import schema
 from siftline.kernels.draws import hash64
 from siftline.kernels.text import plain
-from siftline.scoring.answers import answer_key
+from siftline.scoring.quantities import answer_key
 
 CLOSE = 0.85
 """Similarity that a near copy keeps in prompt and response: above the gates' usual 0.8."""
