@@ -205,7 +205,8 @@ def test_any_value_is_judged_as_jsonschema_does_and_fenced_as_bare(schema, value
 @given(st.text(alphabet='`~json \n{}[]"1,:', max_size=60))
 def test_any_text_has_one_value_or_none(text):
     found = json_value(text)
-    assert found is None or found in text
+    # The indentation of a fence is taken off its lines.
+    assert found is None or "".join(found.split()) in "".join(text.split())
 
 
 def test_blocks_are_those_of_commonmark():
