@@ -171,6 +171,7 @@ def verify(context: Context) -> StageRun:
             view.select("id", "answer", "answer_from").with_columns(
                 pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
                 pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
+                pl.Series("said", [v.reason if v else None for v in verdicts], pl.String),
             )
         )
 
@@ -180,14 +181,17 @@ def verify(context: Context) -> StageRun:
         progress.advance(selections[-1].decisions.height)
     progress.close()
     totals = Counter()  # type: Counter[str]
+    kept_open = Counter()  # type: Counter[str]
     for selection in selections:
         totals["checked"] += selection.facts["checked"]
         totals["without_independent_answer"] += selection.facts["without_independent_answer"]
         totals.update(selection.facts["removed"])
+        kept_open.update(selection.facts["kept_open"])
 
     def judge(planted: pa.Table) -> Judged:
         return without_undecided(checked(planted).decisions)
 
-    made = {"verifier": options.verifier, **isolation_of(options.verifier)}
+    made: dict[str, Any] = {"verifier": options.verifier, **isolation_of(options.verifier)}
+    made["kept_open"] = dict(sorted(kept_open.items()))
     run = gather(context, selections, {**made, **totals})
     return measured(context, judge, run)
