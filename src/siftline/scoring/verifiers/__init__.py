@@ -6,12 +6,13 @@ default: what is not marked as the final answer is none. What may cost unbounded
 child process with an alarm; what runs code, in a sandbox with named isolation.
 """
 
+from siftline.scoring.verifiers.choice import ChoiceVerifier
 from siftline.scoring.verifiers.code import CodeVerifier
 from siftline.scoring.verifiers.json_schema import JsonSchemaVerifier
 from siftline.scoring.verifiers.mathematics import LONGEST_EXPRESSION, MathVerifier, verify_math
 from siftline.scoring.verifiers.pattern import RegexVerifier
 from siftline.scoring.verifiers.registry import NAMED, get_verifier, isolation_of
-from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier, VerbatimVerifier
+from siftline.scoring.verifiers.text import ExactVerifier, VerbatimVerifier
 from siftline.scoring.verifiers.verdict import Verdict, Verifier
 
 __all__ = [
