@@ -226,7 +226,7 @@ def test_blocks_are_those_of_commonmark():
 
 
 def test_names():
-    names = {"math", "exact", "verbatim", "choice", "regex", "json_schema", "code"}
+    names = {"math", "exact", "verbatim", "choice", "regex", "json_schema", "code", "instructions"}
     assert set(NAMED) == names
     assert set(VERIFIERS) == set(NAMED), "the gate's options name the verifiers there are"
     assert isinstance(get_verifier("regex"), RegexVerifier)

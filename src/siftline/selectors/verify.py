@@ -13,7 +13,9 @@ import polars as pl
 
 from siftline.selectors.selection import Selection, decisions
 
-VERIFIERS = ("math", "exact", "verbatim", "choice", "regex", "json_schema", "code")
+VERIFIERS = (
+    "math", "exact", "verbatim", "choice", "regex", "json_schema", "code", "instructions",
+)  # fmt: skip
 """Names that `siftline.scoring.verifiers.get_verifier` knows, beside import paths."""
 OPEN = ("unreadable", "verifier_error")
 """Outcomes of open verdicts on a response that has a final answer."""
