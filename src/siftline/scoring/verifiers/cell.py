@@ -142,7 +142,7 @@ class Guarded(ast.NodeTransformer):
         return ast.copy_location(
             ast.Call(
                 ast.Name("__compare__", ast.Load()),
-                [ast.Constant(tuple(names)), node.left, *node.comparators],
+                [ast.Constant(" ".join(names)), node.left, *node.comparators],
                 [],
             ),
             node,
@@ -193,10 +193,10 @@ class Comparisons:
         self._qualname = type.__dict__["__qualname__"].__get__
         self._standard = frozenset(sys.stdlib_module_names)
 
-    def compare(self, names: tuple[str, ...], left: Any, *others: Any) -> Any:
+    def compare(self, names: str, left: Any, *others: Any) -> Any:
         """The value of `left op other op other …`."""
         result: Any = True
-        for name, right in zip(names, others, strict=True):
+        for name, right in zip(names.split(" "), others, strict=True):
             result = OPERATORS[name](left, right)
             if result is False:
                 return result
@@ -218,7 +218,8 @@ class Comparisons:
 
     def _owns(self, value: Any) -> bool:
         """Whether a value, or one inside it, is compared by a method that the response wrote."""
-        left, seen = [value], set()
+        left: list[Any] = [value]
+        seen: set[int] = set()
         while left and len(seen) < _MOST:
             value = left.pop()
             if id(value) in seen:
@@ -288,12 +289,12 @@ class NoInput(io.StringIO):
         self.asked = True
         return ""
 
-    def readlines(self, hint: int = -1, /) -> list[str]:
+    def readlines(self, hint: int = -1, /) -> list[str]:  # type: ignore[override]
         """Nothing."""
         self.asked = True
         return []
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         """Nothing."""
         self.asked = True
         raise StopIteration
@@ -399,9 +400,9 @@ def load(
         What it raised; and why a failure of the tests would prove nothing: `!` in front of what
         counts in any case, the others only where the tests miss a name.
     """
-    given, heard, out, doubts = NoInput(), sys.stdin, sys.stdout, []  # type: ignore[var-annotated]
+    given, heard, out, doubts = NoInput(), sys.stdin, sys.stdout, []
     nowhere = open(os.devnull, "w")  # noqa: SIM115 (the process leaves without closing)
-    builtins.input, sys.stdin = given.line, given  # type: ignore[assignment]
+    builtins.input, sys.stdin = given.line, given
     signal.signal(signal.SIGPROF, cut)
     for code, kind in program:
         given.asked, known, example = False, len(absent.names), kind != "program"

@@ -54,7 +54,7 @@ class CodeVerifier:
             return Verdict(None, None, f"unreadable: {len(response)} characters are too many")
         program = program_of(response)
         if not answer.strip():
-            return Verdict(None, program and program.text, "no_reference")
+            return Verdict(None, program.text if program else None, "no_reference")
         if program is None:
             return Verdict(None, None, "no_final_answer")
         parts = [(part.text, part.example) for part in program.parts]
@@ -75,7 +75,7 @@ class CodeVerifier:
 def python_block(response: str) -> str | None:
     """The text of a response's program without its examples; None without one."""
     program = program_of(response)
-    return program and program.text
+    return program.text if program else None
 
 
 @cache
