@@ -40,6 +40,8 @@ FORMS = [
     "<think>It could be Z. The answer is Z.</think>{}", "<think>The answer is Z</think>\n\n**Answer**: {}",
     "The answer is Z.</think>\nThe answer is {}.", "<thinking>\\boxed{{Z}}</thinking>\\boxed{{{}}}",
     "<|channel|>analysis<|message|>Z<|end|><|start|>assistant<|channel|>final<|message|>{}",
+    "The answer is {} rather than Z.", "The answer is option {}, not option Z.",
+    "Z is wrong. So {}.", '{{"answer": "{}"}}', "The correct letter is {}.", "Answer\n======\n{}",
     "A: Let's think. The answer is {}.", "{}\n", "  {}  ",
 ]  # fmt: skip
 
@@ -79,7 +81,7 @@ OPEN = [
     "The answer is a dog.", "The answer is A dog.", "A dog barks.", "I think it rains.", "The answer is not B.",
     "The answer isn't B.", "Option B is incorrect.", "B is wrong.", "The wrong answer is B.", "", "Paris", "\\boxed{5}",
     "<think>The answer is B.</think>", "<think>The answer is B.", "<think>B</think> I can't tell.",
-    "The answer is B-trees.", "The answer is C++.", "The answer is B's.",
+    "The answer is B-trees.", "The answer is C++.", "The correct answer is: B. 42 and C. 43", "Answer: None", "The answer is not A but B.", "The answer is B's.",
 ]  # fmt: skip
 
 

@@ -93,6 +93,21 @@ RIGHT = {
     "a body over two blocks": fence("def f(x):\n    y = x + 1") + "then\n" + fence("    return y"),
     "a class and a function": fence("class C:\n    one = 1") + fence("def f(x):\n    return x + C.one"),
     "future annotations": fence("from __future__ import annotations\ndef f(x: Nope) -> Nope:\n    return x + 1"),
+    "usage in front that binds": fence("result = f(1)\nprint(result)") + fence(DEF),
+    "an earlier block that raises": fence("class A:\n    x = nothing") + fence(DEF),
+    "an unnamed definition and named usage": fence(DEF, "") + fence("print(f(1))"),
+    "a definition fenced as text": fence(DEF, "text"),
+    "a fence behind words": f"Code: ```python\n{DEF}```\nDone.",
+    "words behind the fence": f"```python\n{DEF}``` This adds one to x.\nDone.",
+    "a space before the language": f"``` python\n{DEF}```\n",
+    "pandoc's attributes": f"```{{.python .numberLines}}\n{DEF}```\n",
+    "an empty block behind": fence(DEF) + fence(""),
+    "a lambda": fence("f = lambda x: x + 1"),
+    "a decorator and a cache": fence("from functools import cache\n@cache\ndef f(x):\n    return x + 1"),
+    "a partial": fence("import functools, operator\nf = functools.partial(operator.add, 1)\n# x + 1"),
+    "a nested class": fence("class A:\n    class B:\n        @staticmethod\n        def g(x):\n            return x + 1\nf = A.B.g"),
+    "an async usage": fence(DEF) + fence("import asyncio\nawait f(1)"),
+    "two functions in two blocks": fence("def g(x):\n    return x + 1") + fence("def f(x):\n    return g(x)"),
     "windows line ends": fence(DEF).replace("\n", "\r\n"),
 }  # fmt: skip
 
@@ -107,6 +122,7 @@ def test_a_right_program_is_found(code, name):
 def test_a_wrong_program_stays_wrong_in_the_same_dress(code, name):
     response = RIGHT[name].replace("x + 1", "x + 2").replace("(x) + 1", "(x) + 2")
     response = response.replace("x + ONE", "x + 2").replace("x + C.one", "x + 2")
+    response = response.replace("operator.add, 1", "operator.add, 2")
     verdict = code(response, TESTS)
     assert verdict.correct is False, verdict
 
@@ -252,7 +268,7 @@ lines = st.sampled_from(
 def test_any_text_has_a_program_or_none(text):
     found = program_of(text)
     assert found == program_of(text)
-    assert found is None or any(not part.example for part in found.parts)
+    assert found is None or any(part.kind == "program" for part in found.parts)
     assert found is None or {w for p in found.parts for w in p.text.split()} <= set(text.split())
 
 

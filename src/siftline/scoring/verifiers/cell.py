@@ -315,14 +315,16 @@ def cut(*_: object) -> None:
 
 
 Statement = tuple[types.CodeType, str]
-"""Compiled; and `program`, or `tail` or `example`: a failure of these is not the program's."""
+"""Compiled, and its kind. A failure of `program` fails the run; one of `setup` does not, but what
+it lacked may be why the tests fail; one of `tail` (behind the definitions) or `example` is nothing.
+"""
 
 
-def statements(parts: list[list[Any]]) -> list[Statement]:
-    """Compiles the parts of a response, `[text, whether all of it is an example]`.
+def statements(parts: list[list[str]]) -> list[Statement]:
+    """Compiles the parts of a response, `[text, kind]`.
 
-    Examples are also calls and assertions anywhere, and whatever stands behind the last definition.
-    A part that is no Python is left out if another is.
+    Of `program` and `setup`, calls and assertions anywhere and whatever stands behind the last
+    definition are `tail`. A part that is no Python is left out if another is.
 
     Raises:
         SyntaxError: if none of them is Python; of the last one.
@@ -330,18 +332,18 @@ def statements(parts: list[list[Any]]) -> list[Statement]:
     found: list[Statement] = []
     error: Exception | None = None
     whole = 0
-    for text, example in parts:
+    for text, kind in parts:
         try:
-            found += _compiled(text, "example" if example else "tail")
-            whole += not example
+            found += _compiled(text, kind)
+            whole += kind == "program"
         except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-            error = error if example else problem
+            error = problem if kind == "program" else error
     if not whole:
         raise SyntaxError(told(error) if error else "no program")
     return found
 
 
-def _compiled(text: str, loose: str) -> list[Statement]:
+def _compiled(text: str, kind: str) -> list[Statement]:
     tree = ast.parse(text)
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     places = [i for i, node in enumerate(tree.body) if isinstance(node, definitions)]
@@ -351,9 +353,9 @@ def _compiled(text: str, loose: str) -> list[Statement]:
             for name in node.names:
                 feature = getattr(__future__, name.name, None)
                 flags |= feature.compiler_flag if feature else 0
-        shows = loose == "example" or i > last or isinstance(node, ast.Expr | ast.Assert)
+        shows = i > last or isinstance(node, ast.Expr | ast.Assert)
         code = compile(ast.Module([node], []), "solution", "exec", flags, dont_inherit=True)
-        found.append((code, loose if shows else "program"))
+        found.append((code, "tail" if shows and kind != "example" else kind))
     return found
 
 
@@ -405,10 +407,11 @@ def load(
     builtins.input, sys.stdin = given.line, given
     signal.signal(signal.SIGPROF, cut)
     for code, kind in program:
-        given.asked, known, example = False, len(absent.names), kind != "program"
-        mark = "" if example else "!"
+        given.asked, known = False, len(absent.names)
+        shows = kind in ("tail", "example")
+        mark = "" if shows else "!"
         problem: BaseException | None = None
-        if example:
+        if shows:
             sys.stdout = nowhere
             signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
@@ -423,7 +426,7 @@ def load(
             doubts.append(mark + "the program reads input, and there is none")
         doubts += [f"{mark}the library {name} is not there" for name in absent.names[known:]]
         starved = any(d[0] == "!" and "input" in d for d in doubts)
-        if problem is not None and not (example or starved):
+        if problem is not None and kind == "program" and not starved:
             return problem, doubts
     sys.stdin = heard
     return None, doubts

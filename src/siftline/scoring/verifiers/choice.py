@@ -13,7 +13,7 @@ LONGEST_CHOICE = 1_000_000
 _SHELL = re.compile(r"\\(?:text|mathrm|mathbf|mathsf|mbox|rm|bf)(?:bf|it|rm|sf)?\s*\{([^{}]*)\}")
 _MARKUP = re.compile(r"[*`$\u200b\ufeff]|\\[()\[\]]|(?<!\w)_|_(?!\w)|</?(?:b|strong|em|i)>")
 _NOUN = (
-    r"(?:answer|ans|option|choice|alternative|selection|respuesta|opci[oó]n|r[eé]ponse|antwort"
+    r"(?:answer|ans|option|choice|alternative|selection|letter|respuesta|opci[oó]n|r[eé]ponse|antwort"
     r"|resposta|risposta|ответ|答案)"
 )
 _OF = r"(?:\s+(?:to|for|of|here)\b[^.:=\n]{0,80}?)?"
@@ -27,7 +27,7 @@ _FILLER = (
     r"|correct|right|best|most|likely|one|letter|labell?ed|option|choice|answer|alternative)\s+"
     r"|[:]\s*){0,5}"
 )
-_OPENING = r"[(\[{\"'\u201c\u2018]{0,2}"
+_OPENING = r"[(\[{\"'\u201c\u2018\u2019]{0,2}"
 _LETTER = re.compile(
     rf"{_FILLER}(?P<open>{_OPENING})(?P<letter>[A-Za-z])(?![\w'\u2019+#])(?P<close>[)\]}}.:\"'\u201d\u2019]{{0,3}})",
     re.IGNORECASE,
@@ -35,7 +35,7 @@ _LETTER = re.compile(
 _ALONE_AHEAD = rf"{_OPENING}[A-Za-z][)\].:\"']{{0,3}}"
 _MARKS = (
     re.compile(
-        rf"(?<!\w){_NOUN}(?:\s*\(s\))?{_OF}(?:\s*(?:[:=]|->|→)|\s+{_BE}(?!\w)\s*:?|\s*[是为])\s*",
+        rf"(?<!\w){_NOUN}(?:\s*\(s\))?{_OF}(?:[\"']?\s*(?:[:=]|->|→)|\s+{_BE}(?!\w)\s*:?|\s*[是为])\s*",
         re.IGNORECASE,
     ),
     re.compile(
@@ -95,11 +95,13 @@ _SECOND = re.compile(
 _ALSO = re.compile(
     r"[^.!?\n]{0,200}?\b(?:but|though|although|or|unless|if|otherwise|else)\b[^.!?\n]{0,200}?"
     r"(?:\b(?:could|might|maybe|perhaps|possibly|not sure|also)\b"
-    r"|\b(?:or|else|otherwise)\s+\(?(?-i:[B-HJ-Z])\b)",
+    r"|\b(?:or|else|otherwise)\s+\(?(?-i:[B-HJ-Z])\b)"
+    r"|[^\n]{0,100}\b(?:and|or)\s+\(?(?-i:[A-Z])[).:]",
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
-    r"\s*(?:$|[.,;:!?。、)\]}\n|/\u2013\u2014]|-(?!\w)|(?:\s(?:because|since|as|for|due|which|that|and|or|but|with|by|if|in"
+    r"\s*(?:$|[.,;:!?。、)\]}\n|/\u2013\u2014]|-(?!\w)"
+    r"|(?:\s(?:because|since|as|rather|instead|over|not|for|due|which|that|and|or|but|with|by|if|in"
     r"|though|although|so)\b))|\s+[(\[]|\s*</|\s*<\|",
     re.IGNORECASE,
 )
@@ -218,7 +220,8 @@ def _named(text: str, mark: re.Match[str], unsure: bool) -> tuple[int, str, bool
         return None
     letter, wrapped = found["letter"], bool(found["open"]) or found["close"][:1] in (")", ":", "]")
     rest = text[found.end() : found.end() + 300]
-    before = _before(text, mark.start())
+    begins = len(mark[0]) - len(mark[0].lstrip(".!\n \t"))
+    before = _before(text, mark.start() + begins)
     named = letter.isupper() and letter not in "AI" and _NAMED.match(rest)
     if not (wrapped or found["close"] or named or _BEHIND.match(rest)):
         return None

@@ -57,7 +57,7 @@ class CodeVerifier:
             return Verdict(None, program.text if program else None, "no_reference")
         if program is None:
             return Verdict(None, None, "no_final_answer")
-        parts = [(part.text, part.example) for part in program.parts]
+        parts = [(part.text, part.kind) for part in program.parts]
         if max(sum(len(text) for text, _ in parts), len(answer)) > LONGEST_PROGRAM:
             return Verdict(None, program.text, "verifier_error: program or tests too long")
         outcome = self.sandbox.run(parts, answer)

@@ -3,11 +3,21 @@
 import re
 import textwrap
 from dataclasses import dataclass
+from typing import Literal
 
 from siftline.scoring.fences import Block, blocks
 from siftline.scoring.reasoning import without_reasoning
 
 _PYTHON = re.compile(r"(?:i?python|py)[\d.]*|pycon|python-repl|doctest")
+_UNNAMED = ("", "text", "txt", "plaintext", "code")
+_MID_LINE = re.compile(r"^([^`\n]+)(```(?:python|py)[\d.]*[ \t]*)$", re.MULTILINE | re.IGNORECASE)
+"""A fence behind words: Code: ```python."""
+_ITEM = re.compile(r"[ \t>]*(?:[-*+]|\d{1,9}[.)])?[ \t]*")
+_BEHIND_FENCE = re.compile(
+    r"^([ \t>]{0,20}(?:`{3,}|~{3,}))[ \t]+(?!i?py|[\w.+-]+[ \t]*$|\{)([^`\n]+)$",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""Words behind a closing fence, on its line."""
 _DEFINED = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.M)
 _ASSIGNED = re.compile(r"^(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", re.M)
 _IMPORTS = re.compile(r"^(?:import|from)[ \t]+\w", re.M)
@@ -32,12 +42,13 @@ class Part:
 
     Attributes:
         text: Python, as far as anybody knows.
-        example: Whether it only shows or tests the program, so that its failure is none of the
-            program's.
+        kind: `program`: the last part that defines something, which must not raise. `setup`: what
+            stands before it. `example`: what only shows or tests it. Of these two a failure is none
+            of the program's: the row's tests decide.
     """
 
     text: str
-    example: bool = False
+    kind: Literal["program", "setup", "example"] = "program"
 
 
 @dataclass(frozen=True)
@@ -55,15 +66,15 @@ class Program:
     @property
     def text(self) -> str:
         """The program without its examples."""
-        return "\n".join(part.text for part in self.parts if not part.example)
+        return "\n".join(part.text for part in self.parts if part.kind != "example")
 
 
 def program_of(response: str) -> Program | None:
     """Finds the program of a response; None without one.
 
-    The blocks fenced as Python, reasoning left out; without any, the only unnamed block, or those
-    unnamed ones that define something; without any fence, a response that defines something and
-    looks like code. A last block that is not closed is cut off: no program. Then:
+    The blocks fenced as Python, reasoning left out; where they define nothing, unnamed ones too
+    that do; without any, the only unnamed block; without any fence, a response that defines
+    something and looks like code. A last block that is not closed is cut off: no program. Then:
 
     - A block that begins indented goes on where the one before it ended.
     - A transcript (`>>> f(1)`) counts by what was typed.
@@ -73,20 +84,33 @@ def program_of(response: str) -> Program | None:
 
     Linear in the response's length, but for the number of blocks.
     """
-    response = without_reasoning(response)
+    response = _own_lines(without_reasoning(response))
     fenced = blocks(response)
     if not fenced:
         bare = _bare(response)
         return Program((Part(bare),), fenced=False) if bare else None
     taken = [block for block in fenced if _PYTHON.fullmatch(block.language)]
-    if not taken:
-        unnamed = [block for block in fenced if not block.language]
+    if not any(_DEFINED.search(_typed(block.text)) for block in taken):
+        unnamed = [block for block in fenced if block.language in _UNNAMED]
         defining = [block for block in unnamed if _DEFINED.search(_typed(block.text))]
-        taken = unnamed if len(fenced) == 1 else defining
+        if not taken and len(fenced) == 1:
+            taken = unnamed
+        elif defining:
+            chosen = {block.start for block in (*taken, *defining)}
+            taken = [block for block in fenced if block.start in chosen]
     if not taken or not taken[-1].closed:
         return None
     parts = _parts(_texts(taken))
-    return Program(tuple(parts)) if any(not part.example for part in parts) else None
+    return Program(tuple(parts)) if any(part.kind == "program" for part in parts) else None
+
+
+def _own_lines(response: str) -> str:
+    """The response with its fences on lines of their own."""
+
+    def cut(found: re.Match[str]) -> str:
+        return found[0] if _ITEM.fullmatch(found[1]) else f"{found[1]}\n{found[2]}"
+
+    return _BEHIND_FENCE.sub(r"\1\n\2", _MID_LINE.sub(cut, response))
 
 
 def _texts(taken: list[Block]) -> list[str]:
@@ -113,20 +137,21 @@ def _typed(text: str) -> str:
 
 def _parts(texts: list[str]) -> list[Part]:
     names = [{*_DEFINED.findall(text), *_ASSIGNED.findall(text)} for text in texts]
-    defining = [bool(_DEFINED.search(text)) for text in texts]
     testing = [bool(_TESTING.search(text)) for text in texts]
-    if any(d and not t for d, t in zip(defining, testing, strict=True)):
-        last = max(i for i in range(len(texts)) if defining[i] and not testing[i])
-        example = [testing[i] or i > last for i in range(len(texts))]
-    else:
-        example = [False] * len(texts)
-    parts, later = [], []  # type: ignore[var-annotated]
+    defining = [
+        bool(_DEFINED.search(text)) and not t for text, t in zip(texts, testing, strict=True)
+    ]
+    last = max((i for i, defines in enumerate(defining) if defines), default=None)
+    parts: list[Part] = []
+    later: list[set[str]] = []
     for i in reversed(range(len(texts))):
+        if last is not None and (testing[i] or i > last):
+            parts.append(Part(texts[i], "example"))
+            continue
         draft = names[i] and any(names[i] <= others for others in later[-_LATER:])
-        if not (draft and not _IMPORTS.search(texts[i]) and not example[i]):
-            parts.append(Part(texts[i], example[i]))
-        if not example[i]:
-            later.append(names[i])
+        if not (draft and not _IMPORTS.search(texts[i])):
+            parts.append(Part(texts[i], "program" if last in (None, i) else "setup"))
+        later.append(names[i])
     return parts[::-1]
 
 

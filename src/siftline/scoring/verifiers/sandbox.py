@@ -132,13 +132,12 @@ class Sandbox:
             problems.append(f"{name}: {tried.detail}")
         raise ValueError(f"no sandbox for code ({'; '.join(problems)}): {REMEDY}")
 
-    def run(self, code: str | Sequence[tuple[str, bool]], tests: str) -> Outcome:
+    def run(self, code: str | Sequence[tuple[str, str]], tests: str) -> Outcome:
         """Runs code as a module, then tests with its names.
 
         Args:
-            code: One program, which must not raise; or the parts of a response, each with whether
-                all of it is an example of use. Of parts, what is an example may fail (see
-                `cell.statements`).
+            code: One program, which must not raise; or the parts of a response, each with its kind
+                (see `program.Part`), of which only some must not.
             tests: Python statements.
         """
         heard, report = os.pipe()
