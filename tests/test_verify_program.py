@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from siftline.scoring.fences import Block, blocks
 from siftline.scoring.verifiers import get_verifier
 from siftline.scoring.verifiers.program import program_of
-from siftline.scoring.verifiers.sandbox import waited
+from siftline.scoring.verifiers.sandbox import Limits, Sandbox, waited
 
 CASES = Path(__file__).parent / "cases" / "code" / "rows.jsonl"
 DEF = "def f(x):\n    return x + 1\n"
@@ -300,6 +300,14 @@ def test_the_cost_of_finding_a_program_grows_with_the_length(unit):
         return best
 
     assert seconds(120_000) < 10 * seconds(30_000) + 0.05
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.0, "stopped"), (60.0, "passed")])
+def test_time_that_a_run_waited_for_a_processor_does_not_count(code, monkeypatch, seconds, status):
+    monkeypatch.setattr("siftline.scoring.verifiers.sandbox.waited", lambda pid: seconds)
+    quick = Sandbox(Limits(seconds=5), code.sandbox.isolation)
+    quick.limits = Limits(seconds=0.5)
+    assert quick.run("import time\ntime.sleep(1)", "assert 1 == 1").status == status
 
 
 def test_time_that_a_process_waited_for_a_processor_is_known():
