@@ -164,6 +164,8 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
             notes.append(_reflection_note(stage.name, facts))
         if stage.kind == "correct":
             notes += _correct_notes(stage.name, facts)
+        if stage.kind == "verify":
+            notes += _open_notes(stage.name, facts)
         if stage.kind == "rejection_sampling":
             notes += _sampling_notes(stage.name, facts)
         if stage.kind == "s3ft":
@@ -188,6 +190,22 @@ def _left_notes(name: str, output: StageOutput) -> list[str]:
     if unanswered:
         notes.append(f"{name}: {unanswered} questions got no answer, asked again next run.")
     return notes
+
+
+def _open_notes(name: str, facts: dict[str, Any]) -> list[str]:
+    """Rows whose verdict is open: neither right nor wrong, and what became of them."""
+    said = []
+    for reason, words in (
+        ("unreadable", "can't be read"),
+        ("no_final_answer", "have no final answer"),
+        ("verifier_error", "made the verifier fail"),
+    ):
+        gone, kept = facts.get(reason, 0), facts.get("kept_open", {}).get(reason, 0)
+        if gone or kept:
+            fate = "kept" if kept else "failed" if reason == "verifier_error" else "removed"
+            said.append(f"{gone + kept} {words} ({fate})")
+    checked = facts.get("checked", 0)
+    return [f"{name}: of {checked} rows checked, {', '.join(said)}: open verdicts."] if said else []
 
 
 def _forgotten(accuracy: pl.DataFrame) -> list[str]:
