@@ -50,6 +50,13 @@ class Server:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {self.url!r}: give it as http://HOST:PORT/v1")
+        rest = self.url.partition("://")[2]
+        if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
+            # Not shown: it may hold a password, and a recipe's hash and report hold the url.
+            raise ValueError(
+                "url holds a user, a password or a query: give it as http://HOST:PORT/v1, and the "
+                "API key in the environment variable that key_variable names"
+            )
         for name in ("concurrency", "tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
