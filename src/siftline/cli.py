@@ -23,6 +23,7 @@ from siftline.commands.options import (
     say,
     set_option,
 )
+from siftline.disk import check_temporary, explained
 from siftline.ledger import StageOutput
 from siftline.library import find, recipe_files
 from siftline.recipe import Recipe, Stage
@@ -319,8 +320,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def guarded(body: Callable[[], Any]) -> None:
     """Runs `body`; user errors become one line on stderr and exit status 1."""
     try:
+        check_temporary()
         body()
-    except (ValueError, OSError) as error:
+    except Exception as found:
+        error = explained(found) or found
+        if not isinstance(error, ValueError | OSError):
+            raise
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
 

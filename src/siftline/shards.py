@@ -26,6 +26,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import writing
+
 ROW_GROUP_BYTES = 64 << 20
 """In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
 
@@ -42,15 +44,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
@@ -65,12 +68,18 @@ def building(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is immutable: publish under another name")
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    with writing(final), _built(final, temporary):
+        yield temporary
+
+
+@contextmanager
+def _built(final: Path, temporary: Path) -> Iterator[None]:
+    final.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run with the same process id
     temporary.mkdir()
     try:
-        yield temporary
+        yield
         for folder, _, files in os.walk(temporary):
             for name in files:
                 sync(Path(folder) / name)

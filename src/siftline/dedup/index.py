@@ -13,7 +13,6 @@ no manifest names, and a tail of `sets.bin` beyond the length it names: the next
 both. The decisions are those of doing everything at once in the order the files came.
 """
 
-import fcntl
 import os
 import re
 import unicodedata
@@ -37,6 +36,7 @@ from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
 from siftline.kernels.rows import Texts
+from siftline.locks import held, warn_if_shared
 from siftline.shards import file_hash, write_json, write_parquet
 
 MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
@@ -321,11 +321,8 @@ def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> It
     others = {name for name in there - {LOCK, SETS} if not _OURS.fullmatch(name)}
     if others and MANIFEST not in there:
         raise ValueError(f"{folder} holds {min(others)}, not an index: name an empty folder")
-    with (folder / LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run: wait for it") from None
+    warn_if_shared(folder)
+    with held(folder / LOCK, str(folder), wait=False):
         yield Index(folder, settings, keep, text_column)
 
 
