@@ -38,7 +38,7 @@ def depth_of(value):
 
 
 @given(JSON, st.integers(0, 6))
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 def test_depth_is_that_of_the_value(value, most):
     for text in (json.dumps(value), json.dumps(value, indent=1)):
         assert (nesting_fault(text.encode(), most) == "too_deep") == (depth_of(value) > most)
@@ -51,7 +51,7 @@ def test_depth_is_that_of_the_value(value, most):
     st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=20),
     st.integers(1, 20),
 )
-@settings(max_examples=200)
+@settings(max_examples=150, deadline=None)
 def test_lines_are_those_of_the_file_and_long_ones_are_told(lines, most):
     found = list(bounded_lines(io.BytesIO(b"\n".join(lines)), most))
     whole = b"\n".join(lines).split(b"\n")

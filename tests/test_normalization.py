@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.normalization import JOINER, LONGEST_RUN, SHORT, normalized
@@ -14,16 +14,15 @@ MARKS = st.sampled_from("\u0301\u0316\u0344\u0f71\u0f73\u3099\uff9e\U0001d165a "
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 def test_texts_come_out_as_pythons(form):
     @given(st.text(max_size=30), st.integers(1, 3))
+    @settings(max_examples=50, deadline=None)
     def check(text, times):
         long = (text + " e\u0301" + "\u0316\u0301" * 12 + " ") * times * (SHORT // 20)
-        if not any(ord(c) >= 0x300 and c.isprintable() is False for c in text):
-            runs = unicodedata.normalize("NFKD", long)
-            if "\u0301" * (LONGEST_RUN + 1) not in runs:
-                assert normalized(form, long) == unicodedata.normalize(form, long)
+        assert normalized(form, long) == unicodedata.normalize(form, long)
 
     check()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(MARKS, min_size=1, max_size=8).map("".join))
 def test_no_run_of_marks_is_long_and_nothing_else_is_added(unit):
     text = "a" + unit * (2 * SHORT // len(unit)) + "b"

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 ALMOST_NOTHING = 64 << 10
 """Free bytes below which a writer that fails without a word has failed for want of them."""
@@ -88,6 +90,73 @@ def writing(path: Path) -> Iterator[None]:
         if told is None or told is error:
             raise
         raise told from error
+
+
+class Sink:
+    """A file for pyarrow's Parquet writer, which must never see a write fail.
+
+    With content-defined chunking it aborts the whole process then (a failed check in its C++). So
+    the first failure is kept for `check` and for the end of the body, and what comes after it is
+    let go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._error: OSError | None = None
+        self._at = 0
+
+    def write(self, data: Any) -> int:
+        """Takes bytes, as a file does."""
+        size = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        self._at += size
+        return size
+
+    def check(self) -> None:
+        """Raises what went wrong so far, if anything did."""
+        if self._error is None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+
+    def tell(self) -> int:
+        """Bytes taken so far."""
+        return self._at
+
+    def flush(self) -> None:
+        """Leaves that to `check`."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more."""
+        return self._file.closed
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Closes the file; a failure by now is told when the body ends."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
 
 
 def need(path: Path, least: int, what: str) -> None:

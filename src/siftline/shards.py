@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from siftline.disk import writing
+from siftline.disk import Sink, writing
 
 ROW_GROUP_BYTES = 64 << 20
 """In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
@@ -154,8 +154,9 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     """
     with (
         _replacing(path) as temporary,
+        Sink(temporary) as sink,
         pq.ParquetWriter(
-            temporary,
+            sink,
             table.schema,
             compression="zstd",
             write_page_index=True,
@@ -165,6 +166,7 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     ):
         for piece in _slices(table.combine_chunks(), row_group_bytes):
             writer.write_table(piece, row_group_size=max(1, piece.num_rows))
+            sink.check()
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:

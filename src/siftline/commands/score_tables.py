@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline.disk import check_folder
+from siftline.disk import check_folder, writing
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
 from siftline.locks import held
@@ -125,7 +125,7 @@ def claimed(out: Path) -> Iterator[None]:
         raise ValueError(f"{out} holds {(other or there)[0]}, not from here: name an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     check_folder(out)
-    with held(out / MARK, str(out), wait=False):
+    with held(out / MARK, str(out), wait=False), writing(out):
         for name in there:
             if name.startswith(written):
                 (out / name).unlink()

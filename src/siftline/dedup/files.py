@@ -11,6 +11,8 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import Sink
+
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""
 PIECE_ROWS = 1 << 16
@@ -176,8 +178,9 @@ class PieceWriter:
     _rows: int = 0
 
     def __enter__(self) -> "PieceWriter":
+        self._sink = Sink(self.path)
         self._writer = pq.ParquetWriter(
-            self.path,
+            self._sink,
             self.schema,
             compression="zstd",
             write_page_index=True,
@@ -191,9 +194,10 @@ class PieceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        with self._sink:
+            if kind is None:
+                self._flush()
+            self._writer.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Appends rows."""
@@ -209,6 +213,7 @@ class PieceWriter:
         if self._held:
             table = pa.Table.from_batches(self._held, self.schema)
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+            self._sink.check()
         self._held, self._bytes, self._rows = [], 0, 0
 
 

@@ -32,6 +32,7 @@ from siftline.dedup.engine import Engine, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.disk import writing
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
@@ -322,7 +323,7 @@ def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> It
     if others and MANIFEST not in there:
         raise ValueError(f"{folder} holds {min(others)}, not an index: name an empty folder")
     warn_if_shared(folder)
-    with held(folder / LOCK, str(folder), wait=False):
+    with held(folder / LOCK, str(folder), wait=False), writing(folder):
         yield Index(folder, settings, keep, text_column)
 
 

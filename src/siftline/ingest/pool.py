@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline import schema
+from siftline.disk import writing
 from siftline.ingest.readers import Source, fingerprint, read_sources
 from siftline.locks import held
 from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
@@ -191,7 +192,7 @@ def _sole_builder(folder: Path) -> Iterator[Path]:
 
     The lock belongs to the process, so that of a killed one is free at once.
     """
-    with held(folder / ".lock", str(folder), wait=True):
+    with held(folder / ".lock", str(folder), wait=True), writing(folder):
         for left in (*folder.glob(".*.parquet*"), *folder.glob(".manifest.json.*")):  # by a kill
             left.unlink()
         scratch = folder / ".scratch"

@@ -19,6 +19,9 @@ Detail = Literal["entropy", "top1", "pooled"]
 DETAILS: tuple[Detail, ...] = ("entropy", "top1", "pooled")
 """What `Engine.inspect` may be asked for beside the log-probabilities."""
 
+PICKLED = ("pytorch_model", "adapter_model", "model", "consolidated")
+"""Beginnings of the names of weights that are pickles; `training_args.bin` is none."""
+
 NO_SCORES = "no_scores"
 """Reason of a row that an engine answered without numbers."""
 
@@ -342,11 +345,28 @@ def positions(span: Span) -> np.ndarray:
     return np.concatenate([np.arange(start, end) for start, end in pairs])
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuses a model, or an adapter, whose weights are there as pickles alone.
+
+    Raises:
+        ValueError: naming the file and what to do.
+    """
+    pickled = [p for end in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(end))]
+    weights = [p for p in pickled if p.name.startswith(PICKLED)]
+    if weights and not any(folder.glob("*.safetensors")):
+        what = "an adapter" if weights[0].name.startswith("adapter") else "a model"
+        raise ValueError(
+            f"{str(weights[0])!r} is {what} as a pickle, which may run code when it is loaded: "
+            "convert to safetensors (load it where you trust it, save_pretrained it again)"
+        )
+
+
 def check_directory(spec: ModelSpec) -> Path:
     """Returns the model directory of `spec`.
 
     Raises:
-        ValueError: if it, or the adapter's, is not a local directory with its config file.
+        ValueError: if it, or the adapter's, is not a local directory with its config file, or has
+            its weights as a pickle.
     """
     needed = {"sentence-transformers": "modules.json", "server": "tokenizer.json"}
     wanted = [(spec.path, needed.get(spec.engine, "config.json"))]
@@ -360,6 +380,7 @@ def check_directory(spec: ModelSpec) -> Path:
             )
         if not (Path(path).expanduser() / config).is_file():
             raise ValueError(f"{path!r} has no {config}: name the folder that holds that file")
+        refuse_pickles(Path(path).expanduser())
     return Path(spec.path).expanduser()
 
 
