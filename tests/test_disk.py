@@ -92,6 +92,8 @@ WRITERS = {
     "parquet": lambda path: pq.write_table(NOISE, path),
     "polars": lambda path: pl.from_arrow(NOISE).write_parquet(path),
     "numpy": lambda path: np.save(path.with_suffix(".npy"), NOISE["a"].to_numpy()),
+    "numpy's map": lambda path: np.memmap(path, np.uint8, "w+", shape=(3_000_000,)).fill(1),
+    "numpy's file": lambda path: NOISE["a"].to_numpy().tofile(path),
     "text": lambda path: path.write_bytes(b"x" * 3_000_000),
     "safetensors": by_safetensors,
     "torch": by_torch,

@@ -18,7 +18,9 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {"config", "progress", "schema", "scratch", "shards", "spool", "workspace"}
+LEAVES = {
+    "config", "disk", "locks", "progress", "schema", "scratch", "shards", "spool", "workspace",
+}  # fmt: skip
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe", "library", "sections"}
@@ -27,23 +29,25 @@ BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "config": set(),
+    "disk": set(),
+    "locks": set(),
     "progress": set(),
-    "schema": set(),
+    "schema": {"kernels"},
     "scratch": set(),
-    "shards": set(),
+    "shards": {"disk"},
     "workspace": set(),
     "spool": {"kernels", "schema", "shards"},
     "journal": set(),
-    "namespace": {"journal", "shards"},
+    "namespace": {"journal", "locks", "shards"},
     "store": {"journal", "namespace", "schema", "shards"},
     "cache": {"namespace"},
     "terminal": {"progress"},
-    "ingest": {"schema", "shards"},
+    "ingest": {"disk", "locks", "schema", "shards"},
     "kernels": set(),
-    "dedup": {"kernels", "progress", "shards"},
+    "dedup": {"disk", "kernels", "locks", "progress", "shards"},
     "selectors": {"config", "kernels", "schema"},
     "scoring": {"kernels", "selectors", "schema", "shards", "store"},
-    "training": {"kernels", "selectors", "scoring", "schema", "shards", "store"},
+    "training": {"disk", "kernels", "selectors", "scoring", "schema", "shards", "store"},
     "ledger": {"schema", "shards", "selectors"},
     "sections": {"ingest", "scoring", "training"},
     "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},

@@ -33,7 +33,10 @@ _REMEDIES = {
 }
 _SAME = {errno.EDQUOT: errno.ENOSPC, errno.EPERM: errno.EACCES}
 _SAID = (
-    (errno.ENOSPC, r"no space left|os error 28\b|disk is full|storagefull|quota exceeded"),
+    (
+        errno.ENOSPC,
+        r"no space left|not enough free space|os error 28\b|disk is full|quota exceeded",
+    ),
     (errno.EROFS, r"read-only file system|os error 30\b|readonly database"),
     (errno.EACCES, r"permission denied|os error 13\b"),
     (errno.EFBIG, r"file too large|os error 27\b"),

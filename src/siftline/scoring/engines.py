@@ -12,15 +12,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from siftline.scoring.weights import refuse_pickles
+
 EngineName = Literal["transformers", "vllm", "server", "sentence-transformers"]
 ENGINES: tuple[EngineName, ...] = ("transformers", "vllm", "server", "sentence-transformers")
 
 Detail = Literal["entropy", "top1", "pooled"]
 DETAILS: tuple[Detail, ...] = ("entropy", "top1", "pooled")
 """What `Engine.inspect` may be asked for beside the log-probabilities."""
-
-PICKLED = ("pytorch_model", "adapter_model", "model", "consolidated")
-"""Beginnings of the names of weights that are pickles; `training_args.bin` is none."""
 
 NO_SCORES = "no_scores"
 """Reason of a row that an engine answered without numbers."""
@@ -343,22 +342,6 @@ def positions(span: Span) -> np.ndarray:
     """Positions of the tokens in a span, int64, rising."""
     pairs = zip(span[::2], span[1::2], strict=True)
     return np.concatenate([np.arange(start, end) for start, end in pairs])
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Refuses a model, or an adapter, whose weights are there as pickles alone.
-
-    Raises:
-        ValueError: naming the file and what to do.
-    """
-    pickled = [p for end in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(end))]
-    weights = [p for p in pickled if p.name.startswith(PICKLED)]
-    if weights and not any(folder.glob("*.safetensors")):
-        what = "an adapter" if weights[0].name.startswith("adapter") else "a model"
-        raise ValueError(
-            f"{str(weights[0])!r} is {what} as a pickle, which may run code when it is loaded: "
-            "convert to safetensors (load it where you trust it, save_pretrained it again)"
-        )
 
 
 def check_directory(spec: ModelSpec) -> Path:
