@@ -19,10 +19,10 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
 LEAVES = {
-    "config", "progress", "published", "schema", "scratch", "shards", "spool", "verified",
-    "workspace",
+    "config", "disk", "locks", "progress", "published", "schema", "scratch", "shards", "spool",
+    "verified", "workspace",
 }  # fmt: skip
-DATA_IN = {"published", "schema", "shards", "verified"}
+DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe", "library", "sections"}
@@ -31,16 +31,18 @@ BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "config": set(),
+    "disk": set(),
+    "locks": set(),
     "progress": set(),
-    "schema": set(),
+    "schema": {"kernels"},
     "scratch": set(),
-    "shards": {"verified"},
+    "shards": {"disk", "verified"},
     "verified": set(),
     "published": {"verified"},
     "workspace": set(),
     "spool": {"kernels", "schema", "shards"},
     "journal": {"verified"},
-    "namespace": {"journal", "shards", "verified"},
+    "namespace": {"journal", "locks", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
     "cache": {"namespace"},
     "terminal": {"progress"},

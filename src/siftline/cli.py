@@ -53,9 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def guarded(body: Callable[[], Any]) -> None:
     """Runs `body`; user errors become one line on stderr and exit status 1."""
+    from siftline.disk import check_temporary, explained
+
     try:
+        check_temporary()
         body()
-    except (ValueError, OSError) as error:
+    except Exception as found:
+        error = explained(found) or found
+        if not isinstance(error, ValueError | OSError):
+            raise
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
 

@@ -30,6 +30,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.journal import Frames, scan_journal
+from siftline.locks import Held, take
 from siftline.shards import PartWriter, content_hash, no_rows, sync, write_json
 from siftline.verified import AlteredError, conform, named_hash, read_parquet
 
@@ -162,9 +163,9 @@ class NamespaceFolder:
                 self.create()  # another process may have removed the namespace meanwhile
             with path.open("a") as handle:
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    raise InUseError(f"{path} is held by a running process: wait for it") from None
+                    take(handle, path, str(path), wait=wait, say=logger.info)
+                except Held as error:
+                    raise InUseError(str(error)) from None
                 if _is_at(handle.fileno(), path):
                     yield
                     return

@@ -8,12 +8,13 @@ input orders. Identical input rows get identical ids, which is what lets ingesti
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+
+from siftline.kernels.normalization import normalized
 
 ROLES = ("system", "user", "assistant", "tool")
 HALF_ID = 20
@@ -74,7 +75,7 @@ def messages_type() -> pl.DataType:
 
 def canonical_text(text: str) -> str:
     """Returns `text` in NFC, with Unix line ends and no white space around it."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    return normalized("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
 def message(role: str, content: str | None, **extra: str | None) -> dict[str, str | None]:

@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import Sink, writing
 from siftline.verified import (
     RERUN,
     AlteredError,
@@ -56,15 +57,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
@@ -79,12 +81,18 @@ def building(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is immutable: publish under another name")
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    with writing(final), _built(final, temporary):
+        yield temporary
+
+
+@contextmanager
+def _built(final: Path, temporary: Path) -> Iterator[None]:
+    final.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run with the same process id
     temporary.mkdir()
     try:
-        yield temporary
+        yield
         for folder, _, files in os.walk(temporary):
             for name in files:
                 sync(Path(folder) / name)
@@ -143,8 +151,9 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     """
     with (
         _replacing(path) as temporary,
+        Sink(temporary) as sink,
         pq.ParquetWriter(
-            temporary,
+            sink,
             table.schema,
             compression="zstd",
             write_page_index=True,
@@ -154,6 +163,7 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     ):
         for piece in _slices(table.combine_chunks(), row_group_bytes):
             writer.write_table(piece, row_group_size=max(1, piece.num_rows))
+            sink.check()
 
 
 @dataclass(frozen=True)

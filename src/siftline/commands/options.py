@@ -89,11 +89,13 @@ def lines_beside_a_run() -> Iterator[Callable[[str], None]]:
 
 def named_recipe(name: str, overrides: Sequence[str]) -> "Recipe":
     """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
-    from siftline.library import find
+    from siftline.library import find, recipe_files
     from siftline.recipe import load
 
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, no recipe: name a YAML file in it")
         loaded = load(path, overrides)
         if path.suffix != ".yaml" or path.stem != loaded.name:
             raise ValueError(f"{path.name}: call the file {loaded.name}.yaml, as the recipe's name")
@@ -101,4 +103,6 @@ def named_recipe(name: str, overrides: Sequence[str]) -> "Recipe":
         folders = [str(path.resolve().parent), *([known] if known else [])]
         os.environ["SIFTLINE_RECIPES"] = os.pathsep.join(folders)
         return loaded
+    if path.is_dir() and name not in recipe_files():
+        raise ValueError(f"{path} is a folder, no recipe: name a YAML file in it")
     return find(name, overrides)

@@ -6,7 +6,6 @@ off the memory; it goes once the tables are there. The store stays: the next run
 asks the model nothing, and a killed one is taken up where it was.
 """
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import check_folder, writing
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
+from siftline.locks import held
 from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.scoring.likelihood import Likelihood
@@ -123,11 +124,8 @@ def claimed(out: Path) -> Iterator[None]:
     if other or (there and MARK not in there):
         raise ValueError(f"{out} holds {(other or there)[0]}, not from here: name an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / MARK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being written by another run: wait for it") from None
+    check_folder(out)
+    with held(out / MARK, str(out), wait=False), writing(out):
         for name in there:
             if name.startswith(written):
                 (out / name).unlink()

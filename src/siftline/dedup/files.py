@@ -11,6 +11,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import Sink
 from siftline.published import confirm_inputs
 
 PIECE_BYTES = 32 << 20
@@ -220,8 +221,9 @@ class PieceWriter:
     _rows: int = 0
 
     def __enter__(self) -> "PieceWriter":
+        self._sink = Sink(self.path)
         self._writer = pq.ParquetWriter(
-            self.path,
+            self._sink,
             self.schema,
             compression="zstd",
             write_page_index=True,
@@ -235,9 +237,10 @@ class PieceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        with self._sink:
+            if kind is None:
+                self._flush()
+            self._writer.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Appends rows."""
@@ -253,6 +256,7 @@ class PieceWriter:
         if self._held:
             table = pa.Table.from_batches(self._held, self.schema)
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+            self._sink.check()
         self._held, self._bytes, self._rows = [], 0, 0
 
 

@@ -15,7 +15,6 @@ both. The decisions are those of doing everything at once in the order the files
 removed, added or read before everything that the manifest names is what it was (`_confirm`).
 """
 
-import fcntl
 import hashlib
 import io
 import os
@@ -37,10 +36,12 @@ from siftline.dedup.engine import Engine, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.disk import writing
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
 from siftline.kernels.texts import Texts
+from siftline.locks import held, warn_if_shared
 from siftline.shards import file_hash, write_json, write_parquet
 from siftline.verified import (
     AlteredError,
@@ -368,11 +369,8 @@ def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> It
     others = {name for name in there - {LOCK, SETS} if not _OURS.fullmatch(name)}
     if others and MANIFEST not in there:
         raise ValueError(f"{folder} holds {min(others)}, not an index: name an empty folder")
-    with (folder / LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run: wait for it") from None
+    warn_if_shared(folder)
+    with held(folder / LOCK, str(folder), wait=False), writing(folder):
         yield Index(folder, settings, keep, text_column)
 
 

@@ -21,6 +21,7 @@ from siftline.dedup.index import opened
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.disk import need
 from siftline.kernels.keep import Keep
 from siftline.kernels.spill import Keys, values_room
 from siftline.kernels.texts import Texts
@@ -98,6 +99,8 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
             too many rows resemble each other.
     """
     claim(job.out)
+    given = sum(Path(name).stat().st_size for name in job.files if Path(name).is_file())
+    need(job.out, given // 4, "the output")  # kept and removed rows, packed at their best
     clock = Clock()
     with building(job.out) as folder, Engine(job.settings) as engine:
         scratch = folder / SCRATCH

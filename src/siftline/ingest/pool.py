@@ -6,7 +6,6 @@ holds. A bucket that did not change keeps its files; one that only grew gets a d
 else gets a new base. The manifest comes last.
 """
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -18,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline import schema
+from siftline.disk import writing
 from siftline.ingest.readers import Source, fingerprint, read_sources
+from siftline.locks import held
 from siftline.shards import (
     Manifest,
     Part,
@@ -204,8 +205,7 @@ def _sole_builder(folder: Path) -> Iterator[Path]:
 
     The lock belongs to the process, so that of a killed one is free at once.
     """
-    with (folder / ".lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with held(folder / ".lock", str(folder), wait=True), writing(folder):
         for left in (*folder.glob(".*.parquet*"), *folder.glob(".manifest.json.*")):  # by a kill
             left.unlink()
         scratch = folder / ".scratch"

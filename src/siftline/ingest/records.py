@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -21,11 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.ingest.files import InputFile, load_dataset
+from siftline.ingest.limits import (
+    FILE_BYTES,
+    RECORD_BYTES,
+    TOO_LONG,
+    bounded_lines,
+    record_fault,
+)
 
 EXCERPT = 200
 """Characters of a record that quarantine keeps."""
 _ROWS = 256  # rows decoded at once; long conversations make more of them costly
-_CSV_FIELD = 64 << 20  # characters; an unclosed quote stops here instead of eating the file
+_CSV_FIELD = RECORD_BYTES  # characters; an unclosed quote stops here instead of eating the file
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,17 @@ def read_records(file: InputFile) -> Iterator[Record | Fault]:
     with _whole_file_faults(file):
         for item in _READERS[file.format](file):
             count += 1
-            yield item
+            yield _within_limits(item)
     if not count:
         raise EmptyFile(file.path)
+
+
+def _within_limits(item: Record | Fault) -> Record | Fault:
+    reason = record_fault(item.value) if isinstance(item, Record) else None
+    if reason is None:
+        return item
+    assert isinstance(item, Record)
+    return Fault(item.line, reason, excerpt(", ".join(item.value)))
 
 
 def excerpt(value: object) -> str:
@@ -100,8 +115,10 @@ def _whole_file_faults(file: InputFile) -> Iterator[None]:
 
 def _read_jsonl(file: InputFile) -> Iterator[Record | Fault]:
     with _utf8_bytes(file) as stream:
-        for line, raw in enumerate(stream, start=1):
-            if raw.strip():
+        for line, raw, reason in bounded_lines(stream):
+            if reason is not None:
+                yield Fault(line, reason, excerpt(raw))
+            elif raw.strip():
                 yield _parse_line(line, raw)
 
 
@@ -125,7 +142,13 @@ def _read_json(file: InputFile) -> Iterator[Record | Fault]:
         return
     with _utf8_bytes(file) as stream:
         # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
-        text = stream.read().decode("utf-8", "surrogateescape")
+        raw = stream.read(FILE_BYTES + 1)
+        if len(raw) > FILE_BYTES:
+            raise ValueError(
+                f"{file.path}: one JSON array of more than {FILE_BYTES:,} bytes, which has to be "
+                "in memory whole: write one object a line (format jsonl)"
+            )
+        text = raw.decode("utf-8", "surrogateescape")
     if not text.strip():
         return
     try:
@@ -144,7 +167,10 @@ def _read_json(file: InputFile) -> Iterator[Record | Fault]:
 def _holds_lines(file: InputFile) -> bool:
     """Whether a `.json` file is in truth JSONL, as many published ones are."""
     with _utf8_bytes(file) as stream:
-        first = next((raw for raw in stream if raw.strip()), b"")
+        found = ((raw, reason) for _, raw, reason in bounded_lines(stream) if raw.strip())
+        first, reason = next(found, (b"", None))
+    if reason is not None:  # an object all the same, if one that can't be read
+        return first.lstrip().startswith(b"{")
     return first.lstrip().startswith(b"{") and isinstance(_parse_line(1, first), Record)
 
 
@@ -155,7 +181,7 @@ def _read_csv(file: InputFile) -> Iterator[Record | Fault]:
         text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
         last = [""]
         # Strict: a broken quote is an error, not a guess.
-        rows = csv.reader(_remember(text, last), strict=True)
+        rows = csv.reader(_Lines(text, last), strict=True)
         try:
             header = next(rows, None)
         except csv.Error as error:
@@ -171,17 +197,41 @@ def _read_csv(file: InputFile) -> Iterator[Record | Fault]:
                 return
             except csv.Error as error:
                 line += 1
-                yield Fault(line, "invalid_csv", excerpt(f"{error}: {last[0]}"))
+                reason = TOO_LONG if isinstance(error, LongLine) else "invalid_csv"
+                yield Fault(line, reason, excerpt(f"{error}: {last[0]}"))
                 continue
             if fields:
                 line += 1
                 yield _csv_record(line, header, fields)
 
 
-def _remember(lines: Iterable[str], last: list[str]) -> Iterator[str]:
-    """Passes lines on and keeps the newest in `last`, for the excerpt of a broken row."""
-    for last[0] in lines:
-        yield last[0]
+class LongLine(csv.Error):
+    """A line of a CSV file that is not read to its end."""
+
+
+class _Lines:
+    """Passes lines on and keeps the newest in `last`, for the excerpt of a broken row.
+
+    No generator: it goes on behind a line that it refuses.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, last: list[str]) -> None:
+        self._text, self._last = text, last
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(RECORD_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self._last[0] = line
+        if len(line) > RECORD_BYTES:
+            self._last[0] = line[:EXCERPT]
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(1 << 20)
+            raise LongLine(f"a line of more than {RECORD_BYTES:,} characters")
+        return line
 
 
 def _csv_record(line: int, header: list[str], fields: list[str]) -> Record | Fault:

@@ -7,7 +7,8 @@ word problem template are told apart however similar the words around the number
 """
 
 import re
-import unicodedata
+
+from siftline.kernels.normalization import normalized
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 # Scripts written without spaces: each character is a word, or a whole sentence would be one.
@@ -26,7 +27,7 @@ _NUMBER_WORDS = frozenset(
 
 def plain(text: str) -> str:
     """Folds compatibility forms (NFKC), case and runs of white space; keeps punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(normalized("NFKC", text).casefold().split())
 
 
 def words(text: str) -> str:
@@ -34,7 +35,7 @@ def words(text: str) -> str:
 
     Numbers stay as words. Han and kana characters count as one word each.
     """
-    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(_WORD.findall(normalized("NFKC", text).casefold()))
 
 
 def numbers(plain_text: str) -> tuple[str, ...]:

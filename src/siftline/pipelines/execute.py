@@ -17,6 +17,8 @@ from typing import Any
 
 import dagster as dg
 
+from siftline.disk import ROOT_BYTES, check_folder, need, writing
+from siftline.locks import held, warn_if_shared
 from siftline.recipe import Recipe
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
@@ -50,9 +52,18 @@ def instance_settings() -> Path:
 def prepare_home(workspace: Workspace) -> Path:
     """Makes the instance folder, with the settings file where there is none yet."""
     home = workspace.dagster_home
-    home.mkdir(parents=True, exist_ok=True)
-    if not (home / "dagster.yaml").exists():
-        shutil.copyfile(instance_settings(), home / "dagster.yaml")
+    check_folder(home)
+    need(workspace.root, ROOT_BYTES, "a run")
+    warn_if_shared(home)
+    settings, made = home / "dagster.yaml", home / ".made"
+    if made.exists() and settings.exists():
+        return home
+    # Two first runs at once would both create the databases' tables.
+    with held(home / ".lock", str(home), wait=True), writing(home):
+        if not settings.exists():
+            shutil.copyfile(instance_settings(), settings)
+        with dg.DagsterInstance.from_config(str(home)):
+            made.touch()
     return home
 
 
@@ -128,7 +139,12 @@ def run_recipe(
         BORN_TAG: _born(os.getpid()) or "unknown",
         NAME_TAG: uuid.uuid4().hex,
     }
-    with dg.DagsterInstance.get() as instance:
+    home = workspace.dagster_home
+    with (
+        writing(home),
+        held(home / f".{recipe.name}.lock", f"recipe {recipe.name}", wait=True, say=say),
+        dg.DagsterInstance.get() as instance,
+    ):
         for dead in bury_dead_runs(instance):
             say(f"run {dead[:8]} was killed: marked failed, its slots freed")
         watcher = _Watcher(instance, tags, say)

@@ -132,7 +132,7 @@ def directory_digest(folder: Path) -> str:
     confirm_files(folder)
     files = _model_files(folder)
     if not _has_weights(files):
-        raise ValueError(f"{str(folder)!r} has no weights: expected a .safetensors or .bin file")
+        raise ValueError(f"{str(folder)!r} has no weights: expected a .safetensors file")
     return _digest_files(folder, files)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.scoring.template_limits import apply_chat_template
 
 QUESTION_ANSWER = (
     "{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
@@ -100,14 +101,14 @@ def render(
 
     Raises:
         jinja2.TemplateError: if the template refuses the conversation (say, roles that do not
-            alternate).
+            alternate), or takes more steps than `template_limits.STEPS`.
     """
-    text = tokenizer.apply_chat_template(
+    text = apply_chat_template(
+        tokenizer,
         [_template_message(message) for message in messages],
         tools=json.loads(tools) if tools else None,
         chat_template=chat_template_of(tokenizer, template),
         add_generation_prompt=generation_prompt,
-        tokenize=False,
     )
     assert isinstance(text, str)
     return text

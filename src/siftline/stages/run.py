@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from siftline.disk import writing
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
 from siftline.recipe import Recipe, Stage, scorers_read
@@ -262,7 +263,7 @@ def run_stage(
     if found is not None:
         return found, False
     pool = Pool(workspace.pool(recipe.pool.name))
-    with engines() as opened:
+    with engines() as opened, writing(workspace.stage(recipe.name, name)):
         context = Context(workspace, recipe, stage, pool, before, opened, emit)
         rows_in = sum(len(context.in_play(bucket)) for bucket in context.buckets)
         if not rows_in:

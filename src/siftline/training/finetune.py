@@ -26,6 +26,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import check_folder, need, writing
 from siftline.schema import digest
 from siftline.scoring.fingerprint import RETRAIN, confirm_files, record_files
 from siftline.selectors.selection import DECISION
@@ -225,10 +226,13 @@ def finetune(
     if done is not None:
         confirm_files(out)
         return _result(out, done)
+    check_folder(out)
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    need(out, weights, "the trained model")
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
     checkpoint = last_checkpoint(checkpoints)
-    with _memory_remedy(config, schedule):
+    with writing(out), _memory_remedy(config, schedule):
         trainer = _trainer(base, config, seed, arguments, tokenizer, passes, watched, progress)
         if config.report_to == "tensorboard" and trainer.is_world_process_zero():
             trainer.add_callback(_tensorboard(out / "runs"))
@@ -242,7 +246,8 @@ def finetune(
     facts["packed"] = trainer.unpacked_because or "yes"
     facts["kept_step"] = trainer.keep()
     trainer.accelerator.wait_for_everyone()  # the first process removes the checkpoints
-    export(trainer, tokenizer, base, out)
+    with writing(out):
+        export(trainer, tokenizer, base, out)
     if trainer.is_world_process_zero():
         curve = _curve(trainer.state.log_history, schedule)
         write_record(out, curve, schedule.rows.skipped, facts, config)
