@@ -1,4 +1,4 @@
-"""Files of each format into records, one at a time, with what can't be read told apart.
+"""The one reader: files of each format into records, with what can't be read told apart.
 
 A record that can't be read is a `Fault` and reading goes on; a file that can't be read is a
 ValueError that names it and the remedy. JSONL, CSV, Parquet and Arrow are streamed: one line or one
@@ -11,29 +11,36 @@ may span lines and the binary formats have none.
 import csv
 import io
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.ingest.files import InputFile, load_dataset
+from siftline.ingest.parse import Unparsable, parse_record, parse_text, whole_text
+
+logger = logging.getLogger(__name__)
 
 EXCERPT = 200
 """Characters of a record that quarantine keeps."""
 _ROWS = 256  # rows decoded at once; long conversations make more of them costly
 _CSV_FIELD = 64 << 20  # characters; an unclosed quote stops here instead of eating the file
+_SEPARATORS = (",", ";", "\t", "|")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its line or row number from 1, and its columns."""
+    """One record: its line or row number from 1, its columns, and how many keys were repeated."""
 
     line: int
     value: dict[str, Any]
+    repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,10 @@ def _read_jsonl(file: InputFile) -> Iterator[Record | Fault]:
 
 def _parse_line(line: int, raw: bytes) -> Record | Fault:
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Fault(line, "invalid_utf8", excerpt(raw))
-    except (ValueError, RecursionError):
-        return Fault(line, "invalid_json", excerpt(raw))
-    return Record(line, value) if isinstance(value, dict) else _no_object(line, value)
+        value, repeated = parse_record(raw)
+    except Unparsable as error:
+        return Fault(line, error.reason, excerpt(raw))
+    return Record(line, value, repeated) if isinstance(value, dict) else _no_object(line, value)
 
 
 def _no_object(line: int, value: object) -> Fault:
@@ -124,21 +129,34 @@ def _read_json(file: InputFile) -> Iterator[Record | Fault]:
         yield from _read_jsonl(file)
         return
     with _utf8_bytes(file) as stream:
-        # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
-        text = stream.read().decode("utf-8", "surrogateescape")
-    if not text.strip():
+        raw = stream.read()
+    if not raw.strip():
         return
+    values, repeated = _parse_array(file, raw)
+    for line, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            yield _no_object(line, value)
+        elif not whole_text(value):
+            yield Fault(line, "invalid_utf8", excerpt(value))
+        else:
+            yield Record(line, value, repeated if line == 1 else 0)
+
+
+def _parse_array(file: InputFile, raw: bytes) -> tuple[list[Any], int]:
+    """A whole file's array; repeated keys are counted for all of its records together."""
+    # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: no valid JSON ({error}); correct or rewrite it") from error
+        values, repeated = parse_text(raw.decode("utf-8", "surrogateescape"))
+    except Unparsable as error:
+        raise ValueError(
+            f"{file.path}: no valid JSON ({error.__cause__}); correct or rewrite it"
+        ) from error
     if not isinstance(values, list):
         raise ValueError(
             f"{file.path}: a JSON file must hold one array of objects, or one object a line "
             f"(format jsonl); it holds {type(values).__name__}"
         )
-    for line, value in enumerate(values, start=1):
-        yield Record(line, value) if isinstance(value, dict) else _no_object(line, value)
+    return values, repeated
 
 
 def _holds_lines(file: InputFile) -> bool:
@@ -153,9 +171,12 @@ def _read_csv(file: InputFile) -> Iterator[Record | Fault]:
     csv.field_size_limit(max(_CSV_FIELD, csv.field_size_limit()))
     with _utf8_bytes(file) as stream:
         text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
+        first = text.readline()
         last = [""]
+        separator = _separator(file, first)
         # Strict: a broken quote is an error, not a guess.
-        rows = csv.reader(_remember(text, last), strict=True)
+        lines = _remember(chain([first] if first else [], text), last)
+        rows = csv.reader(lines, strict=True, delimiter=separator)
         try:
             header = next(rows, None)
         except csv.Error as error:
@@ -184,11 +205,26 @@ def _remember(lines: Iterable[str], last: list[str]) -> Iterator[str]:
         yield last[0]
 
 
+def _separator(file: InputFile, header: str) -> str:
+    """What parts the fields: the comma, unless the header has none and another mark parts it."""
+    cut = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in _SEPARATORS}
+    if cut[","] > 1:
+        return ","
+    found = max(_SEPARATORS, key=lambda mark: cut[mark])
+    if cut[found] < 2:
+        return ","
+    logger.info("%s: its fields are parted by %r", file.path, found)
+    return found
+
+
 def _csv_record(line: int, header: list[str], fields: list[str]) -> Record | Fault:
+    if len(fields) == len(header) + 1 and not fields[-1]:  # a mark behind the last field, too
+        fields = fields[:-1]
     if len(fields) != len(header):
         reason = "too_many_fields" if len(fields) > len(header) else "too_few_fields"
         return Fault(line, reason, excerpt(",".join(fields)))
-    return Record(line, dict(zip(header, fields, strict=True)))
+    value = dict(zip(header, fields, strict=True))
+    return Record(line, value) if whole_text(fields) else Fault(line, "invalid_utf8", excerpt(value))
 
 
 def _read_parquet(file: InputFile) -> Iterator[Record | Fault]:
