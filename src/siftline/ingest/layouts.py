@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from siftline.ingest.meanings import check_of, filled, truth
 from siftline.ingest.plans import Plan, plan_for
 from siftline.ingest.turns import (
@@ -441,7 +443,15 @@ def _leftover(
     elif rejected:
         rest["label"] = False
     rest = plain({**rest, **draft.unused})
-    return (to_json(rest) if rest else None), tuple(dict.fromkeys(aside))
+    return (_compact(rest) if rest else None), tuple(dict.fromkeys(aside))
+
+
+def _compact(rest: dict[str, Any]) -> str:
+    """JSON with sorted keys; of what nothing is hashed from, so the fast library may write it."""
+    try:
+        return orjson.dumps(rest, option=orjson.OPT_SORT_KEYS).decode()
+    except TypeError:  # whole numbers of more than 64 bits; half surrogates are found later
+        return to_json(rest)
 
 
 _READERS: dict[str, Callable[[_Fields], list[Draft | str]]] = {

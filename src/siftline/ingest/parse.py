@@ -6,13 +6,13 @@ no file could hold it, so its record is refused.
 """
 
 import json
-import re
 from typing import Any
 
 import orjson
 
-_LONG = re.compile(rb"[0-9]{20}")
-"""Whole numbers that orjson could make floats of."""
+_HUGE = 9.2e18
+"""From here on a float may have been a whole number of more than 64 bits."""
+_ODD = -(1 << 62)
 
 
 class Unparsable(ValueError):
@@ -39,7 +39,7 @@ def parse_record(raw: bytes) -> tuple[Any, int]:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return _parse_slowly(raw)
-    if _LONG.search(raw) or _keys_written(raw) != _keys(value):
+    if _keys_written(raw) != _keys(value):
         return _parse_slowly(raw)
     return value, 0
 
@@ -95,10 +95,17 @@ def _keys_written(raw: bytes) -> int:
 
 
 def _keys(value: Any) -> int:
-    """Keys of all objects within a value."""
+    """Keys of all objects within a value; a number that nothing equals where a float is huge."""
     if type(value) is dict:
-        inner = [v for v in value.values() if type(v) is list or type(v) is dict]
-        return len(value) + (sum(map(_keys, inner)) if inner else 0)
-    if type(value) is list and value and type(value[0]) in (dict, list):
-        return sum(map(_keys, value))
-    return 0
+        count, items = len(value), value.values()
+    elif type(value) is list:
+        count, items = 0, value
+    else:
+        return 0 if type(value) is not float or abs(value) < _HUGE else _ODD
+    for item in items:
+        kind = type(item)
+        if kind is dict or kind is list:
+            count += _keys(item)
+        elif kind is float and not -_HUGE < item < _HUGE:
+            return _ODD
+    return count

@@ -134,7 +134,7 @@ def read_turns(value: object) -> tuple[list[Turn], dict[str, Any]]:
         raise Unreadable("wrong_type")
     turns, unused = [], {}
     for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping):
+        if type(turn) is not dict and not isinstance(turn, Mapping):
             raise Unreadable("wrong_type")
         read, rest = _read_turn(turn)
         turns.append(read)
@@ -189,6 +189,10 @@ def _checked(turn: Turn) -> Turn:
 
 
 def _read_turn(turn: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
+    if len(turn) == 2:  # as most are
+        text, role = turn.get("content"), _ROLES.get(turn.get("role"))  # type: ignore[arg-type]
+        if role is not None and isinstance(text, str) and turn["role"] not in _CALL_ROLES:
+            return _checked(message(role, text)), {}
     named = _first(turn, "role", "from")
     if not isinstance(named, str):
         raise Unreadable("unknown_role" if named is None else "wrong_type")
@@ -321,7 +325,11 @@ def _listed(said: object) -> list[Any]:
 
 
 def _first(turn: Mapping[str, Any], *keys: str) -> Any:
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+    for key in keys:
+        value = turn.get(key)
+        if value is not None:
+            return value
+    return None
 
 
 def _parsed(text: str) -> Any:
