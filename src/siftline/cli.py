@@ -137,6 +137,7 @@ def summary(workspace: Workspace, recipe: Recipe) -> dict[str, Any]:
     return {
         "curated": str(folder),
         "report": str(page),
+        "inputs": numbers["inputs"],
         "rows": {stage.name: numbers["rows"][stage.name] for stage in recipe.stages},
         "accuracy": accuracy,
         "notes": numbers["notes"],
@@ -214,6 +215,8 @@ def status(root: Path, as_json: bool) -> None:
         click.echo(
             f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
         )
+        for line in pool["notes"]:
+            click.echo(f"  {line}")
     for line in coverage_text(said):
         click.echo(line)
     for recipe in said["recipes"]:

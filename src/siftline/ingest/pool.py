@@ -31,6 +31,9 @@ from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, r
 logger = logging.getLogger(__name__)
 
 ROWS, REJECTED, PROVENANCE, QUARANTINE = "rows", "rejected", "provenance", "quarantine"
+COUNTED = (ROWS, REJECTED, PROVENANCE, QUARANTINE)
+READING = ("set_aside", "reasons", "repeated_keys", "contradicting_labels")
+"""What `info` of a pool's manifest counts: lines of its tables, and what reading met with."""
 _SCHEMAS = {
     ROWS: schema.ROW,
     REJECTED: schema.ROW,

@@ -227,30 +227,43 @@ def _csv_record(line: int, header: list[str], fields: list[str]) -> Record | Fau
     return Record(line, value) if whole_text(fields) else Fault(line, "invalid_utf8", excerpt(value))
 
 
-def _read_parquet(file: InputFile) -> Iterator[Record | Fault]:
-    with file.open() as stream, pq.ParquetFile(stream) as parquet:
-        _check_names(file, parquet.schema_arrow.names)
-        yield from _records_of(parquet.iter_batches(batch_size=_ROWS))
+def _read_binary(file: InputFile) -> Iterator[Record | Fault]:
+    yield from _records_of(batches_of(file, _ROWS))
 
 
-def _read_arrow(file: InputFile) -> Iterator[Record | Fault]:
+BINARY = ("parquet", "arrow", "datasets")
+"""Formats that `batches_of` reads."""
+
+
+def batches_of(file: InputFile, rows: int = 1 << 16) -> Iterator[pa.RecordBatch]:
+    """Record batches of a file in a binary format, in the order rows are counted.
+
+    Args:
+        file: The file.
+        rows: Most rows of a batch, where the format is not cut into batches itself.
+
+    Raises:
+        ValueError: if two columns have one name, or one is no UTF-8.
+    """
+    if file.format == "datasets":
+        for table in load_dataset(file.source).iter(batch_size=min(rows, 1000)):
+            yield from table.to_batches()
+        return
     with file.open() as stream:
+        if file.format == "parquet":
+            with pq.ParquetFile(stream) as parquet:
+                _check_names(file, parquet.schema_arrow.names)
+                yield from parquet.iter_batches(batch_size=rows)
+            return
         # The IPC file format starts with this; what lacks it is the stream format.
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(stream)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            reader = pa.ipc.open_stream(stream)
-            batches = iter(reader)
+        reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
         _check_names(file, reader.schema.names)
-        yield from _records_of(batches)
-
-
-def _read_dataset(file: InputFile) -> Iterator[Record | Fault]:
-    tables = load_dataset(file.source).iter(batch_size=_ROWS)
-    yield from _records_of(batch for table in tables for batch in table.to_batches())
+        if is_file:
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            yield from reader
 
 
 def _records_of(batches: Iterator[pa.RecordBatch]) -> Iterator[Record | Fault]:
@@ -309,7 +322,5 @@ _READERS: dict[str, Callable[[InputFile], Iterator[Record | Fault]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
-    "datasets": _read_dataset,
+    **dict.fromkeys(BINARY, _read_binary),
 }

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from siftline import __version__, schema, shards
 from siftline.curated import resolve_latest
+from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
@@ -52,7 +53,8 @@ def write_report(
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
     context = final_context(workspace, recipe, done)
-    notes = _notes(done, accuracy)
+    inputs = _inputs(workspace, recipe)
+    notes = (*_inputs_said(inputs), *_notes(done, accuracy))
     page = render(
         Report(
             recipe=recipe.name,
@@ -78,6 +80,7 @@ def write_report(
     numbers: dict[str, Any] = {
         "recipe": recipe.name,
         "version": version,
+        "inputs": inputs,
         "rows": funnel(done),
         "facts": {stage.name: output.facts for stage, output in done},
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
@@ -85,6 +88,21 @@ def write_report(
     }
     shards.write_json(folder / f"{version}{suffix}.json", numbers)
     return folder / f"{version}{suffix}.html", numbers
+
+
+def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What became of the input rows of the pool and of each set, by its name."""
+    names = [recipe.pool.name, *(spec.name for _, spec in recipe.sets.items())]
+    found = {name: Pool(workspace.pool(name)).manifest.info for name in names}
+    return {
+        name: {key: info[key] for key in (*COUNTED, *READING) if key in info}
+        for name, info in found.items()
+    }
+
+
+def _inputs_said(inputs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """The same in words, as far as it is not plain."""
+    return tuple(f"pool {name}: {line}" for name, info in inputs.items() for line in notes_of(info))
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
