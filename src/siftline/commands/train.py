@@ -44,8 +44,8 @@ def train(
 ) -> None:
     """Fine-tune a model on CURATED and write a model directory.
 
-    CURATED is a published version, the folder of a recipe's versions (the newest is taken), any
-    folder of Parquet files, or Parquet files. Started again, it goes on from the last checkpoint.
+    CURATED is a published version, the folder of a recipe's versions (the newest is taken), or a
+    file or folder of any format that a recipe's pool reads. Started again, it goes on from the last checkpoint.
     For several devices start it as `torchrun --nproc-per-node N -m siftline.cli train ...`; to
     take one of several GPUs, set CUDA_VISIBLE_DEVICES.
     """
@@ -79,7 +79,7 @@ def train(
 
 
 def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
-    """Parquet files of the given places, and what they are called together.
+    """Files of the given places, and what they are called together.
 
     Raises:
         ValueError: if a place has none.
@@ -95,11 +95,15 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
         else:
             path = resolve_latest(path) if (path / "latest").exists() else path.resolve()
             folder = path / "data" if (path / "data").is_dir() else path
-            found = sorted(folder.glob("*.parquet"))
+            # What is no folder of Parquet, the reader of the rows knows.
+            there = folder.is_dir() and any(folder.iterdir())
+            found = sorted(folder.glob("*.parquet")) or ([folder] if there else [])
             version = folder.parent if folder.name == "data" else folder
             name = f"{version.parent.name}/{version.name}"
         if not found:
-            raise ValueError(f"{given} has no Parquet file: give a published version or Parquet")
+            raise ValueError(
+                f"{given} has no Parquet file: give a published version, or other files of rows"
+            )
         files += found
         names.append(name)
     return files, ", ".join(names)

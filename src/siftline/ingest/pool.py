@@ -90,6 +90,11 @@ class Pool:
         return self.manifest.version
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What reading met with, by the names of `READING`."""
+        return {key: self.manifest.info[key] for key in READING if key in self.manifest.info}
+
+    @property
     def buckets(self) -> int:
         """Number of id ranges."""
         return self.manifest.buckets
@@ -358,7 +363,7 @@ def _write(
     writer.add(QUARANTINE, 0, quarantine)
     parts = tuple(writer.parts)
     counts = {t: sum(p.rows for p in parts if p.table == t) for t in _SCHEMAS}
-    info = {"name": spec.name, "inputs": inputs, **counts, **notes.as_json()}
+    info = {"name": spec.name, "inputs": inputs, **counts, **notes.as_json(), "holds": spec.holds}
     named = version.hexdigest()
     if counts[REJECTED]:
         named = content_hash([named, of_rejected.hexdigest()])

@@ -84,7 +84,9 @@ def score_pool(
     found = table.found()
     if found is not None and not found.info["failed"]:
         return found, False
-    progress = Progress("likelihood", 2 * pool.manifest.rows("rows"), emit, "forward rows")
+    prompts = pool.manifest.info.get("holds") == "prompts"  # which have nothing to score
+    total_rows = 0 if prompts else 2 * pool.manifest.rows("rows")
+    progress = Progress("likelihood", total_rows, emit, "forward rows")
     recorders = opened.recorders(spec, store, progress.advance)
 
     def work(
@@ -93,7 +95,8 @@ def score_pool(
         with counted([recorder], 2 * rows.num_rows, progress.advance):
             return score_likelihood(recorder, bucket, rows, asked)
 
-    scored = over_buckets(recorders, by_store_bucket(pool.rows, pool.buckets), work)
+    buckets = iter(()) if prompts else by_store_bucket(pool.rows, pool.buckets)
+    scored = over_buckets(recorders, buckets, work)
     manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
     progress.close()
     return manifest, True
