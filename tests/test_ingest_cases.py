@@ -1,4 +1,4 @@
-"""Small files that once went wrong, each with what must come of it, and their siblings by chance."""
+"""Small files that once went wrong, each with what must come of it, and their siblings."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,12 @@ QA = [(U, "Q"), (A, "A")]
 GOOD_BAD = ([[(U, "Q"), (A, "good")]], [[(U, "Q"), (A, "bad")]], [], {})
 G_B = ([[(U, "Q"), (A, "g")]], [[(U, "Q"), (A, "b")]], [], {})
 WANTED = {
-    "alpaca_history": ([[(U, "first"), (A, "a1"), (U, "second"), (A, "a2"), (U, "third"), (A, "o")]], [], [], {}),
+    "alpaca_history": (
+        [[(U, "first"), (A, "a1"), (U, "second"), (A, "a2"), (U, "third"), (A, "o")]],
+        [],
+        [],
+        {},
+    ),
     "alpaca_leading_indent": ([[(U, "Complete\ndef f(a,b):"), (A, "    return a+b")]], [], [], {}),
     "axolotl_train_false": ([], [], [(1, "no_loss")], {}),
     "conversations_system_col": ([[(S, "S"), *QA]], [], [], {}),
@@ -40,10 +45,17 @@ WANTED = {
     "first_gpt": ([[(A, "Hello"), *QA]], [], [], {}),
     "hist": (
         [
-            [(U, "What is the capital of Norway?"), (A, "Oslo."), (U, "And its population?"), (A, "About 700 thousand.")],
+            [
+                (U, "What is the capital of Norway?"),
+                (A, "Oslo."),
+                (U, "And its population?"),
+                (A, "About 700 thousand."),
+            ],
             [(U, "And its population?"), (A, "About 700 thousand.")],
         ],
-        [], [], {},
+        [],
+        [],
+        {},
     ),
     "image": ([], [], [(1, "media"), (2, "media")], {}),
     "images_placeholder": ([], [], [(1, "media")], {}),
@@ -51,8 +63,17 @@ WANTED = {
     "metamath": ([[(U, "Q"), (A, "R")]], [], [], {"type": 1}),
     "num_answer": ([[(U, "2+2"), (A, "4")]], [], [], {}),
     "openai_legacy_function_call": (
-        [[(U, "weather?"), (A, "", PARIS % r'"{\"c\":\"Paris\"}"'), (T, "sunny", "w"), (A, "It is sunny")]],
-        [], [], {},
+        [
+            [
+                (U, "weather?"),
+                (A, "", PARIS % r'"{\"c\":\"Paris\"}"'),
+                (T, "sunny", "w"),
+                (A, "It is sunny"),
+            ]
+        ],
+        [],
+        [],
+        {},
     ),
     "openai_weight0_mid": ([[(U, "Q"), (A, "bad answer", 0), (U, "no"), (A, "good")]], [], [], {}),
     "reasoning_effort_kwargs": ([QA], [], [], {"chat_template_kwargs": 1}),
@@ -60,22 +81,49 @@ WANTED = {
     "system_mid": ([[(U, "Q"), (S, "S"), (A, "A")]], [], [], {}),
     "system_prompt_col": ([[(S, "S"), (U, "Q"), (A, "R")]], [], [], {}),
     "tool_call_id": (
-        [[(U, "Q"), (A, "", '[{"function":{"arguments":"{}","name":"f"},"id":"call_1","type":"function"}]'), (T, "1", "call_1"), (A, "A")]],
-        [], [], {},
+        [
+            [
+                (U, "Q"),
+                (
+                    A,
+                    "",
+                    '[{"function":{"arguments":"{}","name":"f"},"id":"call_1","type":"function"}]',
+                ),
+                (T, "1", "call_1"),
+                (A, "A"),
+            ]
+        ],
+        [],
+        [],
+        {},
     ),
     "trl_pref_conv_explicit": GOOD_BAD,
     "trl_pref_conv_implicit": GOOD_BAD,
     "trl_prompt_completion_conv": ([QA], [], [], {}),
     "trl_prompt_only": ([], [], [(1, "no_response")], {}),
     "trl_tool_calling": (
-        [[(U, "weather?"), (A, "", PARIS % '{"c":"Paris"}'), (T, "sunny", "w"), (A, "It is sunny")]],
-        [], [], {},
+        [
+            [
+                (U, "weather?"),
+                (A, "", PARIS % '{"c":"Paris"}'),
+                (T, "sunny", "w"),
+                (A, "It is sunny"),
+            ]
+        ],
+        [],
+        [],
+        {},
     ),
     "trl_unpaired_kto": GOOD_BAD,
     "two_users": ([[(U, "Q1"), (U, "Q2"), (A, "A")]], [], [], {}),
     "ultrafeedback": (*G_B[:3], {"messages": 1}),
-    "weight": ([[(U, "q"), (A, "a wrong reply", 0), (U, "again"), (A, "a right reply")]], [], [], {}),
-}  # fmt: skip
+    "weight": (
+        [[(U, "q"), (A, "a wrong reply", 0), (U, "again"), (A, "a right reply")]],
+        [],
+        [],
+        {},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -116,13 +164,46 @@ def turn(**more):
 SIBLINGS = [
     # (record, good rows, bad rows, reasons, set aside)
     ({"messages": LF}, [QA], [], [], {}),
-    ({"chosen_messages": LF, "rejected_messages": [LF[0], {**LF[1], "content": "b"}]}, [QA], [[(U, "Q"), (A, "b")]], [], {}),
-    ({"query": "Q", "response": "A", "history": [["q", "a"]], "system": "S"}, [[(S, "S"), (U, "q"), (A, "a"), *QA]], [], [], {}),
+    (
+        {"chosen_messages": LF, "rejected_messages": [LF[0], {**LF[1], "content": "b"}]},
+        [QA],
+        [[(U, "Q"), (A, "b")]],
+        [],
+        {},
+    ),
+    (
+        {"query": "Q", "response": "A", "history": [["q", "a"]], "system": "S"},
+        [[(S, "S"), (U, "q"), (A, "a"), *QA]],
+        [],
+        [],
+        {},
+    ),
     ({"messages": TURNS, "rejected_response": "b"}, [QA], [[(U, "Q"), (A, "b")]], [], {}),
     ({"instruction": "Q", "input": "", "output": ["A", "b"]}, [QA], [[(U, "Q"), (A, "b")]], [], {}),
-    ({"instruction": "Q", "chosen": "A", "rejected": "b", "history": [["q", "a"]]}, [[(U, "q"), (A, "a"), *QA]], [[(U, "q"), (A, "a"), (U, "Q"), (A, "b")]], [], {}),
-    ({"question": "Q", "chosen": "A", "rejected": "b", "system": "S"}, [[(S, "S"), *QA]], [[(S, "S"), (U, "Q"), (A, "b")]], [], {}),
-    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "kto_tag": False}, [], [QA], [], {}),
+    (
+        {"instruction": "Q", "chosen": "A", "rejected": "b", "history": [["q", "a"]]},
+        [[(U, "q"), (A, "a"), *QA]],
+        [[(U, "q"), (A, "a"), (U, "Q"), (A, "b")]],
+        [],
+        {},
+    ),
+    (
+        {"question": "Q", "chosen": "A", "rejected": "b", "system": "S"},
+        [[(S, "S"), *QA]],
+        [[(S, "S"), (U, "Q"), (A, "b")]],
+        [],
+        {},
+    ),
+    (
+        {
+            "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+            "kto_tag": False,
+        },
+        [],
+        [QA],
+        [],
+        {},
+    ),
     ({"messages": TURNS, "label": True}, [QA], [], [], {}),
     ({"messages": TURNS, "label": 0}, [], [QA], [], {}),
     ({"messages": TURNS, "label": "False"}, [], [QA], [], {}),
@@ -141,19 +222,80 @@ SIBLINGS = [
     ({"messages": TURNS, "images": []}, [QA], [], [], {}),
     ({"prompt": "Q", "completion": "A", "image_path": "a.png"}, [], [], ["media"], {}),
     ({"messages": turn(images=["a"])}, [], [], ["media"], {}),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, TURNS[1]]}, [], [], ["media"], {}),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
+                TURNS[1],
+            ]
+        },
+        [],
+        [],
+        ["media"],
+        {},
+    ),
     ({"question": "<image>\nWho?", "answer": "They."}, [], [], ["media"], {}),
     ({"question": "What is <|vision_start|>?", "answer": "A."}, [], [], ["media"], {}),
-    ({"question": "Is `<image>` a tag?", "answer": "Use <video src=a></video> or the <video> tag here."}, [[(U, "Is `<image>` a tag?"), (A, "Use <video src=a></video> or the <video> tag here.")]], [], [], {}),
+    (
+        {
+            "question": "Is `<image>` a tag?",
+            "answer": "Use <video src=a></video> or the <video> tag here.",
+        },
+        [[(U, "Is `<image>` a tag?"), (A, "Use <video src=a></video> or the <video> tag here.")]],
+        [],
+        [],
+        {},
+    ),
     ({"messages": turn(thinking="t")}, [[(U, "Q"), (A, "A", "t")]], [], [], {}),
-    ({"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "A"}]}]}, [[(U, "Q"), (A, "A", "t")]], [], [], {}),
-    ({"question": "Q", "answer": "A", "reasoning_content": "t"}, [[(U, "Q"), (A, "A", "t")]], [], [], {}),
-    ({"messages": turn(function_call=CALL)}, [[(U, "Q"), (A, "A", '[{"function":{"arguments":"{}","name":"f"},"type":"function"}]')]], [], [], {}),
+    (
+        {
+            "messages": [
+                TURNS[0],
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "t"},
+                        {"type": "text", "text": "A"},
+                    ],
+                },
+            ]
+        },
+        [[(U, "Q"), (A, "A", "t")]],
+        [],
+        [],
+        {},
+    ),
+    (
+        {"question": "Q", "answer": "A", "reasoning_content": "t"},
+        [[(U, "Q"), (A, "A", "t")]],
+        [],
+        [],
+        {},
+    ),
+    (
+        {"messages": turn(function_call=CALL)},
+        [[(U, "Q"), (A, "A", '[{"function":{"arguments":"{}","name":"f"},"type":"function"}]')]],
+        [],
+        [],
+        {},
+    ),
     ({"messages": turn(function_call={"arguments": "{}"})}, [], [], ["function_call"], {}),
-    ({"messages": [{**TURNS[0], "name": "Ann"}, TURNS[1]]}, [[(U, "Q", "Ann"), (A, "A")]], [], [], {}),
-    ({"messages": turn(mood="calm"), "topic": "x"}, [QA], [], [], {"messages[].mood": 1, "topic": 1}),
+    (
+        {"messages": [{**TURNS[0], "name": "Ann"}, TURNS[1]]},
+        [[(U, "Q", "Ann"), (A, "A")]],
+        [],
+        [],
+        {},
+    ),
+    (
+        {"messages": turn(mood="calm"), "topic": "x"},
+        [QA],
+        [],
+        [],
+        {"messages[].mood": 1, "topic": 1},
+    ),
     ({"prompt": "\tQ \n", "completion": "  A\r\n"}, [[(U, "\tQ \n"), (A, "  A\r\n")]], [], [], {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])

@@ -104,7 +104,9 @@ def select_files(
 
 def _labelled_bad(pool: Pool) -> pl.DataFrame:
     """Decisions about the rows whose response is labelled a bad one: nothing to select."""
-    parts = [pl.DataFrame(pl.from_arrow(pool.read(REJECTED, b, ["id"]))) for b in range(pool.buckets)]
+    parts = [
+        pl.DataFrame(pl.from_arrow(pool.read(REJECTED, b, ["id"]))) for b in range(pool.buckets)
+    ]
     return pl.concat(parts).with_columns(kept=pl.lit(False), reason=pl.lit("labelled_bad"))
 
 

@@ -160,9 +160,7 @@ def _sound(file: InputFile, item: Record | Fault) -> Record:
     return item
 
 
-def _batch(
-    file: InputFile, records: Sequence[Record], decimals: frozenset[str]
-) -> pa.RecordBatch:
+def _batch(file: InputFile, records: Sequence[Record], decimals: frozenset[str]) -> pa.RecordBatch:
     names = dict.fromkeys(name for record in records for name in record.value)
     arrays = []
     for name in names:
@@ -191,7 +189,7 @@ def _array(values: list[Any]) -> pa.Array:
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind not in (str, int, float, bool):
         return pa.array(values)
-    there = np.array([value is not None for value in values])
+    there = np.array([value is not None for value in values], np.bool_)
     bits = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
     if kind is str:
         raw = [b"" if value is None else value.encode() for value in values]
@@ -199,10 +197,10 @@ def _array(values: list[Any]) -> pa.Array:
         buffers = [bits, pa.py_buffer(ends), pa.py_buffer(b"".join(raw))]
         return pa.Array.from_buffers(pa.large_string(), len(raw), buffers).cast(pa.string())
     plain = [0 if value is None else value for value in values]
-    numbers = np.array(plain, np.float64 if kind is float else np.int64 if kind is int else np.bool_)
     if kind is bool:
-        buffer = pa.py_buffer(np.packbits(numbers, bitorder="little"))
+        buffer = pa.py_buffer(np.packbits(np.array(plain, np.bool_), bitorder="little"))
         return pa.Array.from_buffers(pa.bool_(), len(plain), [bits, buffer])
+    numbers = np.array(plain, np.float64 if kind is float else np.int64)
     buffers = [bits, pa.py_buffer(numbers)]
     return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(plain), buffers)
 

@@ -116,10 +116,10 @@ def _joined_numbers(left: pa.DataType, right: pa.DataType) -> pa.DataType | None
         unsigned = next(kind for kind in kinds if kind in _UNSIGNED)
         return pa.int64() if unsigned.bit_width < 64 else None
     if any(pa.types.is_decimal(kind) for kind in kinds):
-        digits = [_digits(kind) for kind in kinds]
-        if None in digits:
+        digits = [found for found in map(_digits, kinds) if found is not None]
+        if len(digits) < 2:
             return None
-        whole, scale = (max(part) for part in zip(*digits, strict=True))  # type: ignore[arg-type]
+        whole, scale = (max(part) for part in zip(*digits, strict=True))
         return pa.decimal128(whole + scale, scale) if whole + scale <= _DIGITS else None
     floats = [kind for kind in kinds if pa.types.is_floating(kind)]
     return floats[0] if len(floats) == 2 and floats[0] == floats[1] else pa.float64()
@@ -129,7 +129,9 @@ def _digits(kind: pa.DataType) -> tuple[int, int] | None:
     """Digits before and behind the point; None of floats."""
     if pa.types.is_decimal(kind):
         return kind.precision - kind.scale, kind.scale
-    return None if pa.types.is_floating(kind) else ({8: 3, 16: 5, 32: 10, 64: 20}[kind.bit_width], 0)
+    return (
+        None if pa.types.is_floating(kind) else ({8: 3, 16: 5, 32: 10, 64: 20}[kind.bit_width], 0)
+    )
 
 
 def _joined_others(left: pa.DataType, right: pa.DataType) -> pa.DataType | None:

@@ -161,14 +161,14 @@ def _find(source: Source) -> list[InputFile]:
         raise ValueError(f"{source.path}: no file system for it: {error}") from error
     saved = _saved(fs, path, source) if fs.isdir(path) else None
     root, paths = (path, saved) if saved is not None else _match(fs, path, source)
-    name = path.rstrip("/").rpartition("/")[2] if saved is not None else None
+    folder = path.rstrip("/").rpartition("/")[2] if saved is not None else None
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     files = []
     for found in sorted(paths):
         depth = len(_parts(found)) - len(_parts(root))
         parts = (protocol, *_parts(found))
         form = file_format(source, found)
-        files.append(InputFile(source, fs, found, parts, depth, form, name))
+        files.append(InputFile(source, fs, found, parts, depth, form, folder))
     return files
 
 
@@ -197,7 +197,9 @@ def _saved(fs: Any, path: str, source: Source) -> list[str] | None:
         state = json.loads(fs.cat_file(f"{folder}/state.json"))
         found = [f"{folder}/{line['filename']}" for line in state["_data_files"]]
     except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source.path}: no whole saved dataset ({error}); save it again") from error
+        raise ValueError(
+            f"{source.path}: no whole saved dataset ({error}); save it again"
+        ) from error
     if not found:
         raise ValueError(f"{source.path}: empty, it has no rows; remove it from the source")
     return found

@@ -147,9 +147,7 @@ def _read_conversation(fields: _Fields) -> list[Draft | str]:
     return _with_rejected(fields, turns, unused)
 
 
-def _with_rejected(
-    fields: _Fields, turns: list[Turn], unused: dict[str, Any]
-) -> list[Draft | str]:
+def _with_rejected(fields: _Fields, turns: list[Turn], unused: dict[str, Any]) -> list[Draft | str]:
     """The conversation, and beside it the response that ms-swift calls the rejected one."""
     if fields.value("rejected") is None:
         return [Draft(turns, unused)]

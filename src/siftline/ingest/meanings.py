@@ -27,7 +27,7 @@ Check = Callable[[Any], str | None]
 
 def filled(value: Any) -> bool:
     """Whether a value says anything: not null, NaN, or empty."""
-    return value is not None and value == value and value not in ("", [], {}, ())  # noqa: PLR0124
+    return value is not None and value == value and value not in ("", [], {}, ())
 
 
 def truth(value: Any) -> bool | None:

@@ -6,6 +6,8 @@ no file could hold it, so its record is refused.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -85,17 +87,25 @@ def _parse_slowly(raw: bytes) -> tuple[Any, int]:
     return value, repeated
 
 
-def _keys_written(raw: bytes) -> int:
-    r"""Keys as far as bytes tell: no value is followed by a colon, and `\":` ends none.
+_SPACES = (b" :", b"\t:", b"\r:", b"\n:")
+_SPACED = re.compile(rb'"\s+:')
 
-    Too few or too many where a key ends in a backslash or a space stands before its colon: then
-    the record is read again, with care.
+
+def _keys_written(raw: bytes) -> int:
+    r"""Keys as far as bytes tell, never fewer than there are; -1 where they don't tell.
+
+    A key is a quote and a colon, and `\":` stands inside a string. A string that begins with a
+    colon counts as one too many: then the record is read again, with care. So it is where space
+    stands before a key's colon, or a backslash ends a key.
     """
+    if b'\\\\":' in raw or (any(mark in raw for mark in _SPACES) and _SPACED.search(raw)):
+        return -1
     return raw.count(b'":') - raw.count(b'\\":')
 
 
 def _keys(value: Any) -> int:
     """Keys of all objects within a value; a number that nothing equals where a float is huge."""
+    items: Iterable[Any]
     if type(value) is dict:
         count, items = len(value), value.values()
     elif type(value) is list:

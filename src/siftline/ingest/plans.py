@@ -118,7 +118,7 @@ def plan_for(source: Source, columns: list[str], stem: str, holds: Holds = "resp
 def _names(source: Source) -> dict[str, tuple[str, ...]]:
     """The columns each field may stand in; a column that is mapped means nothing else."""
     mapped = {*source.columns.values(), *source.set_aside}
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for name in FIELDS:
         if name in source.columns:
             names[name] = (source.columns[name],)
@@ -134,7 +134,7 @@ def _used(
     mapped = {f for f in COMMON_FIELDS if f in source.columns}
     if source.source is not None:
         mapped.discard("source")
-    by_name = ("conversation_id",) if layout == "text" else _BY_NAME
+    by_name: tuple[str, ...] = ("conversation_id",) if layout == "text" else _BY_NAME
     if layout in ("messages", "sharegpt"):  # a conversation has its turns and its thoughts
         by_name = tuple(name for name in by_name if name not in ("history", "reasoning"))
     fields = {*LAYOUT_FIELDS[layout], *_ALSO.get(layout, ()), *by_name, *mapped}
@@ -142,6 +142,21 @@ def _used(
     if layout != "pairs" and "rejected" in used and "rejected" not in source.columns:
         used["rejected"] = tuple(c for c in used["rejected"] if c != "rejected")
     return used
+
+
+Has = Callable[[str], bool]
+"""Whether a file has a column for a field."""
+
+
+def _fits(layout: str, has: Has) -> bool:
+    """Whether there is what an answered record needs."""
+    answered = layout != "question_answer" or any(has(f) for f in RESPONSES)
+    return answered and all(has(f) for f in _REQUIRED[layout])
+
+
+def _asks(layout: str, has: Has) -> bool:
+    """Whether there is what a record without a response needs."""
+    return layout in _PROMPT and all(has(f) for f in _PROMPT[layout])
 
 
 def _decide(
@@ -161,42 +176,43 @@ def _decide(
     def by_any_name(name: str) -> bool:
         return any(column in there for column in names[name])
 
-    def fits(layout: str, has: Callable[[str], bool]) -> bool:
-        answered = layout != "question_answer" or any(has(f) for f in RESPONSES)
-        return answered and all(has(f) for f in _REQUIRED[layout])
-
-    def asks(layout: str, has: Callable[[str], bool]) -> bool:
-        return layout in _PROMPT and all(has(f) for f in _PROMPT[layout])
-
-    tests = [(fits, by_own_name), (fits, by_any_name), (asks, by_own_name), (asks, by_any_name)]
-    if holds == "prompts":
-        tests = tests[2:]
+    tests = [(_fits, by_own_name), (_fits, by_any_name)] if holds != "prompts" else []
+    tests += [(_asks, by_own_name), (_asks, by_any_name)]
     if source.layout != "auto":
         found = next((test for test, has in tests if test(source.layout, has)), None)
-        if found is None or (found is asks and holds == "responses" and source.columns):
+        if found is None or (found is _asks and holds == "responses"):
             raise ValueError(_lacking(source.layout, seen))
-        return source.layout, found is fits
+        return source.layout, found is _fits
     mapped = source.mapped_layout_fields()
+    among = [n for n, fields in LAYOUT_FIELDS.items() if mapped <= {*fields, *_ALSO.get(n, ())}]
     for test, has in tests:
-        among = [n for n, fields in LAYOUT_FIELDS.items() if mapped <= {*fields, *_ALSO.get(n, ())}]
-        layouts = [name for name in among if test(name, has)]
-        if test is fits and "pairs" in layouts:
-            layouts = ["pairs"]
-        if len(layouts) > 1 and "text" in layouts:
-            layouts.remove("text")
-        if len(layouts) == 1:
-            return layouts[0], test is fits
-        if layouts:
-            raise ValueError(
-                f"layouts {', '.join(layouts)} all fit; state layout, or map its fields in "
-                f"columns; {seen}"
-            )
+        layout = _only([name for name in among if test(name, has)], seen, answered=test is _fits)
+        if layout is not None:
+            return layout, test is _fits
     if "segments" in there:
         raise ValueError(
             "segments hold templated text with a mask of the loss, which no row can: write them "
             f"as messages; {seen}"
         )
     raise ValueError(f"no layout fits; state layout, or map its fields in columns; {seen}")
+
+
+def _only(layouts: list[str], seen: str, *, answered: bool) -> str | None:
+    """The one layout among some, None of none.
+
+    Raises:
+        ValueError: if there are several and none goes before the others.
+    """
+    if answered and "pairs" in layouts:
+        return "pairs"
+    if len(layouts) > 1 and "text" in layouts:
+        layouts.remove("text")
+    if len(layouts) > 1:
+        raise ValueError(
+            f"layouts {', '.join(layouts)} all fit; state layout, or map its fields in "
+            f"columns; {seen}"
+        )
+    return layouts[0] if layouts else None
 
 
 def _lacking(layout: str, seen: str) -> str:

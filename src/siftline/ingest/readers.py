@@ -5,7 +5,7 @@
 
 Every input row ends in exactly one place: it became a row, with a provenance line, or it went to
 quarantine with file, line, reason and excerpt. (A pair is two rows, or one and one, or two faults.)
-A row whose response is labelled a bad one says so; what no column of a row holds is counted by name.
+A row whose response is labelled a bad one says so; what is not read is counted by name.
 Identical rows are not collapsed here; the pool does that, when it sees them all.
 """
 

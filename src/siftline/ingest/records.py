@@ -224,7 +224,9 @@ def _csv_record(line: int, header: list[str], fields: list[str]) -> Record | Fau
         reason = "too_many_fields" if len(fields) > len(header) else "too_few_fields"
         return Fault(line, reason, excerpt(",".join(fields)))
     value = dict(zip(header, fields, strict=True))
-    return Record(line, value) if whole_text(fields) else Fault(line, "invalid_utf8", excerpt(value))
+    return (
+        Record(line, value) if whole_text(fields) else Fault(line, "invalid_utf8", excerpt(value))
+    )
 
 
 def _read_binary(file: InputFile) -> Iterator[Record | Fault]:

@@ -291,7 +291,9 @@ def _content(value: object) -> tuple[str, dict[str, Any]]:
     """
     if not isinstance(value, list | tuple):
         return as_text(value), {}
-    texts, thoughts, calls = [], [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if is_media_part(kind):

@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 
 from siftline import schema
-from siftline.kernels.draws import uniforms
 from siftline.ingest.pool import PROVENANCE, REJECTED
+from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import STAGE_ROLES, Stage
 from siftline.scoring.rejection import JUDGE, RejectionSampling
