@@ -50,7 +50,8 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads, with responses
     or without; rows without an answer are left out and counted. Writes answers.parquet, one line a
     question with the response and its grade, and accuracy.csv with Wilson intervals by level and by
-    source; accuracy.png shows the levels, accuracy.json says what was asked of which model, and how. Greedy.
+    source; accuracy.png shows the levels, accuracy.json says what was asked of which model, and
+    how. Greedy.
 
     With --harness the questions are those of lm-evaluation-harness's tasks, which say themselves
     how to ask and grade. Writes answers.parquet, harness.csv, harness.json and harness.png.

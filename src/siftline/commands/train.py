@@ -47,7 +47,8 @@ def train(
     CURATED is a published version, the folder of a recipe's versions (the newest is taken), or a
     file or folder of any format that a recipe's pool reads. Started again, it goes on from the last
     checkpoint. For several devices start it as
-    `torchrun --nproc-per-node N -m siftline.cli train ...`; to take one of several GPUs, set CUDA_VISIBLE_DEVICES.
+    `torchrun --nproc-per-node N -m siftline.cli train ...`; to take one of several GPUs, set
+    CUDA_VISIBLE_DEVICES.
     """
     from siftline.training.finetune import finetune
 
