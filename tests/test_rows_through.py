@@ -143,7 +143,7 @@ def through(tmp_path_factory, tiny_model):
 
 
 def test_every_record_is_published_as_it_was_or_stands_where_it_is_counted(through):
-    workspace, made, published = through
+    workspace, _, published = through
     pool = Pool(workspace.pool("mixed"))
     rows = {row["source"]: row for row in pool.all_rows().to_pylist()}
     out = pl.read_parquet(published.path / "data" / "*.parquet")
@@ -239,20 +239,24 @@ def test_a_pool_of_prompts_is_answered_by_rejection_sampling(
         }
         for a, b in sums
     ]
-    write(tmp_path / "rlvr.jsonl", rows)
+    again = {**rows[0], "messages": [{"role": "user", "content": "What is 3 + 5?!"}]}
+    write(tmp_path / "rlvr.jsonl", [*rows, again])
     options = {"target": "uniform", "k": 1, "pilot": 4, "cap": 8, "max_new_tokens": 16}
     stages = ["duplicates", {"rejection_sampling": options}, "verify"]
     inputs = [{"path": str(tmp_path / "rlvr.jsonl")}]
     made = recipe(tmp_path, tiny_model, stages, inputs=inputs, holds="prompts", max_quarantine=0.0)
     workspace = Workspace(tmp_path)
     pool = build(workspace, made, "mixed", quiet)
-    assert pool.manifest.info["set_aside"] == {"dataset": 12}
-    answers = {r["answer"]: r for r in pool.all_rows().to_pylist()}
+    assert pool.manifest.info["set_aside"] == {"dataset": 13}
+    everyone = pool.all_rows().to_pylist()
+    answers = {r["answer"]: r for r in everyone if "What" in r["messages"][0]["content"]}
     assert set(answers) == {str(a + b) for a, b in sums}
     for stage in made.stages:
         output, _ = run_stage(workspace, made, stage.name, quiet)
         if stage.name == "duplicates":
-            assert output.accounting.kept == 12
+            assert (output.accounting.kept, output.accounting.removed) == (12, 1)
+            gone = output.all_decisions().filter(outcome="removed")
+            kept = {r["prompt_id"] for r in everyone if r["id"] != gone["id"][0]}
         if stage.kind == "rejection_sampling":
             assert output.accounting.removed == 12
             assert set(output.all_decisions()["reason"].drop_nulls()) == {"no_response"}
@@ -261,7 +265,8 @@ def test_a_pool_of_prompts_is_answered_by_rejection_sampling(
     for row in train.to_dicts():
         prompt, response = row["messages"]
         assert scripted.said(response["content"]) == scripted.truth(prompt["content"])
-        assert row["sift_prompt_id"] == answers[row["sift_answer"]]["prompt_id"]
+        assert row["sift_prompt_id"] in kept
+        assert row["sift_answer"] in answers
     assert train.height >= 10
 
 

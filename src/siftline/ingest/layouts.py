@@ -395,7 +395,8 @@ def _answer(turns: list[Turn], fields: _Fields) -> tuple[str | None, str | None]
         answer = _reference(fields)
         if pattern is not None:
             answer = _last_match(pattern, answer)
-        return (answer, "independent") if answer.strip() else (None, None)
+        answer = answer.strip()
+        return (answer, "independent") if answer else (None, None)
     if pattern is None:
         return None, None
     answer = _last_match(pattern, turns[-1]["content"])
