@@ -317,6 +317,20 @@ def test_columns_and_keys_that_change_what_a_row_means(tmp_path, number, ending)
     assert read(path) == (good, bad, [(1, reason) for reason in reasons], aside)
 
 
+def test_null_arguments_of_a_call_stay_where_they_were_written(tmp_path):
+    def record(**arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {
+            "messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+        }
+
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record(a=None, b={"c": None})) + "\n" + json.dumps(record(z=1)))
+    good, *_ = read(path)
+    calls = [json.loads(row[1][2])[0]["function"]["arguments"] for row in good]
+    assert calls == [{"a": None, "b": {"c": None}}, {"z": 1}]
+
+
 def test_columns_that_come_late_are_read_like_the_first(tmp_path):
     """A layout is told from the first 200 records; what a record means is told from itself."""
     plain = {"instruction": "Q", "output": "A"}

@@ -113,7 +113,7 @@ class _Fields:
         return next((c for c in self.plan.names[name] if c in self.taken), name)
 
     def turns(self, name: str) -> tuple[list[Turn], dict[str, Any]]:
-        turns, unused = read_turns(self.value(name))
+        turns, unused = read_turns(self.value(name), nulls=self.plan.nulls)
         column = self.column(name)
         return turns, {f"{column}.{number}": keys for number, keys in unused.items()}
 

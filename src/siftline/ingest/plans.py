@@ -63,6 +63,7 @@ class Plan:
         holds: What the records are.
         names: Field -> the columns it may stand in, first come first taken.
         required: Fields a record must have a column of.
+        nulls: Whether the file's nulls were written; those of tables fill what other rows have.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class Plan:
     holds: Holds
     names: dict[str, tuple[str, ...]]
     required: tuple[str, ...]
+    nulls: bool = False
 
     @cached_property
     def ignored(self) -> frozenset[str]:
@@ -83,7 +85,14 @@ class Plan:
         return [name for name in there if name in wanted]
 
 
-def plan_for(source: Source, columns: list[str], stem: str, holds: Holds = "responses") -> Plan:
+def plan_for(
+    source: Source,
+    columns: list[str],
+    stem: str,
+    holds: Holds = "responses",
+    *,
+    nulls: bool = False,
+) -> Plan:
     """Decides how a file with these columns is read.
 
     Raises:
@@ -112,7 +121,7 @@ def plan_for(source: Source, columns: list[str], stem: str, holds: Holds = "resp
         required = _PROMPT.get(layout, required)
     elif layout == "question_answer":
         required = (*required, "response")
-    return Plan(source, stem, layout, holds, used, required)
+    return Plan(source, stem, layout, holds, used, required, nulls)
 
 
 def _names(source: Source) -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from siftline import schema
 from siftline.ingest.files import InputFile, fingerprint, input_files, source_files
 from siftline.ingest.layouts import Converted, Plan, convert, plan_for
-from siftline.ingest.records import Fault, Record, excerpt, read_records
+from siftline.ingest.records import BINARY, Fault, Record, excerpt, read_records
 from siftline.ingest.source import Holds, Source
 
 __all__ = ["Batch", "Source", "fingerprint", "read_sources", "source_files"]
@@ -113,7 +113,7 @@ def _plan(
         return head, None
     columns = dict.fromkeys(name for record in records for name in record.value)
     try:
-        plan = plan_for(file.source, [*columns], file.stem, holds)
+        plan = plan_for(file.source, [*columns], file.stem, holds, nulls=file.format not in BINARY)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     outcomes = (outcome for record in records for outcome in convert(record.value, plan))

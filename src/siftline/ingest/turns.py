@@ -68,8 +68,13 @@ def as_text(value: object) -> str:
     raise Unreadable("wrong_type")
 
 
-def plain(value: Any) -> Any:
-    """The value in JSON types: null entries and NaN dropped from objects, other types as text."""
+def plain(value: Any, keep: str | None = None) -> Any:
+    """The value in JSON types: null entries and NaN dropped from objects, other types as text.
+
+    Args:
+        value: Anything a file gives.
+        keep: Key below which null entries stay.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -77,16 +82,27 @@ def plain(value: Any) -> Any:
             return None
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        pairs = ((str(k), plain(v)) for k, v in value.items())
+        pairs = ((str(k), _whole(v) if k == keep else plain(v, keep)) for k, v in value.items())
         return {k: v for k, v in pairs if v is not None}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [plain(v, keep) for v in value]
     return str(value)
+
+
+def _whole(value: Any) -> Any:
+    """As `plain`, with the null entries of objects."""
+    if isinstance(value, Mapping):
+        return {str(k): _whole(v) for k, v in value.items()}
+    return [_whole(v) for v in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def to_json(value: Any) -> str:
     """Canonical JSON of `plain(value)`: sorted keys, no spaces."""
-    return json.dumps(plain(value), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return _dumped(plain(value))
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def structured(value: object) -> Any:
@@ -104,21 +120,22 @@ def structured(value: object) -> Any:
     return value or None
 
 
-def as_json(value: object) -> str | None:
-    """A structured column (tools, tool calls) as JSON; None when empty.
+def as_json(value: object, keep: str | None = None) -> str | None:
+    """A structured column (tools, tool calls) as JSON; None when empty. See `plain` for `keep`.
 
     Raises:
         Unreadable: `wrong_type` if it is neither an object, nor a list, nor JSON of one.
     """
-    value = plain(structured(value))
-    return to_json(value) if value else None
+    value = plain(structured(value), keep)
+    return _dumped(value) if value else None
 
 
-def read_turns(value: object) -> tuple[list[Turn], dict[str, Any]]:
+def read_turns(value: object, *, nulls: bool = False) -> tuple[list[Turn], dict[str, Any]]:
     """Reads a conversation: a list of messages, one message, or the JSON of either.
 
     Args:
         value: OpenAI messages (`role`, `content`) or ShareGPT turns (`from`, `value`).
+        nulls: Whether a null argument of a call was written, and is not a column's filling.
 
     Returns:
         The messages, and by message number (from 0) the keys no mapping used.
@@ -136,7 +153,7 @@ def read_turns(value: object) -> tuple[list[Turn], dict[str, Any]]:
     for number, turn in enumerate(value):
         if type(turn) is not dict and not isinstance(turn, Mapping):
             raise Unreadable("wrong_type")
-        read, rest = _read_turn(turn)
+        read, rest = _read_turn(turn, nulls=nulls)
         turns.append(read)
         if rest:
             unused[str(number)] = rest
@@ -188,7 +205,7 @@ def _checked(turn: Turn) -> Turn:
     return turn
 
 
-def _read_turn(turn: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
+def _read_turn(turn: Mapping[str, Any], *, nulls: bool) -> tuple[Turn, dict[str, Any]]:
     if len(turn) == 2:  # as most are
         text, role = turn.get("content"), _ROLES.get(turn.get("role"))  # type: ignore[arg-type]
         if role is not None and isinstance(text, str) and turn["role"] not in _CALL_ROLES:
@@ -208,11 +225,11 @@ def _read_turn(turn: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
         rest["tool_calls"], content = _call(content), None
     text, parts = _content(content)
     rest = {**parts, **rest}
-    fields = _take_fields(role, rest)
+    fields = _take_fields(role, rest, "arguments" if nulls else None)
     return _checked(message(role, text, **fields)), plain(rest)
 
 
-def _take_fields(role: str, rest: dict[str, Any]) -> dict[str, Any]:
+def _take_fields(role: str, rest: dict[str, Any], keep: str | None) -> dict[str, Any]:
     """Takes the keys that a message has a field for out of `rest`.
 
     Raises:
@@ -227,7 +244,9 @@ def _take_fields(role: str, rest: dict[str, Any]) -> dict[str, Any]:
             elif thought.strip() and thought != found["reasoning"]:
                 rest[key] = thought
     calls, legacy = rest.pop("tool_calls", None), rest.pop("function_call", None)
-    found["tool_calls"] = as_json(calls) or (as_json(_wrapped(legacy)) if filled(legacy) else None)
+    found["tool_calls"] = as_json(calls, keep)
+    if filled(legacy) and found["tool_calls"] is None:
+        found["tool_calls"] = as_json(_wrapped(legacy), keep)
     for key in ("tool_call_id", "name"):
         found[key] = as_text(rest.pop(key, None)) or None
     found["weight"] = _loss(role, rest)

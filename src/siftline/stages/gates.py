@@ -93,7 +93,7 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
 
 
 def _compared(view: pl.DataFrame) -> pl.DataFrame:
-    """Texts as they are compared: a prompt without a response is all that there is on both sides."""
+    """Texts as they are compared: a prompt without a response stands on both sides."""
     alone = pl.col("response") == ""
     return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
 
