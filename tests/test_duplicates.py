@@ -375,12 +375,12 @@ def place(tmp_path):
         stays = set(output.all_decisions().filter(outcome="kept")["id"])
         found = [r for r in rows if r["id"] in stays]
         assert len(found) == 2
-        (one,) = [r for r in found if r["messages"][0]["content"] == QUESTION]
+        (one,) = [r for r in found if r["messages"][0]["content"].strip() == QUESTION]
         (line,) = [
             line for line in output.table("canaries").to_dicts() if line["kind"] == "near_copy"
         ]
         assert line["caught"]
-        first = min(r["id"] for r in rows if r["messages"][0]["content"] == QUESTION)
+        first = min(r["id"] for r in rows if r["messages"][0]["content"].strip() == QUESTION)
         return one["messages"][-1]["content"].removeprefix(REPLY), one["source"], one["id"] == first
 
     return kept

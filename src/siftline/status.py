@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from siftline.cache import as_json, list_store
-from siftline.ingest.pool import Pool
+from siftline.ingest.pool import READING, REJECTED, Pool, notes_of
 from siftline.library import all_recipes
 from siftline.shards import Manifest, read_part
 from siftline.stages.publish import funnel
@@ -27,7 +27,13 @@ def describe(workspace: Workspace) -> dict[str, Any]:
     for path in sorted(workspace.root.glob("pool/*/manifest.json")):
         info = Manifest.load(path).info
         pools.append(
-            {"name": path.parent.name, "rows": info["rows"], "quarantined": info["quarantine"]}
+            {
+                "name": path.parent.name,
+                "rows": info["rows"],
+                "quarantined": info["quarantine"],
+                **{key: info[key] for key in (REJECTED, *READING) if key in info},
+                "notes": notes_of(info),
+            }
         )
     paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
     recipes = []

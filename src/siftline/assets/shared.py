@@ -11,7 +11,7 @@ from siftline import schema, shards
 from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
-from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe import Recipe, expand, expand_pool
 from siftline.scoring.fingerprint import confirm_files
@@ -76,7 +76,10 @@ def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str],
     progress = Progress(f"pool {name}", 0, emit)
     build_pool(workspace.pool(name), spec, progress.advance)
     progress.close()
-    return Pool(workspace.pool(name))
+    built = Pool(workspace.pool(name))
+    for line in notes_of(built.manifest.info):
+        emit(f"pool {name}: {line}")
+    return built
 
 
 def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition:
@@ -105,7 +108,12 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
                 "dagster/column_schema": column_schema(schema.ROW),
                 "input_rows": read,
                 "quarantined": info["quarantine"],
-                "collapsed": info["provenance"] - info["rows"],
+                "rejected": info["rejected"],
+                "collapsed": info["provenance"] - info["rows"] - info["rejected"],
+                "set_aside": dg.MetadataValue.json(info["set_aside"]),
+                "quarantine_reasons": dg.MetadataValue.json(info["reasons"]),
+                "repeated_keys": info["repeated_keys"],
+                "contradicting_labels": info["contradicting_labels"],
                 "buckets": built.buckets,
                 "path": dg.MetadataValue.path(str(built.folder)),
             },

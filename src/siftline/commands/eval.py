@@ -48,10 +48,11 @@ FACTS = "accuracy.json"
 def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **given: Any) -> None:
     """Ask MODEL the questions in FILE... and grade its answers.
 
-    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads; rows without an
-    answer are left out and counted. Writes answers.parquet, one line a question with the response
-    and its grade, and accuracy.csv with Wilson intervals by level and by source; accuracy.png shows
-    the levels, accuracy.json says what was asked of which model, and how. Greedy.
+    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads, with responses
+    or without; rows without an answer are left out and counted. Writes answers.parquet, one line a
+    question with the response and its grade, and accuracy.csv with Wilson intervals by level and by
+    source; accuracy.png shows the levels, accuracy.json says what was asked of which model, and
+    how. Greedy.
 
     With --harness the questions are those of lm-evaluation-harness's tasks, which say themselves
     how to ask and grade. Writes answers.parquet, harness.csv, harness.json and harness.png.
@@ -82,7 +83,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     )
     columns = columns_of(given["fields"])
     sources = [Source(p, columns=columns, answer_pattern=given["answer_pattern"]) for p in files]
-    questions, unanswered = _questions(sources, out.absolute(), settings.level_column)
+    questions, unanswered, reading = _questions(sources, out.absolute(), settings.level_column)
     tracker = make_tracker("evaluation", questions.height, "questions")
     with engines() as opened:
         answered = ask(opened.get(spec), questions, verifier, settings, tracker.reach)
@@ -96,6 +97,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         "answers": str(out / ANSWERS),
         "questions": questions.height,
         "without_answer": unanswered,
+        **reading,
         "accuracy": table.to_dicts(),
     }
     facts = {
@@ -119,8 +121,11 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
 
 def _questions(
     sources: Sequence[Source], out: Path, level_column: str
-) -> "tuple[pl.DataFrame, int]":
+) -> "tuple[pl.DataFrame, int, dict[str, Any]]":
     """Rows with an answer, sorted by id: id, messages, tools, answer, source, level.
+
+    Returns:
+        The rows, how many have no answer, and what reading met with.
 
     Raises:
         ValueError: if no row has an answer.
@@ -133,7 +138,7 @@ def _questions(
     out.mkdir(parents=True, exist_ok=True)
     rows = out / ".rows"
     shutil.rmtree(rows, ignore_errors=True)  # of a killed run
-    build_pool(rows, PoolSpec("input", tuple(sources)))
+    build_pool(rows, PoolSpec("input", tuple(sources), holds="either"))
     pool = Pool(rows)
     lines = pool.all_rows(["id", "messages", "tools", "answer", "source"]).to_pylist()
     levels: dict[str, str] = {}
@@ -142,6 +147,7 @@ def _questions(
             left = json.loads(line["leftover"] or "{}")
             if left.get(level_column) is not None:
                 levels[line["id"]] = str(left[level_column])
+    reading = pool.reading
     shutil.rmtree(rows)
     asked = sorted((line for line in lines if line["answer"] is not None), key=lambda x: x["id"])
     if not asked:
@@ -160,7 +166,7 @@ def _questions(
             level_column: pl.Series([levels.get(line["id"]) for line in asked], dtype=pl.String),
         }
     )
-    return frame, len(lines) - len(asked)
+    return frame, len(lines) - len(asked), reading
 
 
 def _table(answered: "pl.DataFrame", summarise: Any, confidence: float) -> "pl.DataFrame":

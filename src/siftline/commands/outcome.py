@@ -45,6 +45,7 @@ def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     return {
         "curated": str(folder),
         "report": str(page),
+        "inputs": numbers["inputs"],
         "rows": {stage.name: numbers["rows"][stage.name] for stage in recipe.stages},
         "accuracy": accuracy,
         "notes": numbers["notes"],

@@ -150,6 +150,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         "rows": rows,
         "scored": scored.scores.height,
         "failed_rows": scored.failed.height,
+        **scored.reading,
         "computed": scored.computed,
         "found": scored.found,
         "tokens": scored.tokens,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -66,6 +67,7 @@ class Scored:
         found: Forward rows that were in the store.
         tokens: Tokens of the computed ones.
         seconds: Time it took, without reading the files and loading the model.
+        reading: What reading the files met with; see `Pool.reading`.
     """
 
     scores: pl.DataFrame
@@ -74,6 +76,7 @@ class Scored:
     found: int
     tokens: int
     seconds: float
+    reading: dict[str, Any]
 
 
 def score_files(
@@ -133,11 +136,14 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def ingested(folder: Path, sources: Sequence[Source], make_tracker: MakeTracker) -> Pool:
-    """The rows of all files, in as many buckets as the store has."""
+    """The rows of all files, in as many buckets as the store has.
+
+    Responses that are labelled bad are rows like others here: a pair is two rows with scores.
+    """
     spec = PoolSpec("input", tuple(sources), buckets=BUCKETS, max_quarantine=1.0)
     tracker = make_tracker("read", 0, "rows")
     try:
-        build_pool(folder, spec, tracker.advance)
+        build_pool(folder, spec, tracker.advance, apart=False)
     finally:
         tracker.close()
     return Pool(folder)
@@ -174,6 +180,7 @@ def _score(
         found=tally.found,
         tokens=tally.tokens,
         seconds=seconds,
+        reading=pool.reading,
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
     assert result.scores.height + result.failed.height == read, "a row is unaccounted for"

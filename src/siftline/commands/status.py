@@ -25,6 +25,8 @@ def status(root: Path, as_json: bool) -> None:
         click.echo(
             f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
         )
+        for line in pool["notes"]:
+            click.echo(f"  {line}")
     for line in coverage_text(said):
         click.echo(line)
     for recipe in said["recipes"]:

@@ -45,10 +45,11 @@ def train(
 ) -> None:
     """Fine-tune a model on CURATED and write a model directory.
 
-    CURATED is a published version, the folder of a recipe's versions (the newest is taken), any
-    folder of Parquet files, or Parquet files. Started again, it goes on from the last checkpoint.
-    For several devices start it as `torchrun --nproc-per-node N -m siftline.cli train ...`; to
-    take one of several GPUs, set CUDA_VISIBLE_DEVICES.
+    CURATED is a published version, the folder of a recipe's versions (the newest is taken), or a
+    file or folder of any format that a recipe's pool reads. Started again, it goes on from the last
+    checkpoint. For several devices start it as
+    `torchrun --nproc-per-node N -m siftline.cli train ...`; to take one of several GPUs, set
+    CUDA_VISIBLE_DEVICES.
     """
     from siftline.training.finetune import finetune
     from siftline.training.sft import FineTune
@@ -81,7 +82,7 @@ def train(
 
 
 def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
-    """Parquet files of the given places, and what they are called together.
+    """Files of the given places, and what they are called together.
 
     Raises:
         ValueError: if a place has none.
@@ -99,11 +100,15 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
             path = resolve_latest(path) if (path / "latest").exists() else path.resolve()
             folder = path / "data" if (path / "data").is_dir() else path
             home = folder.parent if folder.name == "data" else folder
-            known = is_version(home)
-            found = confirmed_files(home) if known else sorted(folder.glob("*.parquet"))
+            # What is no folder of Parquet, the reader of the rows knows.
+            there = folder.is_dir() and any(folder.iterdir())
+            plain = sorted(folder.glob("*.parquet")) or ([folder] if there else [])
+            found = confirmed_files(home) if is_version(home) else plain
             name = f"{home.parent.name}/{home.name}"
         if not found:
-            raise ValueError(f"{given} has no Parquet file: give a published version or Parquet")
+            raise ValueError(
+                f"{given} has no Parquet file: give a published version, or other files of rows"
+            )
         files += found
         names.append(name)
     return files, ", ".join(names)

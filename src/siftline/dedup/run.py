@@ -39,7 +39,7 @@ class Job:
     """What is to be done.
 
     Attributes:
-        files: Parquet or JSONL files; their order is row order.
+        files: Files of any format that recipes read; their order is row order.
         out: Folder that the result is written to.
         text_column: Column that is compared.
         settings: How texts are compared.
@@ -123,7 +123,8 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
                 )
         rmtree(scratch, ignore_errors=True)
     seconds = {name: round(value, 4) for name, value in clock.seconds.items()}
-    return {"out": str(job.out), **facts, "seconds": seconds}
+    repeated = sum(table.repeated for table in tables)
+    return {"out": str(job.out), **facts, "repeated_keys": repeated, "seconds": seconds}
 
 
 def read_all(
@@ -154,7 +155,14 @@ def _with_index(
     clock: Clock,
     make_tracker: MakeTracker,
 ) -> dict[str, Any]:
-    """Adds what is new to the index, then writes out; a second try finds the files in it."""
+    """Adds what is new to the index, then writes out; a second try finds the files in it.
+
+    Raises:
+        ValueError: if a file does not lie on this machine, where the index looks for it again.
+    """
+    away = next((table.name for table in tables if not Path(table.name).is_file()), None)
+    if away is not None:
+        raise ValueError(f"{away}: an index takes files on this machine: fetch it first")
     with opened(place, job.settings, job.keep, job.text_column) as index:
         with clock.phase("add"):
             new = index.unknown(tables)

@@ -68,7 +68,7 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     shelf, ids, scored = Shelf(scratch), [], 0
     for bucket in context.buckets:
         rows = context.rows(bucket)
-        view = schema.text_view(rows, everything=True)
+        view = _compared(schema.text_view(rows, everything=True))
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
         shelf.add(options.summarise(view.with_columns(priority=order)))
@@ -84,12 +84,19 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     selections = [options.apply(frame, plan) for frame in ids]
 
     def judge(planted: pa.Table) -> Judged:
-        view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(LAST))
+        view = _compared(schema.text_view(planted, everything=True))
+        view = view.with_columns(priority=pl.lit(LAST))
         earlier = against(options.summarise(view), shelf.states, plan.removed["id"])
         decided = options.decide(earlier)
         return options.apply(view, decided).decisions, {}
 
     return measured(context, judge, gather(context, selections, plan.facts))
+
+
+def _compared(view: pl.DataFrame) -> pl.DataFrame:
+    """Texts as they are compared: a prompt without a response stands on both sides."""
+    alone = pl.col("response") == ""
+    return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
 
 
 def keep_order(

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from siftline import __version__, schema, shards
 from siftline.curated import resolve_latest
+from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
@@ -56,9 +57,11 @@ def write_report(
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
     page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
+    inputs = _inputs(workspace, recipe)
     made_of = content_hash(
         [
             VERSION,
+            inputs,
             __version__,
             recipe.hash,
             {stage.name: [output.manifest.version, output.facts] for stage, output in done},
@@ -72,7 +75,7 @@ def write_report(
     if found is not None:
         return page_file, found
     context = final_context(workspace, recipe, done)
-    notes = _notes(done, accuracy)
+    notes = (*_inputs_said(inputs), *_notes(done, accuracy))
     page = render(
         Report(
             recipe=recipe.name,
@@ -97,6 +100,7 @@ def write_report(
     numbers: dict[str, Any] = {
         "recipe": recipe.name,
         "version": version,
+        "inputs": inputs,
         "rows": funnel(done),
         "facts": {stage.name: output.facts for stage, output in done},
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
@@ -124,6 +128,21 @@ def _written(page: Path, made_of: str) -> dict[str, Any] | None:
     return (
         numbers if (numbers.get("made_of"), numbers.get("page")) == (made_of, page_hash) else None
     )
+
+
+def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What became of the input rows of the pool and of each set, by its name."""
+    names = [recipe.pool.name, *(spec.name for _, spec in recipe.sets.items())]
+    found = {name: Pool(workspace.pool(name)).manifest.info for name in names}
+    return {
+        name: {key: info[key] for key in (*COUNTED, *READING) if key in info}
+        for name, info in found.items()
+    }
+
+
+def _inputs_said(inputs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """The same in words, as far as it is not plain."""
+    return tuple(f"pool {name}: {line}" for name, info in inputs.items() for line in notes_of(info))
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:

@@ -84,9 +84,11 @@ def score_pool(
     found = table.found()
     if found is not None and not found.info["failed"]:
         return found, False
-    progress = Progress("likelihood", 2 * pool.manifest.rows("rows"), emit, "forward rows")
+    prompts = pool.manifest.info.get("holds") == "prompts"  # which have nothing to score
+    total_rows = 0 if prompts else 2 * pool.manifest.rows("rows")
+    progress = Progress("likelihood", total_rows, emit, "forward rows")
     recorders = opened.recorders(spec, store, progress.advance)
-    buckets = by_store_bucket(pool.rows, pool.buckets)
+    buckets = iter(()) if prompts else by_store_bucket(pool.rows, pool.buckets)
     scored = score_buckets(recorders, buckets, asked, progress.advance)
     manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
     progress.close()
