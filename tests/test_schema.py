@@ -104,15 +104,28 @@ def test_canonical_text_is_a_fixed_point_and_forgets_encoding(text):
     assert canonical_text(clean.replace("\n", "\r\n")) == clean
 
 
-def test_message_fills_every_field_and_clears_empty_ones():
-    assert message("user", None) == {
-        "role": "user",
-        "content": "",
-        "reasoning": None,
-        "tool_calls": None,
-    }
+def test_message_fills_every_field_and_keeps_text_to_the_character():
+    empty = dict.fromkeys(("reasoning", "tool_calls", "tool_call_id", "name", "weight"))
+    assert message("user", None) == {"role": "user", "content": "", **empty}
     assert message("assistant", " a ", reasoning="", tool_calls=" x ")["reasoning"] is None
     assert message("assistant", " a ", tool_calls=" x ")["tool_calls"] == "x"
+    assert message("assistant", "    return a\r\n")["content"] == "    return a\r\n"
+    assert message("tool", "1", tool_call_id="c", name="f", weight=0) == {
+        **message("tool", "1"),
+        "tool_call_id": "c",
+        "name": "f",
+        "weight": 0,
+    }
+
+
+def test_fields_that_came_later_count_only_where_they_are_filled():
+    plain = chat("q", "r", "q", "r")
+    fields = ({"tool_call_id": "c"}, {"name": "Ann"}, {"weight": 0})
+    filled = [[plain[0], {**plain[1], **more}, *plain[2:]] for more in fields]
+    found = [row_id(messages) for messages in (plain, *filled)]
+    assert len({i[:HALF_ID] for i in found}) == len(found) == 4
+    bare = [{k: m[k] for k in ("role", "content", "reasoning", "tool_calls")} for m in plain]
+    assert row_id(bare) == found[0]
 
 
 @pytest.mark.parametrize(("messages", "found"), [([], "nothing"), (chat("q"), "user")])

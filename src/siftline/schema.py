@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
 import polars as pl
 import pyarrow as pa
 
@@ -25,8 +26,13 @@ MESSAGE = pa.struct(
         pa.field("content", pa.string()),
         pa.field("reasoning", pa.string()),
         pa.field("tool_calls", pa.string()),
+        pa.field("tool_call_id", pa.string()),  # of the call that a tool message answers
+        pa.field("name", pa.string()),  # who speaks: the tool, or one of several people
+        pa.field("weight", pa.int8()),  # 0: an assistant turn that carries no loss
     ]
 )
+EXTRAS = ("tool_call_id", "name", "weight")
+"""Fields of a message that its hash holds only where they are filled: ids are older than they."""
 
 ROW = pa.schema(
     [
@@ -73,15 +79,45 @@ def messages_type() -> pl.DataType:
 
 
 def canonical_text(text: str) -> str:
-    """Returns `text` in NFC, with Unix line ends and no white space around it."""
+    """Returns `text` in NFC, with Unix line ends and no white space around it.
+
+    For identity and comparison only: rows keep their text to the character.
+    """
+    if text.isascii() and "\r" not in text:
+        return text.strip()
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
-def message(role: str, content: str | None, **extra: str | None) -> dict[str, str | None]:
-    """Builds one canonical message with every field of `MESSAGE` present."""
-    fields = {"reasoning": extra.get("reasoning"), "tool_calls": extra.get("tool_calls")}
-    clean = {k: canonical_text(v) if v else None for k, v in fields.items()}
-    return {"role": role, "content": canonical_text(content or ""), **clean}
+def message(
+    role: str,
+    content: str | None,
+    *,
+    reasoning: str | None = None,
+    tool_calls: str | None = None,
+    tool_call_id: str | None = None,
+    name: str | None = None,
+    weight: int | None = None,
+) -> dict[str, Any]:
+    """Builds one message with every field of `MESSAGE` present, its text as it is.
+
+    Args:
+        role: One of `ROLES`.
+        content: The text; None is the empty one.
+        reasoning: The model's thoughts before the content.
+        tool_calls: JSON of what it calls.
+        tool_call_id: Of the call that a tool message answers.
+        name: Of the tool or the speaker.
+        weight: 0 where an assistant turn carries no loss.
+    """
+    return {
+        "role": role,
+        "content": content or "",
+        "reasoning": reasoning or None,
+        "tool_calls": (tool_calls or "").strip() or None,
+        "tool_call_id": tool_call_id or None,
+        "name": name or None,
+        "weight": weight,
+    }
 
 
 def digest(*parts: Any) -> str:
@@ -91,13 +127,25 @@ def digest(*parts: Any) -> str:
 
 
 def _hashable(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    return [[m["role"], m["content"], m.get("reasoning"), m.get("tool_calls")] for m in messages]
+    """What a conversation is known by: canonical texts, so that it has one id however written."""
+    return [_parts(message) for message in messages]
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    reasoning, calls = message.get("reasoning"), message.get("tool_calls")
+    parts = [
+        message["role"],
+        canonical_text(message["content"] or ""),
+        canonical_text(reasoning) if reasoning else None,
+        canonical_text(calls) if calls else None,
+    ]
+    extras = {name: message[name] for name in EXTRAS if message.get(name) is not None}
+    return [*parts, extras] if extras else parts
 
 
 def prompt_id(messages: Sequence[Mapping[str, Any]], tools: str | None = None) -> str:
     """Hashes everything before the last assistant turn; plain text hashes the text itself."""
-    prompt = messages[:-1] or messages
-    return digest("prompt", _hashable(prompt), tools)[:HALF_ID]
+    return _ids(_hashable(messages), tools, None, None)[0]
 
 
 def row_id(
@@ -108,8 +156,27 @@ def row_id(
     source: str | None = None,
 ) -> str:
     """Makes the 40-digit id: 20 of the prompt's hash, 20 of hash(messages, answer, source)."""
-    rest = digest("row", _hashable(messages), answer, source)[:HALF_ID]
-    return prompt_id(messages, tools) + rest
+    return "".join(_ids(_hashable(messages), tools, answer, source))
+
+
+def _ids(
+    parts: list[list[Any]], tools: str | None, answer: str | None, source: str | None
+) -> tuple[str, str]:
+    """Both halves of an id; the texts are made canonical once.
+
+    Raises:
+        UnicodeEncodeError: for a text with a lone surrogate.
+    """
+    answer = canonical_text(answer) if answer is not None else None
+    tools = canonical_text(tools) if tools else tools
+    halves = ("prompt", parts[:-1] or parts, tools), ("row", parts, answer, source)
+    try:  # a quarter of json's time; the same bytes, for there are no fractions among the parts
+        raw = [orjson.dumps(half, option=orjson.OPT_SORT_KEYS) for half in halves]
+    except TypeError:
+        first, second = (digest(*half) for half in halves)
+    else:
+        first, second = (hashlib.blake2b(half, digest_size=20).hexdigest() for half in raw)
+    return first[:HALF_ID], second[:HALF_ID]
 
 
 def make_row(
@@ -122,7 +189,7 @@ def make_row(
     tools: str | None = None,
     copies: int = 1,
 ) -> dict[str, Any]:
-    """Builds one row of `ROW` from canonical messages (see `message`).
+    """Builds one row of `ROW` from messages (see `message`).
 
     Raises:
         ValueError: if there is no message, or the last one is not the assistant's.
@@ -130,7 +197,6 @@ def make_row(
     if not messages or messages[-1]["role"] != "assistant":
         last = messages[-1]["role"] if messages else "nothing"
         raise ValueError(f"the last message must be the assistant's response, found {last}")
-    answer = canonical_text(answer) if answer is not None else None
     identity = row_id(messages, tools=tools, answer=answer, source=source)
     return {
         "id": identity,
