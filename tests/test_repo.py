@@ -18,7 +18,7 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {"config", "progress", "schema", "scratch", "shards", "spool", "workspace"}
+LEAVES = {"config", "native", "progress", "schema", "scratch", "shards", "spool", "workspace"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe", "library", "sections"}
@@ -27,6 +27,7 @@ BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "config": set(),
+    "native": set(),
     "progress": set(),
     "schema": set(),
     "scratch": set(),
@@ -42,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "dedup": {"kernels", "progress", "shards"},
     "selectors": {"config", "kernels", "schema"},
-    "scoring": {"kernels", "selectors", "schema", "shards", "store"},
-    "training": {"kernels", "selectors", "scoring", "schema", "shards", "store"},
+    "scoring": {"kernels", "native", "selectors", "schema", "shards", "store"},
+    "training": {"kernels", "native", "selectors", "scoring", "schema", "shards", "store"},
     "ledger": {"schema", "shards", "selectors"},
     "sections": {"ingest", "scoring", "training"},
     "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},
