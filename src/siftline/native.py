@@ -70,7 +70,13 @@ def _native_call(call: Any) -> Any:
         rest = {k: v for k, v in rest.items() if k not in FUNCTION_KEYS}
     arguments = _arguments(function.get("arguments"))
     kept = {k: v for k, v in function.items() if nested or k == "name"}
-    return {"type": "function", **rest, "function": {**kept, "arguments": arguments}}
+    found = {"type": "function", **rest, "function": _ordered({**kept, "arguments": arguments})}
+    return _ordered(found)
+
+
+def _ordered(value: dict[str, Any]) -> dict[str, Any]:
+    """Keys in the order of canonical JSON, so that a template shows the same from any source."""
+    return dict(sorted(value.items()))
 
 
 def _arguments(value: Any) -> Any:

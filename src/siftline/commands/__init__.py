@@ -9,10 +9,11 @@ def register(group: click.Group) -> None:
     from siftline.commands.cache import cache
     from siftline.commands.dedup import dedup
     from siftline.commands.eval import evaluate
+    from siftline.commands.export import export
     from siftline.commands.rule import rule
     from siftline.commands.score import score
     from siftline.commands.select import select
     from siftline.commands.train import train
 
-    for command in (audit, cache, dedup, evaluate, rule, score, select, train):
+    for command in (audit, cache, dedup, evaluate, export, rule, score, select, train):
         group.add_command(command)
