@@ -137,7 +137,8 @@ def read_llamafactory(line):
             continue
         words, mark, rest = content.partition("<tool_call>")
         calls = json.loads(rest.removesuffix("</tool_call>") if mark else words)
-        turn = {"role": "assistant", "content": words if mark else "", **reasoning}
+        words = words.removesuffix("\n") if mark else ""
+        turn = {"role": "assistant", "content": words, **reasoning}
         messages.append({**turn, "tool_calls": [function_call(c) for c in calls]})
     last = len(messages) - 1  # mask_history
     flags = [m["role"] == "assistant" and i < last for i, m in enumerate(messages)]
@@ -145,9 +146,9 @@ def read_llamafactory(line):
 
 
 def read_verl(line):
-    messages = json.loads(line["messages"])
-    flags = [m.pop("weight", 1) == 0 for m in messages]
-    return messages, json.loads(line["tools"]), flags
+    parsed = {name: json.loads(line[name]) for name in ("messages", "tools")}
+    messages, _, flags = read_last({"messages": parsed["messages"]})
+    return messages, parsed["tools"], flags
 
 
 def read_last(line):
@@ -280,20 +281,38 @@ def test_turns_that_llamafactory_refuses_are_named(tmp_path):
     assert ids == set(VERSIONS.row_table(odd | VERSIONS.PLAIN)["id"].to_pylist())
 
 
-def test_verls_data_set_parses_and_masks(version, rows, tmp_path, monkeypatch):
-    """Its parent is verl's; here a stand-in of the methods that ours calls."""
+def test_verls_data_set_gives_the_tokens_and_the_loss_of_ours(
+    version, rows, tmp_path, monkeypatch, tiny
+):
+    """Its parent is verl's; here a stand-in of what ours calls, and is called by."""
     import pandas as pd
+    import torch
+    import trl
+
+    from siftline.scoring.spans import response_span
+
+    template = (Path(trl.__file__).with_name("chat_templates") / "qwen3.jinja").read_text()
+    tokenizer = tiny.make_tokenizer(template=template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
 
     class Parent:
-        messages_key, tools_key = "messages", "tools"
+        messages_key, tools_key, apply_chat_template_kwargs = "messages", "tools", {}
 
         def _read_files_and_process(self):
             self.dataframe = pd.read_parquet(self.path)
             self.tools = self.dataframe["tools"].tolist()
 
-        def _process_single_message(self, index, message, tools=None, enable_thinking=None):
-            assert "weight" not in message
-            return message, int(message["role"] == "assistant"), 1, {}
+        def _build_messages(self, example):
+            return example["messages"]
+
+        def __getitem__(self, item):
+            messages = self._build_messages(self.dataframe.iloc[item].to_dict())
+            parts = [
+                self._process_single_message(i, m, tools=None if i else self.tools[item])
+                for i, m in enumerate(messages)
+            ]
+            return [torch.cat(part).tolist() for part in list(zip(*parts, strict=True))[:3]]
 
     path = "verl.utils.dataset.multiturn_sft_dataset"
     for name in ("verl", "verl.utils", "verl.utils.dataset", path):
@@ -303,18 +322,18 @@ def test_verls_data_set_parses_and_masks(version, rows, tmp_path, monkeypatch):
     space = {}
     exec((tmp_path / "out/verl_dataset.py").read_text(), space)
     data = space["NativeDataset"]()
-    data.path = tmp_path / "out/sft.parquet"
+    data.path, data.tokenizer = tmp_path / "out/sft.parquet", tokenizer
     data._read_files_and_process()
+    ours = {row["id"]: row for row in VERSIONS.row_table(EVERYTHING).to_pylist()}
     for number, identity in enumerate(data.dataframe["id"]):
-        row = data.dataframe.iloc[number].to_dict()
+        assert data.messages[number] == rows[identity]["messages"]
         assert data.tools[number] == rows[identity]["tools"]
-        assert row["messages"] == data.messages[number]
-        seen = [
-            data._process_single_message(i, m, tools=None)
-            for i, m in enumerate(data.messages[number])
-        ]
-        assert [m for m, *_ in seen] == rows[identity]["messages"]
-        assert [mask for _, mask, *_ in seen] == [0] * (len(seen) - 1) + [1]
+        row = ours[identity]
+        wanted, (start, end) = response_span(tokenizer, row["messages"], tools=row["tools"])
+        tokens, mask, attention = data[number]
+        assert tokens[:end] == wanted
+        assert mask == [0] * start + [1] * (end - start) + [0] * (len(tokens) - end)
+        assert attention == [1] * len(tokens)
 
 
 def test_rewards_of_exported_prompts():

@@ -24,6 +24,7 @@ from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.scoring.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
+from siftline.scoring.spans import trimmed
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
@@ -65,6 +66,7 @@ class Scored:
         found: Forward rows that were in the store.
         tokens: Tokens of the computed ones.
         seconds: Time it took, without reading the files and loading the model.
+        trimmed: Scored rows whose response lost white space around it to the chat template.
     """
 
     scores: pl.DataFrame
@@ -73,6 +75,7 @@ class Scored:
     found: int
     tokens: int
     seconds: float
+    trimmed: int
 
 
 def score_files(
@@ -149,13 +152,16 @@ def _score(
     pool: Pool, spec: ModelSpec, asked: Likelihood, store: Path, make_tracker: MakeTracker
 ) -> Scored:
     scores, failed = [], [unreadable(pool)]
+    trims: list[int] = []
     total_rows = 2 * pool.manifest.rows("rows")
 
     def work(
         recorder: Recorder, bucket: int, rows: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
         with counted([recorder], 2 * rows.num_rows, tracker.advance):
-            return score_likelihood(recorder, bucket, rows, asked)
+            lines, reasons = score_likelihood(recorder, bucket, rows, asked)
+        trims.append(_trimmed(recorder, rows, reasons))
+        return lines, reasons
 
     with engines() as opened:
         recorders = opened.recorders(
@@ -180,10 +186,18 @@ def _score(
         found=tally.found,
         tokens=tally.tokens,
         seconds=seconds,
+        trimmed=sum(trims),
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
     assert result.scores.height + result.failed.height == read, "a row is unaccounted for"
     return result
+
+
+def _trimmed(recorder: Recorder, rows: pa.Table, reasons: dict[str, str]) -> int:
+    """Scored rows whose response the chat template trims."""
+    pairs = zip(rows["id"].to_pylist(), rows["messages"].to_pylist(), strict=True)
+    tokenizer, template = recorder.engine.tokenizer, recorder.spec.template
+    return sum(trimmed(tokenizer, chat, template) for i, chat in pairs if i not in reasons)
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -63,7 +63,7 @@ def _turn(message: Message) -> Message:
     if CALL_TAGS[1] in calls or CALL_TAGS[0] in content:
         raise Unfit("other_calls")
     if message["content"]:  # words beside calls go where it looks for a thought
-        calls = calls.join(CALL_TAGS)
+        calls = "\n" + calls.join(CALL_TAGS)
     return {"role": "function_call", "content": content + calls}
 
 

@@ -117,9 +117,8 @@ def swift_rlvr(row: Row) -> dict[str, Any]:
 
 
 def verl_sft(row: Row) -> dict[str, Any]:
-    """Conversation and tools as JSON text, which `verl_dataset` parses, with OpenAI's weights."""
-    messages = masked(row["messages"], "weight", 0)
-    return {"messages": text(messages), "tools": text(row.get("tools"))}
+    """Conversation and tools as JSON text, which `verl_dataset` parses."""
+    return {"messages": text(unmarked(row)), "tools": text(row.get("tools"))}
 
 
 def verl_rlvr(row: Row) -> dict[str, Any]:
