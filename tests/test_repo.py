@@ -35,7 +35,7 @@ RECIPES = {"recipe", "library", "sections"}
 OUTPUT = {"card", "curated", "plots", "report"}
 BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"published"},
+    "__init__": {"loading"},
     "config": set(),
     "native": set(),
     "conversations": {"native"},
@@ -62,8 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "library": {"config", "recipe"},
     "card": {*LEAVES, "kernels"},
     "curated": {*LEAVES, "card"},
-    "published": {"curated", "native"},
-    "export": {"native", "published", "shards"},
+    "loading": {"curated", "native"},
+    "export": {"loading", "native", "shards"},
     "plots": {*LEAVES, "kernels"},
     "report": {*LEAVES, "card", "kernels", "plots"},
     "stages": BELOW_STAGES,

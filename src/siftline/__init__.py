@@ -10,7 +10,7 @@ __all__ = ["load"]
 
 
 def load(*folders: "str | Path", **options: Any) -> Any:
-    """Published versions as one `datasets.Dataset` with native messages; see `published.load`."""
-    from siftline.published import load as read
+    """Published versions as one `datasets.Dataset` with native messages; see `loading.load`."""
+    from siftline.loading import load as read
 
     return read(*folders, **options)

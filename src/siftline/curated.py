@@ -285,7 +285,7 @@ def _manifest(
     ]
     reasons = removed.group_by("stage", "reason").len().sort("stage", "reason").rows()
     body = {
-        "format": 1,
+        "format": 2,  # 1 had calls and reasoning under the names of rows
         "identity": identity,
         "seed": seed,
         "files": files,

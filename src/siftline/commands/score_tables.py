@@ -152,16 +152,14 @@ def _score(
     pool: Pool, spec: ModelSpec, asked: Likelihood, store: Path, make_tracker: MakeTracker
 ) -> Scored:
     scores, failed = [], [unreadable(pool)]
-    trims: list[int] = []
+    trims = 0
     total_rows = 2 * pool.manifest.rows("rows")
 
     def work(
         recorder: Recorder, bucket: int, rows: pa.Table
     ) -> tuple[pl.DataFrame, dict[str, str]]:
         with counted([recorder], 2 * rows.num_rows, tracker.advance):
-            lines, reasons = score_likelihood(recorder, bucket, rows, asked)
-        trims.append(_trimmed(recorder, rows, reasons))
-        return lines, reasons
+            return score_likelihood(recorder, bucket, rows, asked)
 
     with engines() as opened:
         recorders = opened.recorders(
@@ -172,6 +170,7 @@ def _score(
         buckets = by_store_bucket(pool.rows, pool.buckets)
         try:
             for bucket, (lines, reasons) in over_buckets(recorders, buckets, work):
+                trims += _trimmed(recorders[0], pool.rows(bucket), reasons)
                 found, lost = _by_place(pool, bucket, lines, reasons, asked)
                 scores.append(found)
                 failed.append(lost)
@@ -186,7 +185,7 @@ def _score(
         found=tally.found,
         tokens=tally.tokens,
         seconds=seconds,
-        trimmed=sum(trims),
+        trimmed=trims,
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
     assert result.scores.height + result.failed.height == read, "a row is unaccounted for"

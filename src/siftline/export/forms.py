@@ -52,6 +52,17 @@ def earlier(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
     return [m["role"] == "assistant" and i < last for i, m in enumerate(messages)]
 
 
+def flat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages of role and content, reasoning in the content, for trainers that read no more.
+
+    Raises:
+        Unfit: `calls`, for a message that calls a tool.
+    """
+    if any("tool_calls" in message for message in messages):
+        raise Unfit("calls")
+    return [{"role": m["role"], "content": with_thought(m)} for m in messages]
+
+
 def masked(messages: Sequence[Mapping[str, Any]], key: str, value: Any) -> list[Message]:
     """Messages whose earlier assistant turns carry a mark that takes them out of the loss."""
     kept = [{k: v for k, v in m.items() if k != "weight"} for m in messages]

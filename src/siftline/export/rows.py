@@ -10,6 +10,7 @@ from siftline.export.forms import (
     Row,
     Unfit,
     earlier,
+    flat,
     functions,
     masked,
     text,
@@ -18,6 +19,7 @@ from siftline.export.forms import (
     with_thought,
 )
 
+PAIR = ("prompt", "chosen", "rejected")
 ABILITY = {"math": "math", "code": "code"}
 """verl's names of abilities, by verifier; other verifiers go by their own name."""
 VERIFIERS = {"exact": "string_matcher", "choice": "string_matcher"}
@@ -75,9 +77,14 @@ def axolotl_sft(row: Row) -> dict[str, Any]:
     }
 
 
+def axolotl_preferences(row: Row) -> dict[str, Any]:
+    """Prompt, chosen and rejected; its DPO strategy reads role and content."""
+    return {name: flat(row[name]) for name in PAIR}
+
+
 def pairs(row: Row) -> dict[str, Any]:
     """Prompt, chosen and rejected as lists of messages."""
-    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    return {name: row[name] for name in PAIR}
 
 
 def prompts(row: Row) -> dict[str, Any]:
@@ -102,10 +109,8 @@ def swift_sft(row: Row) -> dict[str, Any]:
 
 def swift_preferences(row: Row) -> dict[str, Any]:
     """The chosen conversation and the rejected response."""
-    return {
-        "messages": [*row["prompt"], *row["chosen"]],
-        "rejected_response": row["rejected"][-1]["content"],
-    }
+    prompt, chosen, rejected = (flat(row[name]) for name in PAIR)
+    return {"messages": [*prompt, *chosen], "rejected_response": rejected[-1]["content"]}
 
 
 def swift_rlvr(row: Row) -> dict[str, Any]:

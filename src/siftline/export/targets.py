@@ -178,7 +178,7 @@ TARGETS: dict[str, Target] = {
         {SFT: llamafactory.sft, PREFERENCES: llamafactory.preferences}, _llamafactory
     ),
     "axolotl": Target(
-        {SFT: rows.axolotl_sft, PREFERENCES: rows.pairs, RLVR: rows.prompts}, _axolotl
+        {SFT: rows.axolotl_sft, PREFERENCES: rows.axolotl_preferences, RLVR: rows.prompts}, _axolotl
     ),
     "swift": Target(
         {SFT: rows.swift_sft, PREFERENCES: rows.swift_preferences, RLVR: rows.swift_rlvr}, _swift

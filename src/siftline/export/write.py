@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from siftline.export.forms import Unfit, earlier
 from siftline.export.targets import KINDS, SFT, TARGETS, Convert, Facts
-from siftline.published import SFT as DEFAULT
-from siftline.published import config_names, native_rows, version_folder
+from siftline.loading import SFT as DEFAULT
+from siftline.loading import config_names, native_rows, version_folder
 from siftline.shards import building, write_text
 
 BATCH = 1024  # rows written at once
