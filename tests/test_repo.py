@@ -19,8 +19,8 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
 LEAVES = {
-    "config", "disk", "locks", "progress", "published", "schema", "scratch", "shards", "spool",
-    "verified", "workspace",
+    "config", "conversations", "disk", "locks", "native", "progress", "published", "schema",
+    "scratch", "shards", "spool", "verified", "workspace",
 }  # fmt: skip
 DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
@@ -29,10 +29,12 @@ RECIPES = {"recipe", "library", "sections"}
 OUTPUT = {"card", "curated", "plots", "report"}
 BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"loading"},
     "config": set(),
     "disk": set(),
     "locks": set(),
+    "native": set(),
+    "conversations": {"native"},
     "progress": set(),
     "schema": {"kernels"},
     "scratch": set(),
@@ -40,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "verified": set(),
     "published": {"verified"},
     "workspace": set(),
-    "spool": {"kernels", "schema", "shards"},
+    "spool": {"conversations", "kernels", "schema", "shards"},
     "journal": {"verified"},
     "namespace": {"journal", "locks", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
@@ -50,14 +52,16 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "dedup": {*DATA_IN, "ingest", "kernels", "progress"},  # one reader for every verb
     "selectors": {"config", "kernels", "schema"},
-    "scoring": {"kernels", "selectors", "schema", "shards", "store", "verified"},
-    "training": {*DATA_IN, "ingest", "kernels", "selectors", "scoring", "store"},
+    "scoring": {"kernels", "native", "selectors", "schema", "shards", "store", "verified"},
+    "training": {*DATA_IN, "ingest", "kernels", "native", "selectors", "scoring", "store"},
     "ledger": {"schema", "shards", "selectors"},
     "sections": {"ingest", "scoring", "training"},
     "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},
     "library": {"config", "recipe"},
     "card": {*LEAVES, "kernels"},
     "curated": {*LEAVES, "card"},
+    "loading": {"curated", "native"},
+    "export": {"loading", "native", "shards"},
     "plots": {*LEAVES, "kernels"},
     "report": {*LEAVES, "card", "kernels", "plots"},
     "stages": BELOW_STAGES,
@@ -74,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "cache",
         "dedup",
         "demo",
+        "export",
         "pipelines",
         "status",
         "story",

@@ -313,8 +313,12 @@ def test_a_prompt_the_response_rewrites_is_an_error_and_not_a_longer_response(pl
     assert plain.decode(tokens[span[-2] :]) == "<think>second</think>1!<|im_end|>"
 
 
-def test_a_thought_the_prompt_opens_and_the_conversation_drops_is_no_error(plain):
-    messages = thinking("first", "second")
+def test_a_thought_the_prompt_opens_is_no_error_but_one_that_is_dropped_is(plain):
+    for first, second in (("first", "second"), (None, "second"), ("first", None)):
+        with pytest.raises(UnscorableRow, match="leaves out the response's reasoning") as raised:
+            response_span(plain, thinking(first, second), NEVER, turns="all")
+        assert raised.value.reason == "template_drops_reasoning"
+    messages = thinking(None, None)
     assert plain.decode(prompt_tokens(plain, messages, NEVER)).endswith("assistant\n<think>\n")
     tokens, span = response_span(plain, messages, NEVER, turns="all")
     texts = [plain.decode(tokens[a:b]) for a, b in zip(span[::2], span[1::2], strict=True)]

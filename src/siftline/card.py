@@ -166,18 +166,37 @@ def _columns(info: CardInfo, schema: pa.Schema) -> str:
     return _table(("column", "type", "meaning"), rows)
 
 
-def _loading(name: str, further: Iterable[str]) -> str:
-    # The recipe's name becomes a key of a JSON object and nothing else may come out of it.
-    key = json.dumps(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "curated")
-    tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
-    factory = (
-        f'{{{key}: {{"file_name": "FOLDER/data", "formatting": "sharegpt",\n'
-        f'  "columns": {{"messages": "messages"}},\n  "tags": {json.dumps(tags)}}}}}'
-    )
+@dataclass(frozen=True)
+class _Holds:
+    """What trainers must know of a version.
+
+    Attributes:
+        keys: Keys of its messages.
+        tools: Whether rows come with tools.
+        configs: Its further configs.
+    """
+
+    keys: tuple[str, ...]
+    tools: bool
+    configs: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether messages are role and content, which every trainer reads as they are."""
+        return self.keys == ("role", "content") and not self.tools
+
+
+def _holds(schema: pa.Schema, configs: Sequence[str]) -> _Holds:
+    turn = schema.field("messages").type.value_type if "messages" in schema.names else pa.struct([])
+    return _Holds(tuple(f.name for f in turn), "tools" in schema.names, tuple(configs))
+
+
+def _loading(name: str, holds: _Holds) -> str:
     others = "".join(
-        f'\n{name} = load_dataset(FOLDER, "{name}", split="train")' for name in further
+        f'\n{name} = load_dataset(FOLDER, "{name}", split="train")' for name in holds.configs
     )
-    return f"""`FOLDER` is the folder that holds this file. Reached through the link `latest`,
+    parts = [
+        f"""`FOLDER` is the folder that holds this file. Reached through the link `latest`,
 resolve the link first: a new version may be published between two reads.
 
 ```python
@@ -186,20 +205,85 @@ train = load_dataset(FOLDER, split="train"){others}
 
 import polars as pl
 frame = pl.scan_parquet(FOLDER + "/data/*.parquet")
+```""",
+        *_sft_lines(name, holds),
+        *_other_lines(holds),
+        _stacking(holds),
+    ]
+    return "\n\n".join(parts)
 
-from trl import SFTConfig, SFTTrainer  # loss on the responses only
-SFTTrainer(MODEL, train_dataset=train, args=SFTConfig(assistant_only_loss=True))
-```
 
-axolotl: `datasets: [{{path: FOLDER, type: chat_template, field_messages: messages}}]`
-
-ms-swift: `swift sft --dataset FOLDER/data`
-
-LLaMA-Factory: in your own `dataset_info.json`, with FOLDER as an absolute path
-
-```json
-{factory}
+def _sft_lines(name: str, holds: _Holds) -> list[str]:
+    last = (
+        "TRL, loss on the last response of each row; works with any chat template that shows all "
+        "of the row:"
+    )
+    code = """```python
+import siftline
+from trl import SFTTrainer
+SFTTrainer(MODEL, train_dataset=siftline.load(FOLDER, form="prompt_completion"))
 ```"""
+    axolotl = "`datasets: [{path: FOLDER, type: chat_template, field_messages: messages}]`"
+    if not holds.plain:
+        keys = ", ".join(f"`{key}`" for key in holds.keys if key not in ("role", "content"))
+        return [
+            "Some messages have " + (keys or "tools") + ", and Parquet gives the others nulls for "
+            "them, which many chat templates take for values. `siftline.load(FOLDER)` gives "
+            "messages without nulls, calls and tools as objects (`datasets` 4.7 or newer). "
+            f"{last}",
+            code,
+            f"axolotl drops the nulls and parses the calls by itself: {axolotl}",
+            "LLaMA-Factory, ms-swift, verl, OpenRLHF and open-instruct have forms of their own: "
+            "`siftline export FOLDER --to llamafactory --out DIR` (or `swift`, `verl`, `openrlhf`, "
+            "`open-instruct`) writes the data and the configuration.",
+        ]
+    # The recipe's name becomes a key of a JSON object and nothing else may come out of it.
+    key = json.dumps(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "curated")
+    tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
+    return [
+        last,
+        code,
+        "Loss on all responses of a row, if the model's chat template has generation marks "
+        "(`{% generation %}`): `SFTTrainer(MODEL, train_dataset=train, "
+        "args=SFTConfig(assistant_only_loss=True))`",
+        f"axolotl: {axolotl}",
+        "ms-swift: `swift sft --dataset FOLDER/data`",
+        "LLaMA-Factory, where user and assistant take turns: in your own `dataset_info.json`, with "
+        "FOLDER as an absolute path; `mask_history: true` takes the loss on the last response",
+        f"""```json
+{{{key}: {{"file_name": "FOLDER/data", "formatting": "sharegpt",
+  "columns": {{"messages": "messages"}},
+  "tags": {json.dumps(tags)}}}}}
+```""",
+        "For these and verl, OpenRLHF, open-instruct: `siftline export FOLDER --to NAME --out DIR` "
+        "writes data, masks and configuration.",
+    ]
+
+
+def _other_lines(holds: _Holds) -> list[str]:
+    lines = []
+    if "preferences" in holds.configs:
+        lines.append(
+            "Preferences, TRL: `DPOTrainer(MODEL, train_dataset=preferences)`; axolotl: "
+            "`rl: dpo` and `datasets: [{path: FOLDER, name: preferences, split: train, "
+            "type: chat_template.default, field_messages: prompt}]`"
+        )
+    if "rlvr" in holds.configs:
+        lines.append(
+            "Verifiable prompts, TRL: `GRPOTrainer(MODEL, train_dataset=rlvr, "
+            "reward_funcs=siftline.training.rewards.verified)`, after `import "
+            "siftline.training.rewards`"
+        )
+    return lines
+
+
+def _stacking(holds: _Holds) -> str:
+    keys = ", ".join(f"`{key}`" for key in holds.keys)
+    return (
+        f"Messages here have the keys {keys}. Versions with the same keys concatenate anywhere; "
+        'with others stack by `siftline.load(A, B)`, `pl.concat([a, b], how="diagonal_relaxed")` '
+        "or DuckDB's `union_by_name`."
+    )
 
 
 def render(
@@ -247,5 +331,5 @@ def render(
     meanings = dict(info.configs)
     for name, count in further.items():
         parts.append(f"The config `{name}` holds {count:,} {escape(meanings[name])}.")
-    parts += ["## Loading", _loading(info.name, names)]
+    parts += ["## Loading", _loading(info.name, _holds(schema, names))]
     return "\n\n".join(parts) + "\n"

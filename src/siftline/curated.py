@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from siftline.card import CardInfo
 from siftline.card import render as render_card
+from siftline.conversations import messages_type, published
 from siftline.published import MANIFEST, REMEDY, read_version, version_of
 from siftline.scratch import scratch_folder
 from siftline.shards import (
@@ -45,8 +46,9 @@ from siftline.shards import (
 from siftline.spool import Spool, cut, read_ordered, spool
 from siftline.verified import AlteredError, confirm
 
-FORMAT = 1
-"""Raise it when equal rows are published as other bytes."""
+FORMAT = 2
+"""Raise it when equal rows are published as other bytes. 1 had calls and reasoning under the names
+of rows."""
 SHARD_BYTES = 480 << 20
 """In-memory bytes of one shard; the Hub's own writer cuts at 500 MB."""
 
@@ -254,11 +256,10 @@ def _empty_message(card: CardInfo) -> str:
 
 def _schema(spooled: Spool, scores: pl.DataFrame) -> pa.Schema:
     """The one schema of all shards; everything nullable, as `datasets` would make it anyway."""
-    optional = [name for name in ("reasoning", "tool_calls") if name in spooled.used]
-    message = pa.struct([(name, pa.string()) for name in ("role", "content", *optional)])
     tools = [("tools", pa.string())] if "tools" in spooled.used else []
     flat = [(n, _flat_type(n, t)) for n, t in scores.schema.items() if n != "id"]
-    return pa.schema([("id", pa.string()), ("messages", pa.list_(message)), *tools, *flat])
+    messages = ("messages", messages_type(spooled.used))
+    return pa.schema([("id", pa.string()), messages, *tools, *flat])
 
 
 def _with_scores(table: pa.Table, scores: pl.DataFrame, schema: pa.Schema) -> pa.Table:
@@ -267,6 +268,9 @@ def _with_scores(table: pa.Table, scores: pl.DataFrame, schema: pa.Schema) -> pa
     for name in scores.columns:
         if name != "id":
             table = table.append_column(name, joined[name].to_arrow())
+    at = table.schema.get_field_index("messages")
+    kind = schema.field("messages")
+    table = table.set_column(at, kind, published(table["messages"], kind.type))
     return table.select(schema.names).cast(schema)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from siftline.conversations import used_fields
 from siftline.kernels.draws import uniforms
 from siftline.schema import ROW
 
@@ -32,7 +33,7 @@ class Spool:
         seed: Seed of the draws.
         ranges: Into how many equal ranges (0, 1) is cut.
         rows: Rows spooled.
-        used: Which of `reasoning`, `tool_calls` and `tools` some row fills.
+        used: Which optional fields some row fills; see `conversations.used_fields`, and `tools`.
     """
 
     folder: Path
@@ -79,13 +80,8 @@ def _used_fields(batch: pa.RecordBatch) -> set[str]:
     if pc.min(lengths).as_py() == 0:
         identity = batch["id"][pc.index(lengths, 0).as_py()]
         raise ValueError(f"row {identity} has no messages, which trainers can't read: remove it")
-    messages = batch["messages"].flatten()
-    used = {
-        name
-        for name in ("reasoning", "tool_calls")
-        if pc.struct_field(messages, name).null_count < len(messages)
-    }
-    return used | ({"tools"} if batch["tools"].null_count < batch.num_rows else set())
+    offered = {"tools"} if batch["tools"].null_count < batch.num_rows else set()
+    return used_fields(batch["messages"]) | offered
 
 
 def read_ordered(spooled: Spool) -> Iterator[pa.Table]:
@@ -122,13 +118,13 @@ def value_bytes(array: pa.Array) -> np.ndarray:
     """Bytes of each value: lengths of strings plus 4, 8 for anything of fixed size.
 
     Returns:
-        int64 array, shape (len(array),). List columns must hold no nulls.
+        int64 array, shape (len(array),).
     """
     import pyarrow.compute as pc
 
     if pa.types.is_list(array.type):
         inner = np.concatenate([[0], np.cumsum(value_bytes(array.flatten()))])
-        lengths = pc.list_value_length(array).to_numpy()
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
         return np.diff(inner[np.concatenate([[0], np.cumsum(lengths)])]) + 4
     if pa.types.is_struct(array.type):
         return np.sum([value_bytes(child) for child in array.flatten()], axis=0)

@@ -41,6 +41,11 @@ VERBS: dict[str, Verb] = {
         "explain",
         "Tell the whole story of a row: ID is its id (8 digits or more), or FILE:LINE.",
     ),
+    "export": Verb(
+        "export",
+        "export",
+        "Write the version in FOLDER for another trainer, with the configuration it wants.",
+    ),
     "plan": Verb("plan", "plan", "Say what RECIPE's rejection sampling will cost, from its pilot."),
     "report": Verb(
         "report",

@@ -151,6 +151,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         "scored": scored.scores.height,
         "failed_rows": scored.failed.height,
         **scored.reading,
+        "trimmed": scored.trimmed,
         "computed": scored.computed,
         "found": scored.found,
         "tokens": scored.tokens,
@@ -255,6 +256,8 @@ def _text(result: dict[str, Any], scores: "pl.DataFrame", reasons: "pl.DataFrame
         f"failed  {result['failed_rows']:>10,}" + (f"  {why}" if why else ""),
         f"tokens  {result['tokens']:>10,}  {result['tokens_per_second']:,.0f} a second",
     ]
+    if result["trimmed"]:
+        lines.append(f"trimmed {result['trimmed']:>10,}  lost outer white space to the template")
     if scores.height:
         names = ("mean", "5 %", "median", "95 %")
         lines.append(" " * 28 + "".join(f"{name:>10}" for name in names))

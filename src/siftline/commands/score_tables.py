@@ -25,6 +25,8 @@ from siftline.locks import held
 from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.scoring.likelihood import Likelihood
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.spans import trimmed
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
@@ -68,6 +70,7 @@ class Scored:
         tokens: Tokens of the computed ones.
         seconds: Time it took, without reading the files and loading the model.
         reading: What reading the files met with; see `Pool.reading`.
+        trimmed: Scored rows whose response lost white space around it to the chat template.
     """
 
     scores: pl.DataFrame
@@ -77,6 +80,7 @@ class Scored:
     tokens: int
     seconds: float
     reading: dict[str, Any]
+    trimmed: int
 
 
 def score_files(
@@ -153,6 +157,7 @@ def _score(
     pool: Pool, spec: ModelSpec, asked: Likelihood, store: Path, make_tracker: MakeTracker
 ) -> Scored:
     scores, failed = [], [unreadable(pool)]
+    trims = 0
     total_rows = 2 * pool.manifest.rows("rows")
 
     with engines() as opened:
@@ -166,6 +171,7 @@ def _score(
             for bucket, (lines, reasons) in score_buckets(
                 recorders, buckets, asked, tracker.advance
             ):
+                trims += _trimmed(recorders[0], pool.rows(bucket), reasons)
                 found, lost = _by_place(pool, bucket, lines, reasons, asked)
                 scores.append(found)
                 failed.append(lost)
@@ -181,10 +187,18 @@ def _score(
         tokens=tally.tokens,
         seconds=seconds,
         reading=pool.reading,
+        trimmed=trims,
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
     assert result.scores.height + result.failed.height == read, "a row is unaccounted for"
     return result
+
+
+def _trimmed(recorder: Recorder, rows: pa.Table, reasons: dict[str, str]) -> int:
+    """Scored rows whose response the chat template trims."""
+    pairs = zip(rows["id"].to_pylist(), rows["messages"].to_pylist(), strict=True)
+    tokenizer, template = recorder.engine.tokenizer, recorder.spec.template
+    return sum(trimmed(tokenizer, chat, template) for i, chat in pairs if i not in reasons)
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

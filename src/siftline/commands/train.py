@@ -154,6 +154,7 @@ def _told(result: Any) -> dict[str, Any]:
         "rows": facts["rows"],
         "rows_seen": result.rows,
         "skipped": facts["skipped"],
+        "trimmed": facts.get("trimmed", 0),
         "loss_tokens": result.loss_tokens,
         "loss_first": curve["loss"][0],
         "loss_last": curve["loss"][-1],
@@ -186,5 +187,7 @@ def _text(told: dict[str, Any]) -> str:
             f"dev    {told['dev_loss_best']:>10.4f}  at best, {told['dev_loss_last']:.4f} at the "
             f"last; kept: step {told['kept_step']:,}"
         )
-    lines.append(f"chat template: {TEMPLATE[told['template']]}")
+    trimmed = told["trimmed"]
+    takes = f"; it takes white space off the ends of {trimmed:,} responses" if trimmed else ""
+    lines.append(f"chat template: {TEMPLATE[told['template']]}{takes}")
     return "\n".join([*lines, f"model: {told['model']}"])

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 
-FINAL = frozenset({"too_long", "template_error", "no_text", "cut", "empty"})
+from siftline.scoring.omissions import OMISSIONS
+
+FINAL = frozenset({"too_long", "template_error", *OMISSIONS, "no_text", "cut", "empty"})
 """The same question would have the same reason again. All others (a refusal, a lost connection, a
 reply that can't be read) may end with the next run."""
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from siftline.scoring.engines import Span, positions
-from siftline.scoring.templates import render
+from siftline.scoring.omissions import OMISSIONS, omission
+from siftline.scoring.templates import chat_template_of, render
 from siftline.scoring.token_bounds import least_tokens
 
 Turns = Literal["last", "all"]
@@ -79,13 +80,40 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: A
         raise UnscorableRow("template_error", f"{type(error).__name__}: {error}") from error
 
 
-def _templated(
+def complete(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
-    max_length: int | None,
-    **options: Any,
-) -> list[int]:
-    return encode(tokenizer, rendered(tokenizer, messages, **options), max_length)
+    text: str,
+    begin: int | None,
+    *,
+    template: str | None = None,
+    tools: str | None = None,
+) -> None:
+    """Holds a rendered conversation to what the row says; see `omissions`.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        messages: The conversation.
+        text: What the template made of it.
+        begin: Where the response begins in `text`; None for a prompt without one.
+        template: Jinja chat template; None takes the tokenizer's, else QUESTION_ANSWER.
+        tools: JSON list of tools, as the row has it.
+
+    Raises:
+        UnscorableRow: with the reason in `omissions.OMISSIONS`, if part of it is missing.
+    """
+
+    def probe(messages: Sequence[Mapping[str, Any]], tools: str | None) -> str | None:
+        options: dict[str, Any] = {"template": template, "tools": tools}
+        try:
+            return render(tokenizer, messages, generation_prompt=begin is None, **options)
+        except _faults():
+            return None
+
+    inforce = chat_template_of(tokenizer, template)
+    reason = omission(tokenizer, inforce, messages, tools, text, begin, probe)
+    if reason is not None:
+        raise UnscorableRow(reason, f"the chat template leaves out {OMISSIONS[reason]}")
 
 
 _SPECIALS: MutableMapping[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
@@ -148,7 +176,8 @@ def response_span(
         end == len(tokens).
 
     Raises:
-        UnscorableRow: reason `too_long` or `template_error`.
+        UnscorableRow: reason `too_long`, `template_error`, or what the template leaves out, one of
+            `omissions.OMISSIONS`.
     """
     assert messages[-1]["role"] == "assistant", f"last role is {messages[-1]['role']!r}"
     if len(messages) == 1 and not tools:
@@ -164,6 +193,20 @@ def response_span(
     if turns == "all" and len(messages) > 2:
         span = (*_earlier_turns(tokenizer, messages, tokens, template, tools), *span)
     return tokens, span
+
+
+def trimmed(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None
+) -> bool:
+    """Whether a template takes white space off the ends of a response, which is no omission."""
+    content = messages[-1].get("content") or ""
+    if len(messages) == 1 or content == content.strip():
+        return False
+    probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": content}]
+    try:
+        return content not in render(tokenizer, probe, template)
+    except _faults():
+        return False
 
 
 def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
@@ -193,7 +236,7 @@ def _earlier_turns(
     if work > MOST_TURNS:
         raise UnscorableRow("too_long", f"{len(messages)} turns of {len(tokens)} tokens in all")
     for i, message in enumerate(messages[:-1]):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         turn = messages[: i + 1]
         alone, (start, end) = _turn_span(tokenizer, turn, template, tools)
@@ -226,19 +269,22 @@ def _turn_span(
         UnscorableRow: if what stands before the turn is written otherwise once the turn follows:
             the tokens then part within the prompt, and a span from there would hold some of it.
     """
-    options = {"template": template, "tools": tools}
+    options: dict[str, Any] = {"template": template, "tools": tools}
     text = rendered(tokenizer, messages, **options)
     before = messages[:-1]
     if before:
         prompt = rendered(tokenizer, before, **options, generation_prompt=True)
     else:  # templates take no empty conversation: the turn without its content opens it as well
         prompt = rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
-    if before and not text.startswith(prompt):
+    begin = _shared(text, prompt)
+    if before and begin < len(prompt):
         # They may part within the generation prompt (some open a thought), not before it.
         history = rendered(tokenizer, before, **options)
-        if _shared(text, prompt) < _shared(history, prompt):
+        if begin < _shared(history, prompt):
             raise UnscorableRow("template_error", "the template rewrites the prompt of a response")
+        begin = _shared(text, history)
     tokens = encode(tokenizer, text, max_length)
+    complete(tokenizer, messages, text, begin if before else 0, **options)
     start = _shared(tokens, encode(tokenizer, prompt))
     start = max(start, 1)  # nothing predicts the first token
     end = _turn_end(tokenizer, tokens, start)
@@ -269,13 +315,16 @@ def prompt_tokens(
     """Tokens to generate an answer from; a last assistant turn, the answer itself, is left off.
 
     Raises:
-        UnscorableRow: reason `template_error`, or `too_long` when no room is left for an answer.
+        UnscorableRow: reason `template_error`, one of `omissions.OMISSIONS`, or `too_long` when no
+            room is left for an answer.
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not prompt:
         return [start_token(tokenizer)]
     options: dict[str, Any] = {"template": template, "tools": tools}
-    tokens = _templated(tokenizer, prompt, max_length, **options, generation_prompt=True)
+    text = rendered(tokenizer, prompt, **options, generation_prompt=True)
+    tokens = encode(tokenizer, text, max_length)
+    complete(tokenizer, prompt, text, None, **options)
     if max_length is not None and len(tokens) >= max_length:
         raise UnscorableRow("too_long", f"{len(tokens)} tokens, the model takes {max_length}")
     return tokens

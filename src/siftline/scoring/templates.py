@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from siftline.native import native_message, native_tools, text_calls
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.scoring.template_limits import apply_chat_template
 
@@ -72,14 +73,25 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """One message as templates expect it: no nulls, tool calls parsed, both reasoning names."""
-    result: dict[str, Any] = {"role": message["role"], "content": message.get("content") or ""}
-    if message.get("reasoning"):
-        result["reasoning"] = result["reasoning_content"] = message["reasoning"]
-    if message.get("tool_calls"):
+def _template_message(message: Mapping[str, Any], nested: bool) -> dict[str, Any]:
+    """One message as templates expect it, with its reasoning under every name in use.
+
+    Args:
+        message: Of a row or of a published version.
+        nested: Whether the template reads calls as `function`; others show what the row has.
+    """
+    result = native_message(message)
+    result.pop("weight", None)
+    if "reasoning_content" in result:
+        result |= dict.fromkeys(("reasoning", "thinking"), result["reasoning_content"])
+    if not nested and isinstance(message.get("tool_calls"), str):
         result["tool_calls"] = json.loads(message["tool_calls"])
     return result
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": text_calls(calls)} if calls else message
 
 
 def render(
@@ -94,7 +106,7 @@ def render(
 
     Args:
         tokenizer: A transformers tokenizer.
-        messages: Messages of `schema.MESSAGE`: role, content, and optionally reasoning, tool_calls.
+        messages: Messages of `schema.MESSAGE`, or of a published version.
         template: Jinja chat template; None takes the tokenizer's.
         tools: JSON list of the tools the conversation may call.
         generation_prompt: Whether to open an assistant turn at the end.
@@ -103,12 +115,24 @@ def render(
         jinja2.TemplateError: if the template refuses the conversation (say, roles that do not
             alternate), or takes more steps than `template_limits.STEPS`.
     """
-    text = apply_chat_template(
-        tokenizer,
-        [_template_message(message) for message in messages],
-        tools=json.loads(tools) if tools else None,
-        chat_template=chat_template_of(tokenizer, template),
-        add_generation_prompt=generation_prompt,
-    )
+    source = chat_template_of(tokenizer, template)
+    told = [_template_message(message, "function" in source) for message in messages]
+
+    def templated(conversation: list[dict[str, Any]]) -> str:
+        return apply_chat_template(
+            tokenizer,
+            conversation,
+            tools=native_tools(tools),
+            chat_template=source,
+            add_generation_prompt=generation_prompt,
+        )
+
+    try:
+        text = templated(told)
+    except TypeError:
+        # Some templates (DeepSeek V3's) put the arguments into the text as they are.
+        if not any(message.get("tool_calls") for message in told):
+            raise
+        text = templated([_with_text_arguments(message) for message in told])
     assert isinstance(text, str)
     return text

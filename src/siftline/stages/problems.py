@@ -77,7 +77,7 @@ def problems_of(
             elif len({_reference(r["answer"], verifier) for r in proven}) > 1:
                 skipped["conflicting_answers"] += 1
             elif prompt in unfit:
-                skipped["too_long"] += 1
+                skipped[unfit[prompt]] = skipped.get(unfit[prompt], 0) + 1
             else:
                 problems[prompt] = Problem(Prompt(bucket, tokens[prompt]), proven[0])
     return problems, skipped

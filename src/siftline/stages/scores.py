@@ -27,8 +27,8 @@ from siftline.stages.responses import score_buckets
 from siftline.stages.spread import total
 from siftline.stages.tables import ScoreTable
 
-VERSION = 2
-"""Raise it when the table's columns change."""
+VERSION = 3
+"""Raise it when the table's columns change, or which rows have a score."""
 TABLE = pa.schema(
     [
         ("id", pa.string()),

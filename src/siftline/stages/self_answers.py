@@ -30,7 +30,8 @@ class _Found:
     """What was found for the rows of one bucket.
 
     Attributes:
-        route: Where each row's response comes from, one of `ROUTES`, by id.
+        route: Where each row's response comes from, one of `ROUTES` or another reason that its
+            prompt can't be asked, by id.
         text: The new response, by id of the row it replaces.
         failed: Reason by id of rows that the engine gave no draw for.
     """
@@ -89,8 +90,8 @@ def _answers(
             found.route[row["id"]] = "no_independent_answer"
             continue
         tokens = _tokens(model, row["messages"], row["tools"])
-        if tokens is None:
-            found.route[row["id"]] = "too_long"
+        if isinstance(tokens, str):
+            found.route[row["id"]] = tokens
         else:
             problem = Problem(Prompt(bucket, tokens), dict(row))
             mine.setdefault(row["prompt_id"], []).append(problem)
@@ -132,7 +133,7 @@ def _paraphrase(
         text = PARAPHRASE.format(prompt=last["content"] or "", response=response["content"] or "")
         question = [*before, schema.message("user", text), response]
         tokens = _tokens(model, question, problem.parent["tools"])
-        if tokens is not None:
+        if not isinstance(tokens, str):
             asked[problem.parent["id"]] = tokens
     wanted = dict.fromkeys(asked, range(options.paraphrases))
     if not options.paraphrases:
@@ -154,7 +155,8 @@ def _paraphrase(
 
 def _tokens(
     model: Recorder, messages: Sequence[Mapping[str, Any]], tools: str | None
-) -> list[int] | None:
+) -> list[int] | str:
+    """Tokens of a prompt, or why there are none."""
     spec = model.spec
     try:
         return prompt_tokens(
@@ -164,8 +166,8 @@ def _tokens(
             tools=tools,
             max_length=model.engine.max_length,
         )
-    except UnscorableRow:
-        return None
+    except UnscorableRow as error:
+        return error.reason
 
 
 def _by_name(drawn: pl.DataFrame) -> dict[str, list[Generation]]:

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.kernels.draws import uniforms
+from siftline.native import native_message
 from siftline.selectors.selection import DECISION
 
 STAGE = "training order"
@@ -30,8 +31,10 @@ class TokenRows:
         offsets: Row i is tokens[offsets[i]:offsets[i + 1]]; int64, shape (n + 1,).
         starts: First position of the response within its row, shape (n,); it ends with the row.
         skipped: Rows that can't be trained on, in the columns of `selection.DECISION`: `too_long`
-            (value and threshold in tokens), `template_error`, `empty_response`,
-            `not_a_conversation` (no message, or the last one is not the assistant's).
+            (value and threshold in tokens), `template_error`, what the template leaves out
+            (`scoring.omissions`), `empty_response`, `not_a_conversation` (no message, or the last
+            one is not the assistant's).
+        trimmed: Rows whose response lost white space around it to the template.
     """
 
     ids: list[str]
@@ -39,6 +42,7 @@ class TokenRows:
     offsets: np.ndarray
     starts: np.ndarray
     skipped: pl.DataFrame
+    trimmed: int = 0
 
     @property
     def loss_tokens(self) -> np.ndarray:
@@ -63,7 +67,8 @@ def _skip(identity: str, reason: str, value: float | None, limit: float | None) 
 
 
 def _empty(message: Mapping[str, Any]) -> bool:
-    return not any(message.get(key) for key in ("content", "reasoning", "tool_calls"))
+    said = native_message(message)
+    return not any(said.get(key) for key in ("content", "reasoning_content", "tool_calls"))
 
 
 def _conversation(turns: Sequence[Mapping[str, Any] | None] | None) -> bool:
@@ -89,7 +94,7 @@ def tokenize_rows(
     Raises:
         ValueError: if an id comes twice, or no row is left.
     """
-    from siftline.scoring.spans import UnscorableRow, response_span
+    from siftline.scoring.spans import UnscorableRow, response_span, trimmed
 
     ids: list[str] = rows.column("id").to_pylist()
     if len(set(ids)) != len(ids):
@@ -101,6 +106,7 @@ def tokenize_rows(
     arrays: list[np.ndarray] = []
     starts: list[int] = []
     skipped: list[dict[str, Any]] = []
+    shorter = 0
     for identity, messages, tool in zip(ids, rows.column("messages"), tools, strict=True):
         turns = messages.as_py()
         if not _conversation(turns):
@@ -120,6 +126,7 @@ def tokenize_rows(
         kept.append(identity)
         arrays.append(np.array(tokens, dtype=np.int32))
         starts.append(start)
+        shorter += trimmed(tokenizer, turns, template)
     if not kept:
         raise ValueError(f"none of {len(ids)} rows can be trained on ({_reasons(skipped)})")
     return TokenRows(
@@ -128,6 +135,7 @@ def tokenize_rows(
         offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
         starts=np.array(starts, dtype=np.int64),
         skipped=pl.DataFrame(skipped, schema=DECISION).sort("id"),
+        trimmed=shorter,
     )
 
 

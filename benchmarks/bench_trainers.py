@@ -1,0 +1,200 @@
+"""What other trainers' own data loaders make of a version with reasoning and tool calls.
+
+    python benchmarks/bench_trainers.py --work DIR --trainer axolotl@REVISION=SOURCE[:LIBRARIES] ...
+
+Publishes a version of every shape of conversation, exports it to each trainer, and lets the
+trainer's own loading code turn the export into tokens and labels (`trainer_probes.py`). They are
+held against ours, `scoring.spans.response_span`, under the same chat template: Qwen 3's, as TRL
+ships it, which the trainers have under that name or take from the tokenizer. SOURCE is the folder a
+trainer's package lies in, LIBRARIES a folder of packages that it needs in other versions.
+
+Columns: rows exported; rows loaded; rows whose text is ours to the character; rows whose loss text
+is ours; rows where it is ours but for the tags of a thought and the white space around them, which
+templates force and some trainers leave out of the loss; rows whose loss text holds the whole of the
+response's content, reasoning and calls.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COUNTS = ("text", "loss", "said", "held")
+WORDS = ("Łódź", "Paris", 'the "old" town', "a\nline", "x < y & z", "  spaced  ", "東京", "{}")
+
+
+def shapes(versions):
+    """Rows of every shape, each with every text of `WORDS`."""
+    found = {}
+    for word in WORDS:
+        for name, chat in (versions.PLAIN | versions.REASONED | versions.TOOLED).items():
+            turns = [dict(turn) for turn in chat]
+            last_user = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+            turns[last_user]["content"] += f" ({word})"
+            turns[-1]["content"] = f"{turns[-1]['content']} {word}".strip()
+            if turns[-1]["tool_calls"]:
+                turns[-1]["content"] = turns[-1]["content"].removesuffix(word).strip()
+                calls = json.loads(turns[-1]["tool_calls"])
+                calls[0]["function"]["arguments"]["city"] = word
+                turns[-1]["tool_calls"] = json.dumps(calls)
+            if turns[-1]["reasoning"]:
+                turns[-1]["reasoning"] = f"{turns[-1]['reasoning']} {word}".strip()
+            found[f"{name} {word}"] = turns
+    return found
+
+
+def published(versions, work):
+    """The version, and its rows by id."""
+    made = shapes(versions)
+    # Which rows of a table come with tools is told by their names.
+    versions.TOOLED = dict.fromkeys(n for n in made if n.split()[0] in versions.TOOLED)
+    folder = versions.make_version(work / "mixed", made)
+    return folder, {row["id"]: row for row in versions.row_table(made).to_pylist()}
+
+
+def make_tokenizer(tiny, folder):
+    """A byte-level tokenizer with Qwen's special tokens and Qwen 3's chat template."""
+    import trl
+
+    template = (Path(trl.__file__).with_name("chat_templates") / "qwen3.jinja").read_text()
+    tokenizer = tiny.make_tokenizer(template=template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    # The name that transformers 4 and 5 both read.
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    config.write_text(json.dumps(said))
+    return tokenizer
+
+
+def held(tokenizer, row, loss):
+    """Whether a text of loss tokens holds the response's content, reasoning and calls."""
+    from siftline.native import native_message
+    from siftline.scoring.omissions import _missing_from_response
+
+    return not _missing_from_response(native_message(row["messages"][-1]), loss)
+
+
+def compare(tokenizer, ids, lines, rows):
+    """Counts of one trainer, and how texts differ."""
+    from siftline.scoring.spans import response_span
+
+    counts, kinds = Counter(), Counter()
+    for identity, line in zip(ids, lines, strict=True):
+        row = rows[identity]
+        tokens, (start, end) = response_span(tokenizer, row["messages"], tools=row["tools"])
+        ours, our_loss = tokenizer.decode(tokens), tokenizer.decode(tokens[start:end])
+        labels = [t for t in line["labels"] if t != -100]
+        text, loss = tokenizer.decode(line["tokens"]), tokenizer.decode(labels)
+        counts["text"] += text.rstrip("\n") == ours
+        counts["loss"] += loss.rstrip("\n") == our_loss
+        counts["said"] += bare(loss) == bare(our_loss)
+        counts["held"] += held(tokenizer, row, loss)
+        if text.rstrip("\n") != ours:
+            kinds["text", first_difference(ours, text)] += 1
+        if loss.rstrip("\n") != our_loss:
+            kinds["loss", first_difference(our_loss, loss)] += 1
+    return counts, kinds
+
+
+def bare(text):
+    """A text without the tags of thoughts and the white space around them."""
+    return re.sub(r"\s*</?think>\s*", "", text).strip()
+
+
+def first_difference(ours, theirs):
+    """The two texts from a little before they part."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    at = min(len(ours), len(theirs)) if at is None else at
+    return f"{ours[max(0, at - 12) : at + 24]!r} | {theirs[max(0, at - 12) : at + 24]!r}"
+
+
+def loaded(name, source, libraries, export, tokenizer_folder, out):
+    """What a trainer makes of an export, or why it could not."""
+    python = [str(ROOT / "src"), *([libraries] if libraries else [])]
+    probe = Path(__file__).with_name("trainer_probes.py")
+    places = [str(place) for place in (export, tokenizer_folder, out)]
+    done = subprocess.run(
+        [sys.executable, str(probe), name, source, *places],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(python), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return None, done.stderr.strip().splitlines()[-1]
+    return json.loads(out.read_text()), ""
+
+
+def beside(name):
+    """A module of the tests, which make the rows."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    return __import__(name)
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="Scratch folder; made anew.")
+    parser.add_argument(
+        "--trainer", action="append", required=True, metavar="NAME@REV=SOURCE[:LIBS]"
+    )
+    given = parser.parse_args()
+    from siftline.export.write import export
+
+    shutil.rmtree(given.work, ignore_errors=True)
+    given.work.mkdir(parents=True)
+    folder, rows = published(beside("versions"), given.work)
+    tokenizer = make_tokenizer(beside("tiny"), given.work / "tokenizer")
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "datasets"))
+    print(f"{date.today()}, {libraries} here; template qwen3")
+    print(f"rows {len(rows)}, of them with tools {sum(bool(r['tools']) for r in rows.values())}")
+    columns = "".join(f"{name:>10}" for name in ("exported", "loaded", *COUNTS))
+    print(f"{'trainer':<14}{columns}  left out")
+    for asked in given.trainer:
+        told, _, place = asked.partition("=")
+        name, _, revision = told.partition("@")
+        source, _, packages = place.partition(":")
+        out = given.work / name
+        done = export(folder, name, out)
+        lines, error = loaded(
+            name, source, packages, out, given.work / "tokenizer", given.work / f"{name}.json"
+        )
+        left = ", ".join(f"{n} {why}" for why, n in done.left_out.get("sft", {}).items()) or "-"
+        if lines is None:
+            print(f"{name:<14}{done.rows['sft']:>10}  failed: {error}")
+            continue
+        ids = exported_ids(out)
+        if len(lines) != len(ids):
+            print(f"{name:<14}{len(ids):>10}{len(lines):>10}  not compared")
+            continue
+        counts, kinds = compare(tokenizer, ids, lines, rows)
+        figures = (len(ids), len(lines), *(counts[key] for key in COUNTS))
+        print(f"{name:<14}{''.join(f'{n:>10}' for n in figures)}  {left}")
+        print(f"    revision {revision or 'unknown'}")
+        for (what, shown), count in kinds.most_common(6):
+            print(f"    {count} rows, {what}: {shown}")
+
+
+def exported_ids(out):
+    """Ids of an export's rows in order."""
+    if (out / "sft.parquet").exists():
+        import pyarrow.parquet as pq
+
+        return pq.read_table(out / "sft.parquet")["id"].to_pylist()
+    lines = (out / "sft.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["id"] for line in lines]
+
+
+if __name__ == "__main__":
+    main()

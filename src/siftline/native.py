@@ -1,0 +1,118 @@
+"""Messages as trainers and chat templates take them: no null keys, calls and tools as objects.
+
+A row keeps structured values as JSON text, and Parquet fills the keys that one message has and
+another lacks with nulls. Templates test for a key by its presence and walk through calls, so both
+would end up in the rendered text. Everything that leaves a row for a template, a JSONL file or
+another trainer goes through `native_message`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+EXTRAS = ("tool_call_id", "name", "weight")
+"""What ties a tool's reply to its call, names a speaker, and takes a turn out of the loss."""
+FUNCTION_KEYS = {"name", "arguments"}
+CALL_KEYS = {"id", "type", "function"}
+
+
+def native_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """One message with the keys it has a value for; `role` and `content` always.
+
+    Args:
+        message: As rows have it (`reasoning`, calls as JSON text) or as versions have it
+            (`reasoning_content`, calls as a list).
+    """
+    result: dict[str, Any] = {"role": message["role"], "content": message.get("content") or ""}
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if reasoning:
+        result["reasoning_content"] = reasoning
+    if message.get("tool_calls"):
+        result["tool_calls"] = native_calls(message["tool_calls"])
+    return result | {key: message[key] for key in EXTRAS if message.get(key) is not None}
+
+
+def native_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation of `native_message`."""
+    return [native_message(message) for message in messages]
+
+
+def native_tools(tools: Any) -> list[Any] | None:
+    """The tools a conversation may call, parsed; None where there are none."""
+    found = json.loads(tools) if isinstance(tools, str) else tools
+    if not found:
+        return None
+    return found if isinstance(found, list) else [found]
+
+
+def native_calls(calls: Any) -> list[Any]:
+    """Calls in OpenAI's form, with the arguments as objects.
+
+    Both `{"function": {"name", "arguments"}}` and the flat `{"name", "arguments"}` are read.
+    Arguments that are no JSON object stay as they are, and so does a call of another form.
+
+    Args:
+        calls: A list of calls, one call, or the JSON text of either.
+    """
+    found = json.loads(calls) if isinstance(calls, str) else calls
+    return [_native_call(call) for call in (found if isinstance(found, list) else [found])]
+
+
+def _native_call(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    nested = isinstance(call.get("function"), Mapping)
+    function = call["function"] if nested else call
+    if not isinstance(function.get("name"), str) or not (nested or "arguments" in call):
+        return call
+    rest = {k: v for k, v in call.items() if v is not None}
+    if not nested:
+        rest = {k: v for k, v in rest.items() if k not in FUNCTION_KEYS}
+    arguments = _arguments(function.get("arguments"))
+    kept = {k: v for k, v in function.items() if nested or k == "name"}
+    found = {"type": "function", **rest, "function": _ordered({**kept, "arguments": arguments})}
+    return _ordered(found)
+
+
+def _ordered(value: dict[str, Any]) -> dict[str, Any]:
+    """Keys in the order of canonical JSON, so that a template shows the same from any source."""
+    return dict(sorted(value.items()))
+
+
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        parsed = json.loads(value) if value.strip() else {}
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, dict) else value
+
+
+def as_text(value: Any) -> str:
+    """Text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def text_calls(calls: Sequence[Any]) -> list[Any]:
+    """Native calls with their arguments as JSON text, as OpenAI's own interface has them."""
+    result = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or "arguments" not in function:
+            result.append(call)
+            continue
+        changed = {**function, "arguments": as_text(function["arguments"])}
+        result.append({**call, "function": changed})
+    return result
+
+
+def is_function_call(call: Any) -> bool:
+    """Whether a native call holds a function's name and arguments, and at most an id and a type."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return (
+        isinstance(function, Mapping)
+        and set(call) <= CALL_KEYS
+        and set(function) == FUNCTION_KEYS
+        and all(isinstance(call.get(key, ""), str) for key in ("id", "type"))
+    )
