@@ -67,7 +67,7 @@ class Engine:
         self.settings, self.workers = settings, workers or threads()
         self.banding = settings.banding()
         self.a, self.b = permutations(self.banding.slots, settings.seed)
-        self.shingling = Shingling(settings.ngram, settings.unit == "char", *tables())
+        self.shingling = Shingling(settings.ngram, settings.unit == "char", tables())
         self._pool = ThreadPoolExecutor(self.workers)
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ both. The decisions are those of doing everything at once in the order the files
 import fcntl
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from siftline.dedup.engine import Engine, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.kernels.codepoints import digest
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
@@ -43,7 +43,8 @@ MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
 _PART = r"(?:keys|decisions|changes)-\d{5}\.parquet"
 _OURS = re.compile(rf"{_PART}|\.(?:manifest\.json|{_PART})\.\d+")
 """Files of an index besides those three, half written ones included; no other is ever removed."""
-FORMAT = 1
+FORMAT = 2
+"""2: words by UAX #29, signs count."""
 CHANGES = pa.schema(
     [
         ("sift_row", pa.string()),
@@ -92,7 +93,7 @@ class Index:
             "settings": {k: v for k, v in asdict(settings).items() if k != "max_pairs"},
             "keep": str(keep),
             "text_column": text_column,
-            "unicode": unicodedata.unidata_version,
+            "characters": digest(),
         }
         self.files: list[File] = []
         self.keys: list[str] = []
@@ -290,6 +291,11 @@ class Index:
             self.last = facts["last"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of an index ({error}): start anew") from error
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} is an index of format {facts.get('format')}, and words are cut "
+                f"otherwise since format {FORMAT}: start a new index from the same files"
+            )
         for name, mine in self.identity.items():
             if facts.get(name) != mine:
                 raise ValueError(

@@ -12,16 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from siftline.kernels.codepoints import Tables
+from siftline.kernels.folding import FRONT, GROWTH, ROOM, fold
 from siftline.kernels.minhash import EMPTY
 from siftline.kernels.shingles import write_distinct
-from siftline.kernels.textgrams import (
-    ROOM,
-    fold_characters,
-    fold_words,
-    text_hash,
-    windows,
-    word_units,
-)
+from siftline.kernels.textgrams import character_units, text_hash, windows
+from siftline.kernels.tokens import word_units, write_words
 
 ALONE = np.uint64(0)
 """The key of a row that shares no band with any other."""
@@ -53,14 +49,12 @@ class Shingling(NamedTuple):
     Attributes:
         n: Units in a shingle.
         characters: Units are characters; else words.
-        classes: `codepoints.tables`.
-        folds: `codepoints.tables`.
+        tables: What words are, `codepoints.tables`.
     """
 
     n: int
     characters: bool
-    classes: np.ndarray
-    folds: np.ndarray
+    tables: Tables
 
 
 class Rows(NamedTuple):
@@ -90,9 +84,10 @@ class Held(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Room for one row: its folded text, units and shingles."""
+    """Room for one row: its folded text, its words as text, units and shingles."""
 
     folded: np.ndarray
+    words: np.ndarray
     units: np.ndarray
     shingles: np.ndarray
 
@@ -128,7 +123,7 @@ def summarise(
         free: Where room for these rows starts in it.
         end: Where it ends.
     """
-    buffers = _buffers(texts, start, stop)
+    buffers = _buffers(texts, start, stop, shingling.characters)
     holds = len(held.starts) > 0
     slots = np.empty(len(a), np.uint32)
     for i in range(start, stop):
@@ -162,7 +157,7 @@ def summarise(
 def sign(texts: Texts, shingling: Shingling, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
     """Writes the signature of every row to `out`, uint32, shape (n, slots)."""
     n = len(texts.offsets) - 1
-    buffers = _buffers(texts, 0, n)
+    buffers = _buffers(texts, 0, n, shingling.characters)
     for i in range(n):
         count = 0
         if not texts.null[i]:
@@ -199,8 +194,8 @@ def collect(
     longest = np.int64(0)
     for i in wanted:
         longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
-    buffers = _room(longest)
-    ends = np.empty(2 * longest + 8, np.int32)
+    buffers = _room(longest, shingling.characters)
+    ends = np.empty(2 * _units(longest, shingling.characters) + 8, np.int32)
     for k in range(len(wanted)):
         i = wanted[k]
         if len(held.starts) > 0 and held.starts[i] >= 0:
@@ -213,29 +208,38 @@ def collect(
 
 
 @njit(cache=True, nogil=True)
-def _room(longest: int) -> Buffers:
+def _units(size: int, characters: bool) -> int:
+    """Units that a text of `size` bytes has at most: "\u00bd", two bytes, is three words."""
+    return (2 * GROWTH if characters else 2) * size + 2
+
+
+@njit(cache=True, nogil=True)
+def _room(longest: int, characters: bool) -> Buffers:
+    units = _units(longest, characters)
     return Buffers(
-        np.empty(2 * longest + ROOM, np.uint8),
-        np.empty(longest + 2, np.uint64),
-        np.empty(longest + 2 + _LANES, np.uint32),
+        np.empty(GROWTH * longest + FRONT + ROOM, np.uint8),
+        np.empty(units + 8 if characters else 0, np.uint8),
+        np.empty(units, np.uint64),
+        np.empty(units + _LANES, np.uint32),
     )
 
 
 @njit(cache=True, nogil=True)
-def _buffers(texts: Texts, start: int, stop: int) -> Buffers:
+def _buffers(texts: Texts, start: int, stop: int, characters: bool) -> Buffers:
     longest = np.int64(0)
     for i in range(start, stop):
         longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
-    return _room(longest)
+    return _room(longest, characters)
 
 
 @njit(cache=True, nogil=True)
 def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+    stop = fold(data, begin, end, buffers.folded, how.tables)
     if how.characters:
-        count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
+        written = write_words(buffers.folded, stop, buffers.words, 0)
+        count = character_units(buffers.words, 0, written, buffers.units)
     else:
-        length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
-        count = word_units(buffers.folded, length, buffers.units)
+        count = word_units(buffers.folded, stop, buffers.units)
     return windows(buffers.units, count, how.n, buffers.shingles)
 
 
