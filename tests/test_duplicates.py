@@ -17,7 +17,7 @@ from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep, as_integers
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.text import numbers, words
 from siftline.recipe import parse
 from siftline.schema import make_row, message
 from siftline.selectors.duplicate_state import Shelf, normal_answer
@@ -49,7 +49,7 @@ def rows_of(*pairs):
 
 
 def shingles(text):
-    text = plain(text)
+    text = words(text)
     return {text[i : i + 5] for i in range(max(len(text) - 4, 1))} - {""}
 
 
@@ -61,7 +61,7 @@ def similarity(left, right):
 
 
 def same_numbers(left, right):
-    return all(numbers(plain(left[k])) == numbers(plain(right[k])) for k in ("prompt", "response"))
+    return all(numbers(words(left[k])) == numbers(words(right[k])) for k in ("prompt", "response"))
 
 
 def problem(rng):

@@ -70,7 +70,7 @@ class Engine:
         self.settings, self.workers = settings, workers or threads()
         self.banding = settings.banding()
         self.a, self.b = permutations(self.banding.slots, settings.seed)
-        self.shingling = Shingling(settings.ngram, settings.unit == "char", *tables())
+        self.shingling = Shingling(settings.ngram, settings.unit == "char", tables())
         self._pool = ThreadPoolExecutor(self.workers)
         self._own = threading.local()
 
@@ -226,7 +226,7 @@ class Engine:
         """Room for a row of so many bytes, this thread's own."""
         room = getattr(self._own, "room", None)
         if room is None or self._own.longest < longest:
-            room, self._own.longest = buffers(longest), longest
+            room, self._own.longest = buffers(longest, self.shingling.characters), longest
             self._own.room = room
         return room
 

@@ -19,7 +19,6 @@ import hashlib
 import io
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.disk import writing
+from siftline.kernels.codepoints import digest
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
@@ -57,6 +57,7 @@ _PART = r"(?:keys|decisions|changes)-\d{5}\.parquet"
 _OURS = re.compile(rf"{_PART}|\.(?:manifest\.json|{_PART})\.\d+")
 """Files of an index besides those three, half written ones included; no other is ever removed."""
 FORMAT = 2
+"""2: words by UAX #29, signs count; every file is hashed."""
 CHANGES = pa.schema(
     [
         ("sift_row", pa.string()),
@@ -106,7 +107,7 @@ class Index:
             "settings": {k: v for k, v in asdict(settings).items() if k != "max_pairs"},
             "keep": str(keep),
             "text_column": text_column,
-            "unicode": unicodedata.unidata_version,
+            "characters": digest(),
         }
         self.files: list[File] = []
         self.keys: list[str] = []
@@ -338,6 +339,11 @@ class Index:
             self.lengths = [(values, sha256) for values, sha256 in facts["sets"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of an index ({error}): start anew") from error
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} is an index of format {facts.get('format')}, and words are cut "
+                f"otherwise since format {FORMAT}: start a new index from the same files"
+            )
         for name, mine in self.identity.items():
             if facts.get(name) != mine:
                 raise ValueError(

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,22 +82,32 @@ class Kernel:
             return self._known[kind]
 
 
-def kept(build: Callable[[], tuple[np.ndarray, ...]]) -> Callable[[], tuple[np.ndarray, ...]]:
-    """A function whose arrays later processes find: they follow from its source and Python's."""
+Build = Callable[[], tuple[np.ndarray, ...]]
 
-    @cache
-    def found() -> tuple[np.ndarray, ...]:
-        file = f"{build.__name__}-{_hash(build.__module__, platform.python_version())}.npz"
-        raw = read(file)
-        if raw is None:
-            buffer = io.BytesIO()
-            np.savez(buffer, *build())
-            raw = buffer.getvalue()
-            write(file, raw)
-        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-            return tuple(arrays[f"arr_{k}"] for k in range(len(arrays.files)))
 
-    return found
+def kept(*packages: str) -> Callable[[Build], Build]:
+    """A function whose arrays later processes find.
+
+    They follow from its source, Python's version, and those of the packages.
+    """
+
+    def decorated(build: Build) -> Build:
+        @cache
+        def found() -> tuple[np.ndarray, ...]:
+            versions = (platform.python_version(), *map(version, packages))
+            file = f"{build.__name__.strip('_')}-{_hash(build.__module__, *versions)}.npz"
+            raw = read(file)
+            if raw is None:
+                buffer = io.BytesIO()
+                np.savez(buffer, *build())
+                raw = buffer.getvalue()
+                write(file, raw)
+            with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+                return tuple(arrays[f"arr_{k}"] for k in range(len(arrays.files)))
+
+        return found
+
+    return decorated
 
 
 def folders() -> list[Path]:
@@ -223,9 +234,9 @@ def _sources() -> bytes:
     spec = find_spec("numba")  # found, not imported
     assert spec is not None
     assert spec.origin is not None
-    version = Path(spec.origin).with_name("_version.py").read_bytes()
+    compiler = Path(spec.origin).with_name("_version.py").read_bytes()
     kernels = [file.read_bytes() for file in sorted(HERE.glob("*.py"))]
-    return hashlib.sha256(b"\0".join([version, *kernels])).digest()
+    return hashlib.sha256(b"\0".join([compiler, *kernels])).digest()
 
 
 def _hash(*what: Any) -> str:

@@ -11,16 +11,12 @@ allocate nothing, so that they can be kept compiled (`machine`); `texts` is wher
 import numpy as np
 from numba import njit
 
+from siftline.kernels.folding import fold
 from siftline.kernels.minhash import EMPTY
 from siftline.kernels.shingles import write_distinct
-from siftline.kernels.textgrams import (
-    fold_characters,
-    fold_words,
-    text_hash,
-    windows,
-    word_units,
-)
+from siftline.kernels.textgrams import character_units, text_hash, windows
 from siftline.kernels.texts import ALONE, LANES, Buffers, Held, Rows, Shingling, Texts
+from siftline.kernels.tokens import word_units, write_words
 
 _G = np.uint64(0x9E3779B97F4A7C15)
 _F = np.uint64(0xBF58476D1CE4E5B9)
@@ -149,11 +145,12 @@ def collect(
 
 @njit(cache=True, nogil=True)
 def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+    stop = fold(data, begin, end, buffers.folded, how.tables, buffers.points)
     if how.characters:
-        count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
+        written = write_words(buffers.folded, stop, buffers.words, 0)
+        count = character_units(buffers.words, 0, written, buffers.units)
     else:
-        length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
-        count = word_units(buffers.folded, length, buffers.units)
+        count = word_units(buffers.folded, stop, buffers.units)
     return windows(buffers.units, count, how.n, buffers.shingles)
 
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from siftline.kernels.codepoints import GROWTH, Tables, fold_bytes, fold_points
 from siftline.kernels.machine import Kernel
 
 ALONE = np.uint64(0)
 """The key of a row that shares no band with any other."""
-ROOM = 96
-"""Bytes that a fold buffer needs beyond twice the length of the text."""
 LANES = 8
 """Shingles that are signed at once."""
 
@@ -37,14 +36,12 @@ class Shingling(NamedTuple):
     Attributes:
         n: Units in a shingle.
         characters: Units are characters; else words.
-        classes: `codepoints.tables`.
-        folds: `codepoints.tables`.
+        tables: What words are, `codepoints.tables`.
     """
 
     n: int
     characters: bool
-    classes: np.ndarray
-    folds: np.ndarray
+    tables: Tables
 
 
 class Rows(NamedTuple):
@@ -74,21 +71,35 @@ class Held(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Room for one row, used again for the next: its folded text, units, shingles and ranges."""
+    """Room for one row, used again for the next.
+
+    Attributes:
+        folded: Its folded text.
+        points: Code points that are being composed.
+        words: Its words as text, where units are characters.
+        units: Hashes of its units.
+        shingles: Those of its shingles.
+        ends: Ranges of values that are being sorted.
+    """
 
     folded: np.ndarray
+    points: np.ndarray
+    words: np.ndarray
     units: np.ndarray
     shingles: np.ndarray
     ends: np.ndarray
 
 
-def buffers(longest: int) -> Buffers:
-    """Room for a row of so many bytes."""
+def buffers(longest: int, characters: bool) -> Buffers:
+    """Room for a row of so many bytes; "\u00bd", two of them, is three words."""
+    units = (2 * GROWTH if characters else 2) * longest + 2
     return Buffers(
-        np.empty(2 * longest + ROOM, np.uint8),
-        np.empty(longest + 2, np.uint64),
-        np.empty(longest + 2 + LANES, np.uint32),
-        np.empty(2 * longest + 8, np.int32),
+        np.empty(fold_bytes(longest), np.uint8),
+        np.empty(fold_points(longest), np.uint32),
+        np.empty(units + 8 if characters else 0, np.uint8),
+        np.empty(units, np.uint64),
+        np.empty(units + LANES, np.uint32),
+        np.empty(2 * units + 8, np.int32),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from siftline import schema
 from siftline.kernels.draws import hash64
-from siftline.kernels.text import plain
+from siftline.kernels.text import words
 from siftline.scoring.quantities import answer_key
 
 CLOSE = 0.85
@@ -94,7 +94,7 @@ def swapped_answer(row: Row, partner: Row) -> dict[str, Any] | None:
     known = (row["answer"], partner["answer"])
     if None not in known and len({answer_key(answer) for answer in known}) == 1:
         return None
-    if plain(_response(partner)) == plain(_response(row)):
+    if words(_response(partner)) == words(_response(row)):
         return None
     return _with_response(row, _response(partner))
 
@@ -189,7 +189,7 @@ def _close_edit(text: str, edits: tuple[str, ...], row: Row) -> str | None:
 
 def similarity(left: str, right: str) -> float:
     """Jaccard similarity of the 5-character shingles of two texts, case and spacing folded."""
-    a, b = (_shingles(plain(text)) for text in (left, right))
+    a, b = (_shingles(words(text)) for text in (left, right))
     return len(a & b) / len(a | b)
 
 
