@@ -100,7 +100,7 @@ def test_no_fold_outgrows_its_room():
         assert size <= GROWTH * len(chr(point).encode()), hex(point)
 
 
-# Signs, kana, Hebrew quotes, ":" and lone "_" go by our own rules; the rest is that of UAX #29 to the letter.
+# Signs, kana, Hebrew quotes, colons and lone underscores go by our own rules; the rest by UAX #29.
 SPACED = [s for s in SCRIPTS if s not in ("Thai", "Lao", "Khmer", "Myanmar", "Hiragana")]
 UAX29 = st.lists(
     st.sampled_from("aabz019   ..,,;'__?\"")
