@@ -10,9 +10,10 @@ of 2 to 14 KB, a quarter of them copies with words replaced. All tools get the s
 the verification of every pair, the others do not verify. PYTHON is an interpreter that has the
 peers (rensa 0.5, gaoya 0.2, datasketch 2.0, datatrove 0.10 with its processing extra and spacy,
 semhash 0.5, pyarrow), so that they stay out of this environment; it is one warm process as
-well. --tools names those wanted. datatrove works from disk to disk, 16 buckets of 8, in a process a
-core. semhash compares vectors (hashed word counts, made for it beforehand) at a cosine of 0.95 and
-is held against our semantic mode on the same ones, in a table of its own.
+well. --tools names those wanted. datatrove works from disk to disk, 16 buckets of 8, in a
+process a core. semhash compares vectors (hashed word counts, made
+for it beforehand) at a cosine of 0.95 and is held
+against our semantic mode on the same ones, in a table of its own.
 
 Every way of feeding a tool is a line of the table, and the best of each tool by wall and by
 processor time stands below it. --whole-process times programs instead, from a Parquet file to one
@@ -74,7 +75,7 @@ def pieces_of(files):
     return [" ".join(value for value in row if isinstance(value, str)) for row in rows]
 
 
-def documents(pieces, rows, sizes=(2000, 14_000)):
+def documents(pieces, rows):
     draw = random.Random(0)
     words = sorted({word for piece in pieces[:5000] for word in piece.split()})
     out = []
@@ -85,7 +86,7 @@ def documents(pieces, rows, sizes=(2000, 14_000)):
             copy = [draw.choice(words) if draw.random() < rate else word for word in copy]
             out.append(" ".join(copy))
             continue
-        size, parts = draw.randint(*sizes), []
+        size, parts = draw.randint(2000, 14_000), []
         while size > 0:
             parts.append(draw.choice(pieces))
             size -= len(parts[-1]) + 1
