@@ -255,6 +255,9 @@ WRITTEN = {
     "powers of ten": st.tuples(digits, digits, st.integers(-30, 30)).map(
         lambda p: (f"{p[0]}.{p[1]}e{p[2]}", rational(Fraction(f"{p[0]}.{p[1]}e{p[2]}")))
     ),
+    "names without a backslash": st.tuples(digits, digits).map(
+        lambda p: (f"{p[0]}*sqrt({p[1]}) + pi/{p[0]}", p[0] * sympy.sqrt(p[1]) + sympy.pi / p[0])
+    ),
     "arguments without braces": st.tuples(
         digits, digits, st.sampled_from(["\\frac{0}{1}", "\\frac{{{0}}}{1}", "\\frac{0}{{{1}}}",
                                          "\\sqrt{0}^{1}", "x^{0}", "x^-{0}", "x^\\frac{0}{1}"])

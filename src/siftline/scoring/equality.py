@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import permutations
 
 from siftline.scoring.latex import DEGREES, normalise, shell, without_unit
 from siftline.scoring.measures import measured
@@ -151,9 +152,7 @@ def _quantities(left: Quantity, right: Quantity, wanted: str) -> Judged:
         return Judged(True)
     pairs = [(left.value, right.value)]
     if left.percent != right.percent:
-        pairs.append(
-            (left.value / 100, right.value) if left.percent else (left.value * 100, right.value)
-        )
+        pairs.append((left.value / 100 if left.percent else left.value * 100, right.value))
     digits = re.search(r"(\d*)\.(\d+)(?!\d*[/eE\d])", tidy(wanted))
     if digits is None:
         return Judged(False)
@@ -200,32 +199,30 @@ def _words(given: str, wanted: str) -> Judged | None:
     plain = [" ".join(tidy(text).casefold().split()).strip("'\" ") for text in texts]
     if plain[0] == plain[1]:
         return Judged(True)
+    if any(plain[0] in one and plain[1] in other for one, other in permutations(_YES_NO)):
+        return Judged(False)
     letters = [sorted(text) for text in plain]
     if letters[0] == letters[1] and len(letters[0]) < 4 and "\\text" not in given + wanted:
         return Judged(None, "words, or products of letters")  # abc and cba
     names = [set(text.replace("-", " ").split()) for text in plain]
-    short = all(
-        _PLAIN_TEXT.fullmatch(t) and len(n) <= _MOST_WORDS
-        for t, n in zip(plain, names, strict=True)
-    )
+    short = all(map(_PLAIN_TEXT.fullmatch, plain)) and max(map(len, names)) <= _MOST_WORDS
     nested = names[0] <= names[1] or names[1] <= names[0]
     if not all(prose) or not short or nested or any(text in _SAYING for text in plain):
         return Judged(None, "words that can't be compared")
     return Judged(False)
 
 
-_SAYING = frozenset(
-    ["yes", "true", "no", "false", "none", "no solution", "no solutions", "does not exist", "dne",
-     "undefined", "empty set", "nothing", "impossible", "infinite", "infinity", "correct"]
+_YES_NO = (frozenset(["yes", "true", "correct"]), frozenset(["no", "false", "incorrect"]))
+_SAYING = _YES_NO[0] | _YES_NO[1] | frozenset(
+    ["none", "no solution", "no solutions", "does not exist", "dne",
+     "undefined", "empty set", "nothing", "impossible", "infinite", "infinity"]
 )  # fmt: skip
 """Answers in words that other words may say as well."""
 
 
 def _unworded(text: str) -> str:
     r"""A text with words out of their text commands, if it is words alone: \text{red} is red."""
-    return re.sub(
-        r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", without_unit(text)
-    )
+    return _TEXT.sub(r" \1 ", without_unit(text))
 
 
 def _is_prose(text: str) -> bool:
@@ -233,9 +230,7 @@ def _is_prose(text: str) -> bool:
 
     To an algebra system "red" is r*e*d. Two letters alone are a product: xy.
     """
-    bare = re.sub(
-        r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?", " ", text
-    )
+    bare = _COMMAND.sub(" ", text)
     words = [w for w in _SOME_WORD.findall(bare) if w.lower() not in _MATH_WORDS]
     if len(bare.split()) == 1 and "\\" not in text and re.fullmatch(r"\d*[a-z]{2}", bare.strip()):
         return False

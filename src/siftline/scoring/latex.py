@@ -35,7 +35,7 @@ def shell(text: str) -> str:
         r"\\begin\{(equation|align|gather)\*?\}|\\end\{(equation|align|gather)\*?\}", "", text
     )
     text = re.sub(r"^\\(?:displaystyle|textstyle)\s*", "", text.strip().strip("*`"))
-    return re.sub(r"(?:(?<![.\s])[.,;:]|\\\\|\\[,;])+\s*$", "", text.rstrip()).strip()
+    return re.sub(r"(?:(?<![.\s])[.,;:]|\\{1,2}[,;:! ]?)+\s*$", "", text.rstrip()).strip()
 
 
 def _inside(match: re.Match[str]) -> str:
@@ -346,6 +346,8 @@ NORMALISATIONS = (
     Normalisation("powers of ten", "2.5e-3", r"2.5\cdot 10^{-3}", "lm-evaluation-harness outputs",
                   _sub((r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\w.])",
                         r"\1\\cdot 10^{\2}"))),
+    Normalisation("names without a backslash", "2*sqrt(3)", r"2*\sqrt(3)", "Math-Verify issue 41",
+                  _sub((r"(?<![A-Za-z\\{])(sqrt|pi|sin|cos|tan|log|ln)(?![A-Za-z}])", r"\\\1"))),
     Normalisation("arguments without braces", r"\frac{22}7", r"\frac{22}{7}",
                   r"MATH, answers \frac{22}7, \sqrt2; Math-Verify issue 41", _arguments),
     Normalisation("repeating decimals", r"0.\overline{3}", r"\frac{1}{3}",
@@ -355,7 +357,7 @@ NORMALISATIONS = (
                        (r"(?<![\w}).^\\/])(\d+) (\d+)\s*/\s*(\d+)(?![\w(^])",
                         r"(\1+\\frac{\2}{\3})"))),
     Normalisation("numbers in another base", "1010_{2}", "10", "MATH, answer 2516_8",
-                  _sub((r"(?<![\w.\\}])(?P<digits>[0-9A-F]*\d[0-9A-F]*)_\{?(?P<base>\d{1,2})\}?"
+                  _sub((r"(?<![\w.\\}])(?P<digits>[0-9A-F]*\d[0-9A-F]*|[A-F]{2,}(?=_\{?1[1-6]))_\{?(?P<base>\d{1,2})\}?"
                         r"(?![\d\w^])", _based))),
     Normalisation("a number times a bracket", "3(4)", r"3\cdot (4)", "Math-Verify reads 3(4) as 7",
                   _sub((r"(?<![\w\\^.])((?:\d+\.)?\d+)\s*\(", r"\1\\cdot ("),

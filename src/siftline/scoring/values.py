@@ -122,7 +122,7 @@ def _value(value: Any, latex: str) -> Any:
     if isinstance(value, sympy.MatrixBase):
         return value.applyfunc(partial(_imaginary, latex=latex))
     if isinstance(value, sympy.Basic):
-        return _imaginary(_multiplied(value), latex)
+        return _imaginary(_real_roots(_multiplied(value), latex), latex)
     raise Unreadable("no value")
 
 
@@ -140,6 +140,18 @@ def _multiplied(value: Any) -> Any:
     except (TypeError, ValueError, sympy.ShapeError) as error:
         raise Unreadable("matrices that do not fit") from error
     raise Unreadable("a matrix in a formula")
+
+
+def _real_roots(value: Any, latex: str) -> Any:
+    r"""Odd roots of negative numbers as the real ones: \sqrt[3]{-8} is -2, where no i is about."""
+    if "\\sqrt[" not in latex or any(symbol.name == "i" for symbol in value.free_symbols):
+        return value
+
+    def odd(part: Any) -> bool:
+        root = isinstance(part, sympy.Pow) and part.exp.is_Rational and part.exp.p == 1
+        return bool(root and part.exp.q % 2 and part.base.is_negative)
+
+    return value.replace(odd, lambda part: -((-part.base) ** part.exp))
 
 
 def _imaginary(value: Any, latex: str) -> Any:
