@@ -121,7 +121,7 @@ def written(writer, path):
 def test_a_full_disk_is_named_with_file_and_remedy(full, writer):
     path = full / "file"
     line = said(written, WRITERS[writer], path)
-    assert line.startswith(f"no space left for {path}")
+    assert line.startswith(f"No space left for {path}")
     assert line.endswith("free some and run again; what was committed is kept")
 
 
@@ -157,7 +157,7 @@ def test_what_is_written_appears_whole_or_not_at_all(full):
         assert str(full / "a.parquet") in said(write_parquet, NOISE, full / "a.parquet")
     assert str(full / "a.json") in said(write_json, full / "a.json", ["x" * 2_000_000])
     with (
-        pytest.raises(OSError, match=f"no space left for {full / 'folder'}"),
+        pytest.raises(OSError, match=f"No space left for {full / 'folder'}"),
         building(full / "folder") as folder,
     ):
         (folder / "x").write_bytes(b"x" * 3_000_000)
@@ -225,7 +225,7 @@ def test_an_output_of_dedup_on_a_full_disk_is_told(full):
             for batch in NOISE.to_batches():
                 writer.add(batch)
 
-    assert f"no space left for {full / 'out'}" in said(write)
+    assert f"No space left for {full / 'out'}" in said(write)
     assert not (full / "out").exists()
 
 
@@ -276,7 +276,7 @@ def test_other_errors_are_left_alone(capsys):
         guarded(lambda: (_ for _ in ()).throw(RuntimeError("CUDA is sad")))
     inner = OSError(errno.ENOSPC, "No space left on device", "/a")
     with (
-        pytest.raises(OSError, match="no space left for /a") as error,
+        pytest.raises(OSError, match="No space left for /a") as error,
         writing(Path("/b")),
         writing(Path("/c")),
     ):

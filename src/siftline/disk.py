@@ -21,7 +21,7 @@ ALMOST_NOTHING = 64 << 10
 ROOT_BYTES = 32 << 20
 """Free bytes that a run needs at least: Dagster's databases, journals, small tables."""
 _REMEDIES = {
-    errno.ENOSPC: "no space left for {path}{free}: free some and run again; what was committed is "
+    errno.ENOSPC: "No space left for {path}{free}: free some and run again; what was committed is "
     "kept",
     errno.EROFS: "{path} is on a read-only file system: mount it for writing, or name another "
     "folder",

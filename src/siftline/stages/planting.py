@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"\d{1,18}")
 _SHIFTS = (1, 2, 3, 5, 7, 10, 20)
 _LOOP_WORDS = 12
 _LOOPED_WORDS = 200
+_LOOP_CHARACTERS = 4000
 """Words of a loop: at most `_LOOP_WORDS` a turn, about `_LOOPED_WORDS` in all."""
 
 Row = Mapping[str, Any]
@@ -109,11 +110,16 @@ def truncated(row: Row, partner: Row) -> dict[str, Any] | None:
 
 
 def looped(row: Row, partner: Row) -> dict[str, Any] | None:
-    """The response with its last words over and over, as a sampler that finds no end writes it."""
+    """The response with its last words over and over, as a sampler that finds no end writes it.
+
+    None where they are no words: two hundred copies of a megabyte are no loop that anybody meets.
+    """
     words = _response(row).split()
     if not words:
         return None
     tail = words[-1 - _choice(_LOOP_WORDS, "looped", row) :]
+    if sum(map(len, tail)) > _LOOP_CHARACTERS:
+        return None
     times = -(-_LOOPED_WORDS // len(tail))
     return _with_response(row, " ".join([_response(row), *tail * times]))
 
