@@ -243,7 +243,7 @@ def _turn_span(
         prompt = rendered(tokenizer, before, **options, generation_prompt=True)
     else:  # templates take no empty conversation: the turn without its content opens it as well
         prompt = rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
-    begin = _shared(text, prompt)
+    begin = len(prompt) if text.startswith(prompt) else _shared(text, prompt)
     if before and begin < len(prompt):
         # They may part within the generation prompt (some open a thought), not before it.
         history = rendered(tokenizer, before, **options)
