@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 
+from siftline.native import native_message
 from siftline.scoring.engines import Span, positions
 from siftline.scoring.omissions import OMISSIONS, omission
 from siftline.scoring.templates import chat_template_of, render
@@ -154,10 +155,10 @@ def response_span(
     """
     assert messages[-1]["role"] == "assistant", f"last role is {messages[-1]['role']!r}"
     if len(messages) == 1 and not tools:
-        message = messages[0]
-        if message.get("reasoning") or message.get("tool_calls"):
+        message = native_message(messages[0])
+        if "reasoning_content" in message or "tool_calls" in message:
             raise UnscorableRow("template_error", "reasoning or tool calls without a prompt")
-        tokens, span = _text_span(tokenizer, message.get("content") or "")
+        tokens, span = _text_span(tokenizer, message["content"])
     else:
         tokens, span = _turn_span(tokenizer, messages, template, tools)
         if turns == "all":
