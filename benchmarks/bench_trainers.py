@@ -80,9 +80,9 @@ def make_tokenizer(tiny, folder):
 def held(tokenizer, row, loss):
     """Whether a text of loss tokens holds the response's content, reasoning and calls."""
     from siftline.native import native_message
-    from siftline.scoring.omissions import _missing_from_response
+    from siftline.scoring.omissions import missing_from_response
 
-    return not _missing_from_response(native_message(row["messages"][-1]), loss)
+    return not missing_from_response(native_message(row["messages"][-1]), loss)
 
 
 def compare(tokenizer, ids, lines, rows):

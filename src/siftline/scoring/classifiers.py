@@ -15,7 +15,7 @@ import pyarrow as pa
 from siftline.schema import text_view
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import UnscorableRow, complete, encode, rendered, response_span
+from siftline.scoring.spans import UnscorableRow, encode, rendered, response_span
 from siftline.store import score_key
 
 if TYPE_CHECKING:
@@ -238,9 +238,7 @@ def _conversation(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """Tokens of a templated conversation, whole; those of a plain text without the template."""
     messages, tools = row["messages"], row["tools"]
     if len(messages) > 1 or tools:
-        text = rendered(tokenizer, messages, tools=tools)
-        complete(tokenizer, messages, text, 0, tools=tools)
-        return encode(tokenizer, text)
+        return encode(tokenizer, rendered(tokenizer, messages, tools=tools))
     if tokenizer.eos_token_id is None:  # an encoder's tokenizer frames the text by itself
         return _plain(tokenizer, messages[0]["content"] or "")
     return response_span(tokenizer, messages)[0]

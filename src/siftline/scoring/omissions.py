@@ -75,7 +75,7 @@ def omission(
         found -= {CONTENT, REASONING, CALLS}
     else:
         said = text[:begin]
-        found |= _missing_from_response(native[-1], text[begin:])
+        found |= missing_from_response(native[-1], text[begin:])
         native = native[:-1]
     kept = (m["content"] for m in native if m["role"] != "assistant")
     if not all(_mentions(said, content) for content in kept):
@@ -177,7 +177,8 @@ def _probe_message(
     return message, words
 
 
-def _missing_from_response(message: Mapping[str, Any], said: str) -> set[str]:
+def missing_from_response(message: Mapping[str, Any], said: str) -> set[str]:
+    """Reasons of the parts of a native message that a text does not hold."""
     found = set()
     *thought, content = _THOUGHT.split(message["content"])
     place = 0

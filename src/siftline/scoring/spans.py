@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from siftline.native import native_message
 from siftline.scoring.engines import Span, positions
 from siftline.scoring.omissions import OMISSIONS, omission
 from siftline.scoring.templates import chat_template_of, render
@@ -181,10 +182,10 @@ def response_span(
     """
     assert messages[-1]["role"] == "assistant", f"last role is {messages[-1]['role']!r}"
     if len(messages) == 1 and not tools:
-        message = messages[0]
-        if message.get("reasoning") or message.get("tool_calls"):
+        message = native_message(messages[0])
+        if "reasoning_content" in message or "tool_calls" in message:
             raise UnscorableRow("template_error", "reasoning or tool calls without a prompt")
-        tokens, span = _text_span(tokenizer, message.get("content") or "", max_length)
+        tokens, span = _text_span(tokenizer, message["content"], max_length)
     else:
         tokens, span = _turn_span(tokenizer, messages, template, tools, max_length)
     if max_length is not None and len(tokens) > max_length:
@@ -276,7 +277,7 @@ def _turn_span(
         prompt = rendered(tokenizer, before, **options, generation_prompt=True)
     else:  # templates take no empty conversation: the turn without its content opens it as well
         prompt = rendered(tokenizer, [{"role": "assistant", "content": ""}], **options)
-    begin = _shared(text, prompt)
+    begin = len(prompt) if text.startswith(prompt) else _shared(text, prompt)
     if before and begin < len(prompt):
         # They may part within the generation prompt (some open a thought), not before it.
         history = rendered(tokenizer, before, **options)

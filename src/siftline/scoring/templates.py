@@ -12,7 +12,6 @@ from typing import Any
 
 from siftline.native import native_message, native_tools, text_calls
 from siftline.scoring.engines import ModelSpec, check_directory
-from siftline.scoring.template_limits import apply_chat_template
 
 QUESTION_ANSWER = (
     "{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
@@ -115,6 +114,8 @@ def render(
         jinja2.TemplateError: if the template refuses the conversation (say, roles that do not
             alternate), or takes more steps than `template_limits.STEPS`.
     """
+    from siftline.scoring.template_limits import apply_chat_template
+
     source = chat_template_of(tokenizer, template)
     told = [_template_message(message, "function" in source) for message in messages]
 
