@@ -75,7 +75,7 @@ def pieces_of(files):
     return [" ".join(value for value in row if isinstance(value, str)) for row in rows]
 
 
-def documents(pieces, rows):
+def documents(pieces, rows, sizes=(2000, 14_000)):
     draw = random.Random(0)
     words = sorted({word for piece in pieces[:5000] for word in piece.split()})
     out = []
@@ -86,7 +86,7 @@ def documents(pieces, rows):
             copy = [draw.choice(words) if draw.random() < rate else word for word in copy]
             out.append(" ".join(copy))
             continue
-        size, parts = draw.randint(2000, 14_000), []
+        size, parts = draw.randint(*sizes), []
         while size > 0:
             parts.append(draw.choice(pieces))
             size -= len(parts[-1]) + 1
