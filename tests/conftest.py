@@ -342,3 +342,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = TOGETHER.get(item.path.stem, item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+MOST_OF_ALL = 0.25
+"""Share of the fast suite's time that one file may take; a longer one keeps a core busy alone at the
+end. Make it quicker, split it, or mark what is long `slow`."""
+WHOLE = 100
+"""Files that a run of the suite has at least; a smaller run has no shares to speak of."""
+_spent: dict[str, float] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Adds up the seconds of each file."""
+    name = report.nodeid.partition("::")[0]
+    _spent[name] = _spent.get(name, 0.0) + report.duration
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run of the whole suite in which one file takes too large a share."""
+    if len(_spent) >= WHOLE and _too_long() and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names that file."""
+    if len(_spent) >= WHOLE and _too_long():
+        terminalreporter.write_line(f"one file takes too much of the time: {_too_long()}", red=True)
+
+
+def _too_long() -> str | None:
+    longest = max(_spent, key=_spent.__getitem__)
+    share = _spent[longest] / max(sum(_spent.values()), 1.0)
+    return f"{longest}, {100 * share:.0f} %" if share > MOST_OF_ALL else None
