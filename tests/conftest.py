@@ -345,8 +345,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 MOST_OF_ALL = 0.25
-"""Share of the fast suite's time that one file may take; a longer one keeps a core busy alone at the
-end. Make it quicker, split it, or mark what is long `slow`."""
+"""Share of the fast suite's time that one file may take; a longer one keeps a core busy alone.
+Make it quicker, split it, or mark what is long `slow`."""
 WHOLE = 100
 """Files that a run of the suite has at least; a smaller run has no shares to speak of."""
 _spent: dict[str, float] = {}
