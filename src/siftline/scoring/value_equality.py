@@ -242,7 +242,7 @@ def _same_regions(gold: Any, target: Any, decimals: Decimals) -> Equal:
             return _same_relations(gold, target)
     try:
         left, right = solved(gold), solved(target)
-    except (Unreadable, AttributeError, NotImplementedError):
+    except (Unreadable, AttributeError, RuntimeError):  # SymPy raises a kind of the last
         number = any(isinstance(v, sympy.Expr) and v.is_number for v in (gold, target))
         return False if number else None
     letters = [v.free_symbols for v in (gold, target) if not isinstance(v, sympy.Set)]
@@ -263,7 +263,7 @@ def _same_sets(left: sympy.Set, right: sympy.Set, decimals: Decimals) -> Equal:
     try:
         left, right = rational(left).doit(), rational(right).doit()
         empty = [(a - b).is_empty for a, b in ((left, right), (right, left))]
-    except (TypeError, NotImplementedError, ValueError):
+    except (TypeError, RuntimeError, ValueError):
         return None
     return False if False in empty else True if all(empty) else None
 
