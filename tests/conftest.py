@@ -336,6 +336,7 @@ LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server
 """Files that begin first, so that no process works alone at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a file in one process, for what they make once; the longest come first."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
