@@ -270,6 +270,13 @@ def test_messages_give_what_their_columns_give_and_faults_are_kept(call):
     assert pl.read_parquet(other / "data" / "*.parquet")["sift_prompt_group"].null_count() == 3
 
 
+def test_a_second_response_beside_a_conversation_is_not_compared(call):
+    chat = [{"role": "user", "content": "Why is it so?"}, {"role": "assistant", "content": "So."}]
+    rows = [{"chat": chat, "rejected_response": text} for text in ("No.", "Never.")]
+    said, _ = call(rows, columns=("--messages-column", "chat"))
+    assert (said["kept"], said["removed"]) == (1, 1)
+
+
 def test_only_faults_or_nothing_still_give_whole_folders(call):
     assert "no column 'r2'" in call([{"p": "a", "r": "b"}], "--answer-column", "r2")
     said, _ = call([{"p": "", "r": "a"}, {"p": "", "r": "a"}])

@@ -149,6 +149,33 @@ def test_prompts_are_rows_of_a_pool_of_prompts():
     assert read_prompt("metamath")[3] == {"response": 1, "type": 1}
 
 
+@pytest.mark.parametrize(
+    ("columns", "answer"),
+    [
+        ({"ground_truth": "4 "}, "4"),
+        ({"reward_model": {"style": "rule", "ground_truth": "4"}}, "4"),
+        ({"solution": "\\boxed{4}"}, "\\boxed{4}"),
+        ({"answer": 4, "solution": "long"}, "4"),
+        ({"constraints": [{"id": "x"}]}, '[{"id":"x"}]'),
+        (
+            {"instruction_id_list": ["a:b"], "kwargs": [{"n": 1, "m": None}]},
+            '{"instruction_id_list":["a:b"],"kwargs":[{"n":1}]}',
+        ),
+        ({}, None),
+    ],
+)
+def test_references_of_prompts_by_the_names_in_use(tmp_path, columns, answer):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": [TURNS[0]], **columns}))
+    (batch,) = read_sources([Source(str(path))], holds="prompts")
+    (row,) = batch.rows.to_pylist()
+    assert (row["answer"], row["answer_from"]) == (answer, "independent" if answer else None)
+    assert [m["content"] for m in row["messages"]] == ["Q", ""]
+    assert set(batch.aside) == {"reward_model"} & set(columns) | {"solution"} & (
+        set(columns) if "answer" in columns else set()
+    )
+
+
 CALL = {"name": "f", "arguments": "{}"}
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 LF = [

@@ -184,7 +184,7 @@ def _views(records: list[dict[str, Any]], plan: Plan, at: int) -> tuple[pl.DataF
     """The texts of the conversations among some records, their ids row numbers; and the faults."""
     rows, numbers, reasons = [], [], []
     for number, record in enumerate(records, at):
-        (found,) = convert(record, plan)
+        found = convert(record, plan)[0]  # a second response beside it is not compared
         if isinstance(found, str):
             reasons.append(found)
         else:

@@ -117,6 +117,14 @@ class _Fields:
         column = self.column(name)
         return turns, {f"{column}.{number}": keys for number, keys in unused.items()}
 
+    def instructions(self) -> dict[str, Any] | None:
+        """IFEval's constraints, whose two columns belong together."""
+        found = {name: self.record.get(name) for name in ("instruction_id_list", "kwargs")}
+        if not filled(found["instruction_id_list"]):
+            return None
+        self.taken.update(found)
+        return found
+
     def drop(self, name: str) -> None:
         """Leaves a field's columns over after all."""
         self.taken.difference_update(self.plan.names.get(name, ()))
@@ -411,6 +419,8 @@ def _last_match(pattern: str, text: str) -> str:
 def _reference(fields: _Fields) -> str:
     """The reference answer; constraints and lists of them as JSON."""
     value = fields.value("answer")
+    if value is None and fields.plan.holds != "responses":
+        value = fields.instructions()
     if isinstance(value, Mapping) and fields.column("answer") == "reward_model":  # as verl has it
         value = value.get("ground_truth")
     if isinstance(value, list | tuple | Mapping):
@@ -430,6 +440,9 @@ def _leftover(
     """JSON of what was not read, and the names of those that say something."""
     taken = fields.taken
     rest = {name: v for name, v in fields.record.items() if name not in taken and v != ""}
+    model = fields.record.get("reward_model") if "reward_model" in taken else None
+    if isinstance(model, Mapping):  # of which the answer was read
+        rest["reward_model"] = {key: v for key, v in model.items() if key != "ground_truth"}
     aside = [name for name, value in rest.items() if filled(value)]
     for place, keys in draft.unused.items():
         column = place.partition(".")[0]

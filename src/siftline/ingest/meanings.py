@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 _MEDIA = re.compile(
-    r"(?:rejected_)?(?:image|img|picture|photo|video|audio|speech|pixel_value)s?"
+    r"(?:rejected_)?(?:image|img|picture|photo|video|audio|pixel_value)s?"
     r"(?:_(?:path|file|url|id|byte|name|base64|b64|data|token|size)s?)?"
 )
 _MEDIA_PART = re.compile(r"(?:input_)?(?:image|video|audio|file)(?:_url|_path)?|media")

@@ -153,31 +153,36 @@ def _read_json(file: InputFile) -> Iterator[Record | Fault]:
             )
     if not raw.strip():
         return
-    values, repeated = _parse_array(file, raw)
+    values, repeated, whole = _parse_array(file, raw)
     for line, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             yield _no_object(line, value)
-        elif not whole_text(value):
+        elif not whole and not whole_text(value):
             yield Fault(line, "invalid_utf8", excerpt(value))
         else:
             yield Record(line, value, repeated if line == 1 else 0)
 
 
-def _parse_array(file: InputFile, raw: bytes) -> tuple[list[Any], int]:
-    """A whole file's array; repeated keys are counted for all of its records together."""
-    # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
+def _parse_array(file: InputFile, raw: bytes) -> tuple[list[Any], int, bool]:
+    """A whole file's array, its repeated keys, and whether all of its text is known to be whole."""
     try:
-        values, repeated = parse_text(raw.decode("utf-8", "surrogateescape"))
-    except Unparsable as error:
-        raise ValueError(
-            f"{file.path}: no valid JSON ({error.__cause__}); correct or rewrite it"
-        ) from error
+        values, repeated = parse_record(raw)
+        whole = True
+    except Unparsable:
+        # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
+        try:
+            values, repeated = parse_text(raw.decode("utf-8", "surrogateescape"))
+        except Unparsable as error:
+            raise ValueError(
+                f"{file.path}: no valid JSON ({error.__cause__}); correct or rewrite it"
+            ) from error
+        whole = False
     if not isinstance(values, list):
         raise ValueError(
             f"{file.path}: a JSON file must hold one array of objects, or one object a line "
             f"(format jsonl); it holds {type(values).__name__}"
         )
-    return values, repeated
+    return values, repeated, whole
 
 
 def _holds_lines(file: InputFile) -> bool:
