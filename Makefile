@@ -27,7 +27,8 @@ types: setup     ## mypy
 check: lint types test  ## what CI runs
 
 test: setup      ## all tests but the slow and the GPU ones; real vLLM, Dagster and browser
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m compileall -q src tests   # else every process that a test starts compiles them
+	.venv/bin/python -m pytest -q -n auto --dist loadgroup
 
 test-slow: setup ## the slow ones
 	.venv/bin/python -m pytest -q -m slow

@@ -1,17 +1,24 @@
-"""Deduplication from an Arrow column to flags: ours beside rensa and datasketch, in one run.
+"""Deduplication from an Arrow column to flags: ours beside rensa, gaoya and others, in one run.
 
     .venv/bin/python benchmarks/bench_dedup.py --texts FILE.jsonl... [--peers PYTHON] [--repeats 5]
+    .venv/bin/python benchmarks/bench_dedup.py --texts FILE.jsonl... --peers PYTHON --whole-process
     .venv/bin/python benchmarks/bench_dedup.py --growth [--fresh]
 
 Texts (every string of every line; without --texts, words drawn at random) are joined to documents
 of 2 to 14 KB, a quarter of them copies with words replaced. All tools get the same documents, word
 5-grams, 128 slots and threshold 0.8, and take turns; the first round is not counted. Ours includes
 the verification of every pair, the others do not verify. PYTHON is an interpreter that has the
-peers (rensa 0.5, datasketch 2.0, datatrove 0.10 with its processing extra and spacy, semhash 0.5,
-pyarrow), so that they stay out of this environment; it is one warm process as well. --tools names
-those wanted. datatrove works from disk to disk, 16 buckets of 8, in a process a core. semhash
-compares vectors (hashed word counts, made for it beforehand) at a cosine of 0.95 and is held
+peers (rensa 0.5, gaoya 0.2, datasketch 2.0, datatrove 0.10 with its processing extra and spacy,
+semhash 0.5, pyarrow), so that they stay out of this environment; it is one warm process as
+well. --tools names those wanted. datatrove works from disk to disk, 16 buckets of 8, in a
+process a core. semhash compares vectors (hashed word counts, made
+for it beforehand) at a cosine of 0.95 and is held
 against our semantic mode on the same ones, in a table of its own.
+
+Every way of feeding a tool is a line of the table, and the best of each tool by wall and by
+processor time stands below it. --whole-process times programs instead, from a Parquet file to one
+of the rows that are kept, the start of the interpreter and all imports included: our command line
+beside the shortest program around each peer.
 
 Quality is held against exact Jaccard similarities, over each tool's own words: how many pairs at
 0.85 or more lost at least one row, and how many marked rows have a partner at 0.8 or more. All rows
@@ -33,7 +40,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +48,7 @@ import pyarrow.parquet as pq
 from dedup_peers import (
     COSINE,
     DOCUMENTS,
+    IN_MEMORY,
     NAMES,
     PEERS,
     SEMANTIC,
@@ -123,15 +130,10 @@ def near_pairs(sets, threshold, block=500):
 
 
 def own_words(text):
-    """Our words of a text by the plain reference; a piece between spaces is looked at once."""
-    return [word for piece in text.replace("\n", " ").split(" ") for word in _own_words(piece)]
+    """Our words of a text."""
+    from siftline.kernels.text import words
 
-
-@cache
-def _own_words(piece):
-    from siftline.kernels.textgrams import words_reference
-
-    return words_reference(piece)
+    return words(text).split(" ") if text else []
 
 
 def quality(flags, pairs, sample):
@@ -309,6 +311,92 @@ def by_vectors(asked, peers, vectors):
     return result
 
 
+def best_of_each(wall, cpu):
+    """The best way of using each tool, as a line each; names up to a comma are of one tool.
+
+    Args:
+        wall: Seconds by name, ours as "siftline".
+        cpu: Processor seconds by name.
+
+    Returns:
+        By tool: how many times ours the least wall and the least processor time are, and whose.
+    """
+    found = {}
+    for name in wall:
+        tool = name.partition(",")[0]
+        if tool != "siftline":
+            found.setdefault(tool, []).append(name)
+    best = {}
+    for tool, names in found.items():
+        by_wall, by_cpu = min(names, key=wall.get), min(names, key=cpu.get)
+        best[tool] = {
+            "wall": wall[by_wall] / wall["siftline"],
+            "wall_by": by_wall,
+            "cpu": cpu[by_cpu] / cpu["siftline"],
+            "cpu_by": by_cpu,
+        }
+        print(
+            f"best of {tool}: {best[tool]['wall']:.1f} times ours by wall ({by_wall}), "
+            f"{best[tool]['cpu']:.1f} times by processor time ({by_cpu})"
+        )
+    return best
+
+
+def one_process(command):
+    """Wall and processor seconds of a process and all it starts."""
+    env = {name: value for name, value in os.environ.items() if name not in HOLD}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    _, status, used = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: see above")
+    return wall, used.ru_utime + used.ru_stime
+
+
+def whole_process(asked):
+    """Programs from file to file, start included; they take turns."""
+    if not asked.peers:
+        raise SystemExit("--whole-process needs --peers PYTHON")
+    texts = documents(pieces_of(asked.texts), asked.rows)
+    names = [name for name in asked.tools if name in IN_MEMORY]
+    spent = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / DOCUMENTS
+        pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), source)
+        for turn in range(asked.repeats + 1):
+            out = Path(folder) / f"out{turn}"
+            cli = [sys.executable, "-c", "from siftline.cli import main; main()", "dedup"]
+            calls = {"siftline": [*cli, str(source), "--out", str(out)]}
+            for name in names:
+                program = [asked.peers, str(Path(__file__).with_name("dedup_peers.py")), "--whole"]
+                calls[NAMES.get(name, name)] = [
+                    *program,
+                    name,
+                    str(source),
+                    f"{out}-{name}.parquet",
+                ]
+            for name, command in calls.items():
+                spent.setdefault(name, []).append(one_process(command))
+    # The first round may compile and fills the page cache.
+    wall = {name: statistics.median(w for w, _ in times[1:]) for name, times in spent.items()}
+    cpu = {name: statistics.median(c for _, c in times[1:]) for name, times in spent.items()}
+    print(f"{'file to file, start included':<28} {'wall':>8} {'':>7}  {'CPU':>8}")
+    for name in wall:
+        print(
+            f"{name:<28} {wall[name]:8.2f} {wall[name] / wall['siftline']:6.1f}x  "
+            f"{cpu[name]:8.2f} {cpu[name] / cpu['siftline']:6.1f}x"
+        )
+    return {
+        "documents": len(texts),
+        "megabytes": round(sum(len(text.encode()) for text in texts) / 1e6, 1),
+        "wall": wall,
+        "cpu": cpu,
+        "best": best_of_each(wall, cpu),
+    }
+
+
 def compare(asked):
     from siftline.dedup.engine import deduplicate
 
@@ -381,6 +469,7 @@ def compare(asked):
             f"{cpu[name]:8.3f} {result['ratio_cpu'][name]:6.1f}x  "
             f"recall {q['recall']:.4f} of {q['pairs']} pairs, marked {result['marked'][name]}"
         )
+    result["best"] = best_of_each(median, cpu)
     print(f"command line {wall:8.3f} s, start and files included; peak {peak:.0f} MiB")
     return result
 
@@ -392,11 +481,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sample", type=int, default=8000, help="rows whose pairs are counted")
     parser.add_argument("--peers", help="interpreter that has the peers")
-    parser.add_argument("--tools", nargs="*", default=["rensa", "datasketch"], choices=PEERS)
+    parser.add_argument("--tools", nargs="*", default=list(IN_MEMORY), choices=PEERS)
+    parser.add_argument("--whole-process", action="store_true", help="programs, start included")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="leave freed memory to the system")
     asked = parser.parse_args()
-    result = growth(asked.repeats, not asked.fresh) if asked.growth else compare(asked)
+    if asked.growth:
+        result = growth(asked.repeats, not asked.fresh)
+    else:
+        result = whole_process(asked) if asked.whole_process else compare(asked)
     import numba
 
     conditions = {

@@ -1,9 +1,17 @@
 """The tools that `bench_dedup.py` is held against, run by the interpreter that has them.
 
-rensa and datasketch get the documents in memory and answer in flags, like ours. datatrove works
-from disk to disk, in as many processes as there are cores, and is timed so. semhash compares
-vectors and is held against our semantic mode, on the same. Only numpy and pyarrow are imported at
-the top.
+rensa, gaoya and datasketch get the documents in memory and answer in flags, like ours. rensa is fed
+in three ways: with lists of shingles from a Python loop, as its examples do (`rensa`); with flat
+hashes of shingles that pyarrow and numpy make (`rensa_flat`), the fastest way into it; and with
+those into its Rho sketch (`rensa_rho`). gaoya cuts words in Rust, in as many threads as there are
+cores. datatrove works from disk to disk, in as many processes as there are cores, and is timed so.
+semhash compares vectors and is held against our semantic mode, on the same. Only numpy and pyarrow
+are imported at the top.
+
+    PYTHON dedup_peers.py --whole NAME IN.parquet OUT.parquet
+
+is a whole program around one of them: it reads the column `text`, finds the duplicates and writes
+the other rows.
 """
 
 import json
@@ -53,6 +61,57 @@ def with_rensa(folder):
     matrix = RMinHash.digest_matrix_from_token_sets(sets, SLOTS, 1)
     index = RMinHashLSH(threshold=THRESHOLD, num_perm=SLOTS, num_bands=BANDS)
     return index.query_duplicate_flags_matrix_one_shot(matrix)
+
+
+def flat_hashes(column):
+    """Hashes of the shingles of all documents, uint64, and where those of each start.
+
+    The same shingles as `shingles` makes, by vector steps: words by Arrow, one number for each
+    distinct word, and sums of these times powers.
+    """
+    import pyarrow.compute as pc
+
+    lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.utf8_lower(column)))
+    ends = lists.offsets.to_numpy().astype(np.int64)
+    codes = lists.flatten().dictionary_encode()
+    numbers = np.random.default_rng(0).integers(1, 2**64, len(codes.dictionary), np.uint64)
+    words = numbers[codes.indices.to_numpy()]
+    sizes = np.diff(ends)
+    counts = np.maximum(sizes - NGRAM + 1, 1)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    at = np.arange(offsets[-1]) + np.repeat(ends[:-1] - offsets[:-1], counts)
+    padded = np.concatenate([words, np.zeros(NGRAM, np.uint64)])
+    hashes = np.zeros(len(padded) - NGRAM, np.uint64)
+    for k in range(NGRAM):
+        hashes = hashes * np.uint64(0xD6E8FEB86659FD93) + padded[k : k + len(hashes)]
+    hashes = hashes[at]
+    for row in np.flatnonzero(sizes < NGRAM):  # what follows is of another document
+        hashes[offsets[row]] = hash(words[ends[row] : ends[row + 1]].tobytes()) & (2**64 - 1)
+    return hashes ^ (hashes >> np.uint64(32)), offsets.astype(np.uint64)
+
+
+def with_rensa_flat(folder, digest="digest_matrix_from_flat_token_hashes"):
+    from rensa import RMinHash, RMinHashLSH
+
+    matrix = getattr(RMinHash, digest)(*flat_hashes(folder.column), SLOTS, 1)
+    index = RMinHashLSH(threshold=THRESHOLD, num_perm=SLOTS, num_bands=BANDS)
+    return index.query_duplicate_flags_matrix_one_shot(matrix)
+
+
+def with_rensa_rho(folder):
+    return with_rensa_flat(folder, "digest_matrix_from_flat_token_hashes_rho")
+
+
+def with_gaoya(folder):
+    from gaoya.minhash import MinHashStringIndex
+
+    per_band, shape = SLOTS // BANDS, (NGRAM, NGRAM)
+    index = MinHashStringIndex(
+        32, THRESHOLD, BANDS, per_band, None, "word", True, shape, id_container="smallvec"
+    )
+    texts = folder.column.to_pylist()
+    index.par_bulk_insert_docs(list(range(len(texts))), texts)
+    return [min(found, default=row) < row for row, found in enumerate(index.par_bulk_query(texts))]
 
 
 def with_datasketch(folder):
@@ -131,12 +190,22 @@ def with_semhash(folder):
 
 PEERS = {
     "rensa": with_rensa,
+    "rensa_flat": with_rensa_flat,
+    "rensa_rho": with_rensa_rho,
+    "gaoya": with_gaoya,
     "datasketch": with_datasketch,
     "datatrove": with_datatrove,
     "semhash": with_semhash,
 }
 SEMANTIC = ("semhash",)
-NAMES = {"datatrove": "datatrove, disk to disk", "semhash": "semhash, by vectors"}
+IN_MEMORY = ("rensa", "rensa_flat", "rensa_rho", "gaoya", "datasketch")
+NAMES = {
+    "rensa": "rensa, lists of shingles",
+    "rensa_flat": "rensa, flat hashes",
+    "rensa_rho": "rensa, flat hashes, Rho",
+    "datatrove": "datatrove, disk to disk",
+    "semhash": "semhash, by vectors",
+}
 
 
 class Folder:
@@ -190,5 +259,22 @@ class Peers:
         self.process.wait()
 
 
+class Column:
+    """A folder as far as the tools that work in memory need it."""
+
+    def __init__(self, column):
+        self.column = column
+
+
+def whole(name, source, target):
+    """From file to file: what a program around one of the tools does."""
+    table = pq.read_table(source)
+    flags = PEERS[name](Column(table["text"].combine_chunks()))
+    pq.write_table(table.filter(pa.array([not flag for flag in flags])), target)
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    if sys.argv[1] == "--whole":
+        whole(*sys.argv[2:])
+    else:
+        serve(sys.argv[1])

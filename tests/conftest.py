@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-# The models here are tiny: a second thread gains nothing, and spins for long beside other work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One test process a core: a second thread gains nothing, and spins for long beside other work.
+for _threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 
 def beside(name: str) -> ModuleType:
@@ -55,6 +58,36 @@ def tokenizer(tiny: ModuleType) -> Any:
 def scripted() -> ModuleType:
     """The module tests/scripted.py: models that answer by a script."""
     return beside("scripted")
+
+
+@pytest.fixture(scope="session")
+def make_version() -> Callable[..., Path]:
+    """`make_version(root, [table, ...], identity={})` writes `root/<version>` and `root/latest`."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from siftline.published import version_of
+    from siftline.shards import file_hash, point_latest
+
+    def make(root: Path, tables: list[pa.Table], identity: dict[str, Any] | None = None) -> Path:
+        draft = root / ".draft"
+        (draft / "data").mkdir(parents=True)
+        files = []
+        for number, table in enumerate(tables):
+            name = f"data/train-{number:05d}-of-{len(tables):05d}.parquet"
+            pq.write_table(table, draft / name)
+            entry = {"sha256": file_hash(draft / name), "bytes": (draft / name).stat().st_size}
+            files.append({"path": name, "rows": table.num_rows, **entry})
+        body = {"format": 1, "identity": identity or {}, "files": files}
+        version = version_of(body)
+        (draft / "manifest.json").write_text(json.dumps({"version": version, **body}))
+        draft.rename(root / version)
+        point_latest(root, version)
+        return root / version
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +140,8 @@ class Finished:
 
 def mini_environment(*more_python: Path, **changes: str) -> dict[str, str]:
     """Environment in which a child finds the mini recipe and its generator."""
-    python = os.pathsep.join(map(str, (*more_python, RECIPES)))
+    known = os.environ.get("PYTHONPATH")
+    python = os.pathsep.join([*map(str, (*more_python, RECIPES)), *([known] if known else [])])
     return os.environ | {
         "PYTHONPATH": python,
         "SIFTLINE_RECIPES": str(RECIPES),
@@ -200,11 +234,26 @@ def mini_tools() -> ModuleType:
     return sys.modules[__name__]
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all test processes read: the first that asks makes it, the others wait."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "made").exists():
+            shared.mkdir()  # fails where another process died over it
+            make(shared)
+            (shared / "made").touch()
+    return shared
+
+
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     """Forbids the truth to every process that is started with this environment."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+
+    def make(folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+
+    folder = once(tmp_path_factory, "guard", make)
     caught = folder / "caught"
     return Guarded(mini_environment(folder, SIFTLINE_TEST_CAUGHT=str(caught)), caught)
 
@@ -212,14 +261,20 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Finished:
     """`siftline run mini`, once: the truth is out of the root before the run and off limits."""
-    root = tmp_path_factory.mktemp("mini") / "root"
-    made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
-    assert made.returncode == 0, made.stderr
-    truth = root.parent / "truth"
-    shutil.move(root / "truth", truth)
-    said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
-    assert said.returncode == 0, said.stderr[-4000:]
-    return Finished(root, said, truth)
+
+    def make(folder: Path) -> None:
+        root = folder / "root"
+        made = siftline("run", "mini", "--root", root, "--select", "inputs/mini")
+        assert made.returncode == 0, made.stderr
+        shutil.move(root / "truth", folder / "truth")
+        said = siftline("run", "mini", "--root", root, "--json", environment=guarded.environment)
+        assert said.returncode == 0, said.stderr[-4000:]
+        (folder / "said.json").write_text(json.dumps([said.args, said.stdout, said.stderr]))
+
+    folder = once(tmp_path_factory, "finished", make)
+    args, out, err = json.loads((folder / "said.json").read_text())
+    said = subprocess.CompletedProcess(args, 0, out, err)
+    return Finished(folder / "root", said, folder / "truth")
 
 
 @pytest.fixture
@@ -269,3 +324,21 @@ def small_disk(tmp_path):
     held = [os.readlink(f) for f in Path("/proc/self/fd").iterdir() if os.path.lexists(f)]
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
     pytest.fail(f"files are still open: {[f for f in held if f.startswith(str(folder))]}")
+
+
+# ---- several test processes --------------------------------------------------------------------
+
+TOGETHER = dict.fromkeys(
+    ("test_agreement", "test_two_workers", "test_vllm_engine", "test_vllm_server"), "vllm"
+)
+"""Files that start vLLM go to one process: two engines at a time take more memory than there is."""
+LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server")
+"""Files that begin first, so that no process works alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, for what they make once; the longest come first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
+    for item in items:
+        group = TOGETHER.get(item.path.stem, item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from siftline.ingest.pool import Pool
-from siftline.kernels.text import plain
+from siftline.kernels.text import words
 from siftline.ledger import REMOVED
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier
@@ -76,7 +76,7 @@ def test_vanilla_sampling_spends_the_draws_of_the_chain_and_adds_what_is_right(a
     added = [r for r in everything.to_pylist() if r["id"] not in pool]
     assert added, "the mini pool has prompts that any model solves now and then"
     check = get_verifier("math")
-    texts = [(r["id"][:20], plain(r["messages"][-1]["content"])) for r in added]
+    texts = [(r["id"][:20], words(r["messages"][-1]["content"])) for r in added]
     assert len(set(texts)) == len(texts)
     assert all(check(text, known[prompt]["answer"]).correct for prompt, text in texts)
     assert pa.types.is_list(arm_rows.schema.field("messages").type)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.textgrams import words_reference
+from siftline.kernels.words_reference import words_reference
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -41,4 +41,5 @@ def test_pairs_are_those_of_comparing_all_with_all(bench):
 def test_words_are_those_of_the_reference(bench):
     text = "It's 3.5 x\u0301y, caf\u00e9!\n\n\u6f22\u5b57 next\tB-c \u3000 end\u200bless"
     assert bench.own_words(text) == words_reference(text)
+    assert bench.own_words("(2 +\n3) * 4 - 5") == words_reference("(2 + 3) * 4 - 5")
     assert bench.own_words("") == []

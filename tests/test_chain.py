@@ -121,7 +121,7 @@ def test_second_run_touches_no_file_and_asks_no_model(finished, mini_tools, monk
     assert mini_tools.snapshot(finished.root) == before
     assert json.loads(said.stdout) == json.loads(finished.said.stdout.splitlines()[-1])
     computed = computed_in_last_run(finished.root, monkeypatch)
-    assert len(computed) == 15  # inputs, scores, twelve stages, curated
+    assert len(computed) == 17  # inputs, scores, twelve stages, curated, model, evaluation
     assert not any(computed.values()), computed
 
 

@@ -45,14 +45,9 @@ def call(capsys):
 
 
 @pytest.fixture
-def version(tmp_path):
+def version(tmp_path, make_version):
     """A folder of versions as publishing leaves it."""
-    data = tmp_path / "curated" / "mine" / "0123456789ab" / "data"
-    data.mkdir(parents=True)
-    pq.write_table(rows(12), data / "train-00000-of-00002.parquet")
-    pq.write_table(rows(8, 12), data / "train-00001-of-00002.parquet")
-    (data.parent.parent / "latest").symlink_to("0123456789ab")
-    return data.parent
+    return make_version(tmp_path / "curated" / "mine", [rows(12), rows(8, 12)])
 
 
 def test_a_version_a_link_its_data_and_its_files_are_one_run(call, tiny_model, tmp_path, version):
@@ -66,7 +61,7 @@ def test_a_version_a_link_its_data_and_its_files_are_one_run(call, tiny_model, t
         assert code == 0, err
         told.append(json.loads(out_text))
         assert (out / "model.safetensors").is_file()
-    assert told[0]["dataset_version"] == "mine/0123456789ab"
+    assert told[0]["dataset_version"] == f"mine/{version.name}"
     assert {line["loss_last"] for line in told} == {told[0]["loss_last"]}
     assert told[0]["steps"] == 4
     assert told[0]["rows"] == 20

@@ -52,9 +52,9 @@ DEMO = {
 
 @pytest.fixture
 def defs(mini):
-    from siftline.definitions import compose
+    from siftline.pipelines.compose import compose
 
-    return compose()
+    return compose(all_recipes())
 
 
 def test_assets_of_the_demo(defs):
@@ -128,7 +128,7 @@ def test_the_sensor_asks_for_a_run_when_a_file_changes(
 def materialize(recipe, root, names, *overrides):
     """Materializes assets here, on an instance that is thrown away."""
     from siftline.assets.resource import Siftline
-    from siftline.definitions import recipe_assets
+    from siftline.pipelines.compose import recipe_assets
 
     with dg.DagsterInstance.ephemeral() as instance:
         return dg.materialize(

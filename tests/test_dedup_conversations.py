@@ -12,7 +12,7 @@ from siftline.cli import main
 from siftline.commands import dedup_conversations
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.text import numbers, words
 from siftline.schema import canonical_text, make_row, message
 from siftline.selectors.duplicate_state import Shelf, normal_answer
 from siftline.selectors.duplicates import Duplicates
@@ -112,7 +112,7 @@ def by_hand(rows, threshold, guard):
     """The same by comparing every row with every kept one, on strings."""
 
     def shingles(text):
-        text = plain(text)
+        text = words(text)
         return {text[i : i + 5] for i in range(max(len(text) - 4, 1))} - {""}
 
     answers = {}
@@ -120,7 +120,7 @@ def by_hand(rows, threshold, guard):
         if row["a"]:
             answers.setdefault(canonical_text(row["p"]), set()).add(normal_answer(row["a"]))
     sets = [[shingles(row[k]) for k in "pr"] for row in rows]
-    told = [[numbers(plain(row[k])) for k in "pr"] for row in rows]
+    told = [[numbers(words(row[k])) for k in "pr"] for row in rows]
     kept, found = [], {}
     for i, row in enumerate(rows):
         strict = len(answers.get(canonical_text(row["p"]), ())) > 1
@@ -184,7 +184,7 @@ def test_what_the_gate_removes_is_similar_in_both_texts(seed, threshold):
         for k in "pr":
             a, b = (
                 {t[x : x + 5] for x in range(max(len(t) - 4, 1))}
-                for t in (plain(rows[i][k]), plain(rows[j][k]))
+                for t in (words(rows[i][k]), words(rows[j][k]))
             )
             assert jaccard_reference(a, b) >= threshold
 

@@ -196,7 +196,7 @@ def test_what_is_refused_says_the_remedy_and_leaves_nothing(call, tmp_path):
     assert "int64 is not text" in refused(call(good, "--text-column", "n"))
     assert "a score must be a number" in refused(call(good, "--keep", "score:text"))
     for name, content, says in [
-        ("b.csv", "x", "neither"),
+        ("b.txt", "x", "unknown ending"),
         ("c.parquet", "x", "no readable Parquet"),
         ("d.jsonl", '{"text": "a"}\n{"text', "correct the line"),
         ("e.jsonl", "", "empty"),

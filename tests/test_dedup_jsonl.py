@@ -4,12 +4,13 @@ import gzip
 import json
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.dedup.files import open_tables, read_pieces
-from siftline.dedup.jsonl import one_schema, schemas_of
+from siftline.dedup.types import one_schema
 
 
 def files(folder, *contents):
@@ -116,13 +117,17 @@ def test_packed_files_and_parquet_stand_beside_them(tmp_path):
     names = files(tmp_path, [{"x": 1}], [{"x": 0.5, "z": "s"}])
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    pl.DataFrame({"text": ["t"], "x": ["own"]}).write_parquet(tmp_path / "p.parquet")
+    pl.DataFrame({"text": ["t"], "w": ["own"]}).write_parquet(tmp_path / "p.parquet")
     order = [str(packed), str(tmp_path / "p.parquet"), names[1]]
     tables = open_tables(order, ["text"], tmp_path / "scratch")
     assert [table.name for table in tables] == order
-    assert tables[0].schema == tables[2].schema
-    assert next(read_pieces(tables[0])).to_pylist() == [{"text": "t", "x": 1.0, "z": None}]
-    assert next(read_pieces(tables[1])).to_pylist() == [{"text": "t", "x": "own"}]
+    assert tables[0].schema == tables[1].schema == tables[2].schema
+    rows = [next(read_pieces(table)).to_pylist() for table in tables]
+    assert rows[0] == [{"text": "t", "x": 1.0, "w": None, "z": None}]
+    assert rows[1] == [{"text": "t", "x": None, "w": "own", "z": None}]
+    pl.DataFrame({"text": ["t"], "x": ["own"]}).write_parquet(tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"p\.parquet differ in column 'x': numbers"):
+        open_tables(order, ["text"], tmp_path / "scratch2")
 
 
 ODD = st.one_of(
@@ -170,8 +175,9 @@ def test_odd_mixes_are_joined_without_loss_or_refused_in_one_line(tmp_path_facto
 
 def test_the_schema_does_not_depend_on_the_order_of_the_files(tmp_path):
     names = files(tmp_path, [{"x": None, "y": {"p": 1}}], [{"x": 1}], [{"x": 0.5, "y": {"q": []}}])
-    paths = [tmp_path / name for name in names]
-    kinds = [one_schema(order, schemas_of(order)) for order in (paths, paths[::-1])]
-    assert kinds[0]["x"] == kinds[1]["x"] == pl.Float64
-    fields = [{part.name: part.dtype for part in kind["y"].fields} for kind in kinds]
-    assert fields[0] == fields[1] == {"p": pl.Int64, "q": pl.List(pl.Null)}
+    tables = open_tables(names, ["text"], tmp_path / "s")
+    pairs = [(table.name, table.own) for table in tables]
+    kinds = [one_schema(order) for order in (pairs, pairs[::-1])]
+    assert kinds[0].field("x").type == kinds[1].field("x").type == pa.float64()
+    fields = [{part.name: part.type for part in kind.field("y").type} for kind in kinds]
+    assert fields[0] == fields[1] == {"p": pa.int64(), "q": pa.list_(pa.null())}

@@ -11,43 +11,75 @@ from siftline.dedup import engine as engines
 from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, deduplicate
 from siftline.dedup.settings import Settings
-from siftline.kernels.bits import filled64, fold32, high32
-from siftline.kernels.codepoints import tables
+from siftline.kernels import bits
+from siftline.kernels.codepoints import fold_bytes, fold_points, tables
+from siftline.kernels.folding import fold
 from siftline.kernels.shingles import write_distinct
-from siftline.kernels.textgrams import ROOM, fold_words, shingles_reference, windows, word_units
+from siftline.kernels.textgrams import shingles_reference, windows
+from siftline.kernels.tokens import word_units
 
 
 @njit
 def vector_steps(data, at, out):
-    fold32(data, at, out, 0)
-    return high32(data, at), filled64(data, at)
+    bits.lower32(data, at, out, 0)
+    marks = (
+        bits.letters64(data, at),
+        bits.others64(data, at),
+        bits.inner64(data, at),
+        bits.signs64(data, at),
+        bits.hyphens64(data, at),
+        bits.opening64(data, at),
+        bits.closing64(data, at),
+        bits.unclear64(data, at),
+        bits.printed64(data, at),
+    )
+    return bits.high32(data, at), bits.same64(data, at), marks
+
+
+SETS = (
+    set(b"abcdefghijklmnopqrstuvwxyz"),
+    {*b"0123456789", *range(0x80, 0x100)},
+    set(b".,':;"),
+    set(b"#$%&*+/<=>@\\^|~"),
+    set(b"-"),
+    set(b"([{"),
+    set(b")]}"),
+    set(b"!_"),
+    set(range(0x21, 0x80)),
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.binary(min_size=64, max_size=64), st.integers(0, 9))
+@given(
+    st.binary(min_size=64, max_size=64) | st.text(max_size=64).map(str.encode), st.integers(1, 9)
+)
 def test_vector_steps_equal_byte_by_byte(raw, at):
+    raw = (raw + b"\0" * 64)[:64]
     data = np.frombuffer(b"\0" * at + raw, np.uint8).copy()
     out = np.full(40, 7, np.uint8)
-    high, filled = vector_steps(data, at, out)
+    high, same, marks = vector_steps(data, at, out)
     assert int(high) == sum((byte >> 7) << k for k, byte in enumerate(raw[:32]))
-    assert int(filled) == sum((byte > 0) << k for k, byte in enumerate(raw))
+    before = b"\0" + raw
+    assert int(same) == sum((byte == before[k]) << k for k, byte in enumerate(raw))
+    for found, members in zip(marks, SETS, strict=True):
+        assert int(found) == sum((byte in members) << k for k, byte in enumerate(raw))
     for byte, folded in zip(raw[:32], out.tolist(), strict=False):
-        if byte < 0x80:
-            char = chr(byte)
-            assert folded == (ord(char.lower()) if char.isalnum() else 0)
+        assert byte >= 0x80 or folded == ord(chr(byte).lower())
     assert (out[32:] == 7).all()
 
 
-@pytest.mark.parametrize("odd", ["é", "你好", "©a©", "\u0301", "\u00ad", "🙂", "--", "Z9"])
+@pytest.mark.parametrize(
+    "odd", ["é", "你好", "©a©", "\u0301", "\u00ad", "🙂", "--", "Z9", "+", "(=", "=)", ".a", "d'e"]
+)
 def test_what_is_not_ascii_may_stand_anywhere_in_a_block(odd):
     """Every place of a step of 32, 8 and fewer bytes, before and behind it."""
     for before in range(40):
         text = ("Ab1 cde-" * 5)[:before] + odd + ("xY z0" * 20)[: (7 * before) % 75]
         raw = np.frombuffer(text.encode(), np.uint8)
-        folded = np.empty(2 * len(raw) + ROOM, np.uint8)
+        folded = np.empty(fold_bytes(len(raw)), np.uint8)
         units, out = np.empty(len(raw) + 2, np.uint64), np.empty(len(raw) + 2, np.uint32)
-        length = fold_words(raw, 0, len(raw), folded, *tables())
-        count = word_units(folded, length, units)
+        end = fold(raw, 0, len(raw), folded, tables(), np.empty(fold_points(len(raw)), np.uint32))
+        count = word_units(folded, end, units)
         assert out[: windows(units, count, 2, out)].tolist() == shingles_reference(text, 2)
 
 

@@ -15,7 +15,7 @@ from siftline.demo.rows import write_jsonl
 from siftline.demo.styles import LONGEST_RESPONSE, SOURCES, render
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.shingles import char_shingles_reference
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.text import numbers, words
 from siftline.schema import make_row, message
 from siftline.scoring.answers import answer_key, extract_answer
 from siftline.stages.planting import similarity
@@ -104,7 +104,7 @@ def test_copies_are_near_and_clean_rows_are_not(truth):
     for row in near:
         twin = truth[row["twin"]]
         for column in ("question", "response"):
-            left, right = plain(row[column]), plain(twin[column])
+            left, right = words(row[column]), words(twin[column])
             jaccard = jaccard_reference(
                 char_shingles_reference(left, 5), char_shingles_reference(right, 5)
             )

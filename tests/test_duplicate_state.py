@@ -17,7 +17,7 @@ from siftline.kernels.pairs import GAP, copy_sets, told_apart
 from siftline.kernels.shingles import Sets, char_shingles_reference
 from siftline.kernels.spill import Shelved, values_room
 from siftline.kernels.spill import shelved as on_shelf
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.text import numbers, words
 from siftline.selectors.duplicate_state import Shelf, _mixed, normal_answer
 from siftline.selectors.duplicates import Duplicates, against
 
@@ -41,7 +41,7 @@ def odd_rows(seed, n=30):
         prompt = {4: prompt.upper(), 5: f" {prompt}"}.get(kind, prompt)
         response = rng.choice(["", "yes"]) if kind == 6 else response
         # Now and then rows go by one prompt_id whose prompts are not the same.
-        group = "same" if rng.random() < 0.1 else plain(prompt)
+        group = "same" if rng.random() < 0.1 else words(prompt)
         answer = rng.choice([None, None, "1", "1.0", "2"])
         name = f"{rng.randrange(10**6):06d}{k:03d}"
         rows.append((name, group, prompt, response, answer, rng.randrange(3)))
@@ -65,7 +65,7 @@ def on_disk(gate, parts, folder):
 def plain_bands(gate, line):
     """Band keys of one row from Python sets and `lsh.band_keys`."""
     banding = gate.banding()
-    texts = [plain(line[side]) for side in ("prompt", "response")]
+    texts = [words(line[side]) for side in ("prompt", "response")]
     sets = [char_shingles_reference(text, gate.ngram) for text in texts]
     tiny = [len(found) / (len(found) + 1) < gate.threshold for found in sets]
     values = np.concatenate([np.array(sorted(found), np.uint32) for found in sets])
@@ -88,8 +88,8 @@ def by_hand(gate, frame):
     for row in rows:
         row["bands"] = plain_bands(gate, row)
         row["label"] = normal_answer(row["answer"]) if row["answer"] else None
-        row["told"] = [numbers(plain(row[side])) for side in ("prompt", "response")]
-        texts = [plain(row[side]) for side in ("prompt", "response")]
+        row["told"] = [numbers(words(row[side])) for side in ("prompt", "response")]
+        texts = [words(row[side]) for side in ("prompt", "response")]
         row["sets"] = [char_shingles_reference(text, gate.ngram) for text in texts]
         answers.setdefault(row["prompt_id"], set()).update({row["label"]} - {None})
     kept, found = [], {}

@@ -17,7 +17,7 @@ from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep, as_integers
-from siftline.kernels.text import numbers, plain
+from siftline.kernels.text import numbers, words
 from siftline.recipe import parse
 from siftline.schema import make_row, message
 from siftline.selectors.duplicate_state import Shelf, normal_answer
@@ -49,7 +49,7 @@ def rows_of(*pairs):
 
 
 def shingles(text):
-    text = plain(text)
+    text = words(text)
     return {text[i : i + 5] for i in range(max(len(text) - 4, 1))} - {""}
 
 
@@ -61,7 +61,7 @@ def similarity(left, right):
 
 
 def same_numbers(left, right):
-    return all(numbers(plain(left[k])) == numbers(plain(right[k])) for k in ("prompt", "response"))
+    return all(numbers(words(left[k])) == numbers(words(right[k])) for k in ("prompt", "response"))
 
 
 def problem(rng):
@@ -375,12 +375,12 @@ def place(tmp_path):
         stays = set(output.all_decisions().filter(outcome="kept")["id"])
         found = [r for r in rows if r["id"] in stays]
         assert len(found) == 2
-        (one,) = [r for r in found if r["messages"][0]["content"] == QUESTION]
+        (one,) = [r for r in found if r["messages"][0]["content"].strip() == QUESTION]
         (line,) = [
             line for line in output.table("canaries").to_dicts() if line["kind"] == "near_copy"
         ]
         assert line["caught"]
-        first = min(r["id"] for r in rows if r["messages"][0]["content"] == QUESTION)
+        first = min(r["id"] for r in rows if r["messages"][0]["content"].strip() == QUESTION)
         return one["messages"][-1]["content"].removeprefix(REPLY), one["source"], one["id"] == first
 
     return kept

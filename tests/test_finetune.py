@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +14,7 @@ from siftline import schema
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.schedule import budget_schedule, epochs_schedule
+from siftline.verified import AlteredError
 
 FAST = FineTune(learning_rate=3e-3, epochs=6, batch_rows=10, max_length=64, save_steps=100)
 LORA = FineTune(
@@ -131,6 +133,19 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_model, tmp_path, config, 
     assert not (tmp_path / "m" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "curve.csv", "training.json"])
+def test_a_damaged_result_is_neither_found_nor_trained_over(tiny_model, full, tmp_path, file):
+    shutil.copytree(full.model_dir, tmp_path / "m")
+    path = tmp_path / "m" / file
+    raw = bytearray(path.read_bytes())
+    for damaged in (bytes(raw[:-1]) + bytes([raw[-1] ^ 4]), bytes(raw[:9]), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(AlteredError, match=f"{file} .*trained again") as caught:
+            train(tiny_model, tmp_path / "m", FAST, progress=dies_after(1))
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == damaged
+
+
 def test_a_finished_run_is_not_trained_again_and_never_mixed_up(tiny_model, full):
     before = (full.model_dir / "model.safetensors").stat().st_mtime_ns
     again = train(tiny_model, full.model_dir, FAST, progress=dies_after(1))
@@ -192,6 +207,7 @@ def test_the_model_directory_says_what_it_is(tiny_model, full):
         "curve.csv",
         "curve.png",
         "skipped.csv",
+        "siftline-files.json",
         "training.json",
     }
 

@@ -1,6 +1,7 @@
 """Gradient features: against autograd and an explicit projection, Adam against torch's, planted."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from siftline.training import gradients, random_projection
 from siftline.training.gradients import GradientEngine, GradientModel, gradient_features
 from siftline.training.random_projection import project, signs
 from siftline.training.warmup import read_snapshot, warm_up
+from siftline.verified import AlteredError
 
 ASKED = Gradients(dimensions=192, share=0.5, epochs=2, rank=4, learning_rate=5e-3, batch_rows=3)
 
@@ -207,6 +209,19 @@ def test_a_row_without_a_gradient_is_told(model, monkeypatch):
 
 
 # ---- the warm-up ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["snapshot", "record"])
+def test_a_damaged_warm_up_is_an_error(spec, warm, tmp_path, which):
+    shutil.copytree(warm[0].path.parent, tmp_path / "up")
+    path = tmp_path / "up" / ("warmup.json" if which == "record" else warm[1].path.name)
+    raw = path.read_bytes()
+    for damaged in (raw[:100] + bytes([raw[100] ^ 1]) + raw[101:], raw[:50], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(AlteredError, match=f"{path.name} .*trained again"):
+            warm_up(spec, rows(), tmp_path / "up", ASKED, 3)
+    path.write_bytes(raw)
+    assert [s.step for s in warm_up(spec, rows(), tmp_path / "up", ASKED, 3)] == [4, 8]
 
 
 def test_a_warm_up_keeps_every_pass_and_learns(warm):

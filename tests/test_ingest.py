@@ -40,7 +40,7 @@ LAYOUTS = {
                 ("system", "Be brief.", None, None),
                 (U, "Add\n2+2", None, None),
                 (A, "4", "two and two", None),
-                (U, "And\n3+3?", None, None),
+                (U, "And\r\n3+3? ", None, None),
                 (A, "6", None, None),
             ]
         ],
@@ -69,7 +69,7 @@ LAYOUTS = {
     ),
     "prompt_completion": (
         {"prompt": "2+2?", "completion": " 4"},
-        [[(U, "2+2?", None, None), (A, "4", None, None)]],
+        [[(U, "2+2?", None, None), (A, " 4", None, None)]],
     ),
     "question_answer": (
         {"question": "2+2?", "answer": "four\n#### 4"},
@@ -154,8 +154,9 @@ def test_every_layout_reads_alike_from_every_format(tmp_path, layout, ending):
     rows, provenance, quarantine = read(Source(str(path)))
     assert quarantine == []
     assert [r["id"] for r in rows] == [expected_id(c, source="toy") for c in conversations] * 2
-    got = [[tuple(m.values()) for m in r["messages"]] for r in rows]
+    got = [[tuple(m.values())[:4] for m in r["messages"]] for r in rows]
     assert got == conversations * 2
+    assert {m[name] for r in rows for m in r["messages"] for name in schema.EXTRAS} == {None}
     assert {r["copies"] for r in rows} == {1}
     n = len(conversations)
     assert [p["line"] for p in provenance] == [1] * n + [2] * n
@@ -261,11 +262,12 @@ def test_instruction_goes_before_the_first_user_message(tmp_path):
     rows, _, _ = read(Source(path, instruction="Reply in French."))
     contents = [m["content"] for m in rows[0]["messages"]]
     assert contents[:2] == ["Be brief.", "Reply in French.\nAdd\n2+2"]
-    assert contents[3] == "And\n3+3?"
+    assert contents[3] == "And\r\n3+3? "
 
 
 def test_leftovers_are_json_with_sorted_keys_and_message_extras(tmp_path):
-    turns = [{"role": "user", "content": "x", "name": "Ann"}, {"role": "assistant", "content": "y"}]
+    turns = [{"role": "user", "content": "x", "name": "Ann", "mood": "calm"}]
+    turns.append({"role": "assistant", "content": "y"})
     table = pa.table(
         {
             "z": pa.array([1.5]),
@@ -275,8 +277,9 @@ def test_leftovers_are_json_with_sorted_keys_and_message_extras(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "x.parquet")
-    _, provenance, _ = read(Source(str(tmp_path / "x.parquet")))
-    want = '{"day":"2020-01-02 00:00:00","messages.0":{"name":"Ann"},"z":1.5}'
+    rows, provenance, _ = read(Source(str(tmp_path / "x.parquet")))
+    want = '{"day":"2020-01-02 00:00:00","messages.0":{"mood":"calm"},"z":1.5}'
+    assert rows[0]["messages"][0]["name"] == "Ann"
     assert provenance[0]["leftover"] == want
 
 

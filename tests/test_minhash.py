@@ -11,7 +11,6 @@ from siftline.kernels.groups import grouped
 from siftline.kernels.jaccard import jaccard_pairs, jaccard_reference, required_overlap
 from siftline.kernels.lsh import band_keys, choose_banding, recall
 from siftline.kernels.minhash import EMPTY, signatures, signatures_reference
-from siftline.kernels.quantities import quantities
 from siftline.kernels.shingles import (
     Sets,
     char_shingles,
@@ -20,7 +19,6 @@ from siftline.kernels.shingles import (
     word_grams,
     word_grams_reference,
 )
-from siftline.kernels.text import numbers, plain, words
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 
@@ -199,34 +197,3 @@ def test_a_thousand_copies_cost_a_thousand_comparisons_and_dissimilar_rows_are_b
     apart = sets_of([{k} for k in range(n)])
     with pytest.raises(ValueError, match="candidate pairs"):
         remove_similar(lone, apart, 1, 0.8, 1000)
-
-
-def test_numbers_keep_order_operators_and_words():
-    assert numbers(plain("Tom has 1,200 apples and 3.5 kg, Ann TWO.")) == ("1200", "3.5", "two")
-    assert numbers("3 + 4") != numbers("3 * 4")
-    assert numbers("3 \u2212 4") == numbers("3 - 4")
-    assert numbers("5 then 6") != numbers("6 then 5")
-    assert numbers("20% off") != numbers("20 off")
-    assert numbers("costs 5.") == numbers("costs 5") == ("5",)
-    assert numbers("no quantity, x2 aside") == ("2",)
-
-
-def test_words_drop_punctuation_and_part_ideographs():
-    assert words("What's 3,5?  YES!") == "what s 3 5 yes"
-    assert words("\u4f60\u597d abc\u4f60") == "\u4f60 \u597d abc \u4f60"
-
-
-PIECES = st.sampled_from(
-    [
-        *["three", "two", "threefold", "twice", "no", "on", "dozen", "THREE", "x", "x2", "3"],
-        *["1,200", "12,34", "3.5", "5%", "7", "%", "-4", "*", "+", "-", "(", "_", ",", ".", "\n"],
-        *["\u2212", "\u00d7", "\u0663", "\u00e9", "\u6f22", "\u00bd", "\u2019", "$", " ", " "],
-    ]
-)
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.lists(st.lists(PIECES | TEXT, max_size=12), max_size=4))
-def test_quantities_of_many_texts_are_those_of_each(drawn):
-    texts = [plain("".join(parts)) for parts in drawn] + ["".join(parts) for parts in drawn]
-    assert quantities(texts) == [numbers(text) for text in texts]

@@ -231,13 +231,13 @@ def test_a_part_that_vanishes_after_it_was_listed_is_looked_for_again(tmp_path, 
     fill(store, 0, *([f"k{i}"] for i in range(3)))
     real, merged = namespace.read_parquet, []
 
-    def merging(path, columns=None):
+    def merging(path, *rest, **named):
         if not merged:
             merged.append(path)
             monkeypatch.setattr(namespace, "MAX_PARTS", 1)
             with store.lease(0):
                 store.seal(0)
-        return real(path, columns)
+        return real(path, *rest, **named)
 
     monkeypatch.setattr(namespace, "read_parquet", merging)
     assert store.keys(0) == {"k0", "k1", "k2"}

@@ -389,8 +389,8 @@ PUBLIC = {
     "Canaries": "per_kind",
     "Card": "license description language tags",
     "Training": "options arms epochs seeds reference",
-    "PoolSpec": "name inputs buckets max_quarantine",
-    "Source": "path format layout columns source instruction answer_pattern split",
+    "PoolSpec": "name inputs buckets max_quarantine holds",
+    "Source": "path format layout columns source instruction answer_pattern split set_aside",
     "ModelSpec": "path engine dtype device max_length template batch_tokens trust_remote_code "
     "python adapter server revision",
     "Server": "url model concurrency timeout_s tries patience_s key_variable",

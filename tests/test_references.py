@@ -1,9 +1,9 @@
 """Arms that learn by poft: whose scores they compare with, and that each row gets its own."""
 
 import json
+import shutil
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +57,7 @@ def models(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def project(tmp_path, models):
+def project(tmp_path, models, make_version):
     """A root with a pool and a published version; `recipe(...)` is one that trained on it."""
     workspace = Workspace(tmp_path / "root")
     lines = [{"messages": row(i)["messages"], "source": "s"} for i in range(24)]
@@ -86,14 +86,10 @@ def project(tmp_path, models):
         found = parse(data)
         object.__setattr__(found, "sets", type(found.sets)())  # no dev loss here
         build_pool(workspace.pool("p"), found.pool)
-        version = workspace.curated("mine") / "0123456789ab"
-        (version / "data").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(workspace.curated("mine"), ignore_errors=True)
         # 40 is no row of the pool: so are those that sampling adds.
-        pq.write_table(table([*range(8), 40]), version / "data" / "train-0.parquet")
-        manifest = {"identity": {"recipe_hash": found.hash}}
-        (version / "manifest.json").write_text(json.dumps(manifest))
-        if not (version.parent / "latest").exists():
-            (version.parent / "latest").symlink_to(version.name)
+        rows = table([*range(8), 40])
+        make_version(workspace.curated("mine"), [rows], {"recipe_hash": found.hash})
         return found
 
     recipe.workspace = workspace

@@ -25,11 +25,11 @@ from siftline.shards import (
     file_hash,
     point_latest,
     read_bucket,
-    read_parquet,
     write_json,
     write_parquet,
     write_text,
 )
+from siftline.verified import AlteredError, read_parquet
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), ("text", pa.string())])
 
@@ -94,7 +94,8 @@ def test_a_row_above_the_limit_is_a_group_of_its_own(tmp_path):
     file = pq.ParquetFile(tmp_path / "x.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [1, 1, 1]
     write_parquet(rows.slice(0, 0), tmp_path / "empty.parquet")
-    assert read_parquet(tmp_path / "empty.parquet").schema.equals(SCHEMA)
+    empty = tmp_path / "empty.parquet"
+    assert read_parquet(empty, file_hash(empty)).schema.equals(SCHEMA)
 
 
 def test_files_carry_what_readers_need(tmp_path):
@@ -123,7 +124,7 @@ def test_content_defined_chunks_keep_the_rest_of_the_file(tmp_path):
     assert found > len(blocks) / 2, f"{found} of {len(blocks)} blocks kept"
 
 
-def test_page_checksums_catch_a_flipped_bit_anywhere_in_the_data(tmp_path):
+def test_page_checksums_are_there_for_other_readers(tmp_path):
     rows = table([noise(400, i) for i in range(100)])
     path = tmp_path / "x.parquet"
     write_parquet(rows, path)
@@ -140,25 +141,40 @@ def test_page_checksums_catch_a_flipped_bit_anywhere_in_the_data(tmp_path):
         broken[at] ^= 0x04
         path.write_bytes(broken)
         try:
-            if not read_parquet(path).equals(rows):
+            if not pq.read_table(path, page_checksum_verification=True).equals(rows):
                 silent.append(at)
-        except ValueError as error:
+        except (OSError, pa.ArrowInvalid) as error:
             said.add(str(error))
     assert not silent, f"wrong rows were read without an error: {silent}"
-    assert all(text.startswith(str(path)) and "\n" not in text for text in said)
     assert any("CRC" in text for text in said), said
+
+
+def test_our_reader_notices_every_flipped_bit(tmp_path):
+    path = tmp_path / "x.parquet"
+    write_parquet(table(["a", "b"]), path)
+    raw, written = path.read_bytes(), file_hash(path)
+    said = set()
+    for bit in range(0, 8 * len(raw), 7):
+        broken = bytearray(raw)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        with pytest.raises(AlteredError) as caught:
+            read_parquet(path, written)
+        said.add(str(caught.value))
+    assert all(text.startswith(str(path)) and "\n" not in text for text in said)
+    assert all("sha256" in text for text in said), said
 
 
 def test_a_file_that_is_missing_or_cut_names_the_remedy(tmp_path):
     path = tmp_path / "x.parquet"
     with pytest.raises(ValueError, match=r"x\.parquet is missing .* run again"):
-        read_parquet(path)
+        read_parquet(path, "f" * 64)
     write_parquet(table(["a"] * 100), path)
-    raw = path.read_bytes()
+    raw, written = path.read_bytes(), file_hash(path)
     for size in (0, 3, 40, len(raw) - 5):
         path.write_bytes(raw[:size])
         with pytest.raises(ValueError, match=r"x\.parquet is corrupt .*delete it and run again"):
-            read_parquet(path)
+            read_parquet(path, written)
 
 
 # Atomic writes

@@ -21,6 +21,7 @@ from siftline.store import (
     collect,
     score_key,
 )
+from siftline.verified import AlteredError
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])
 NAMESPACE = Namespace("toy", 1, "weights-a", {"temperature": 1.0})
@@ -104,7 +105,7 @@ def test_key_is_of_tokens_and_span_only():
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_torn_journal_keeps_every_whole_frame(tmp_path, data):
-    """Cutting or flipping bytes anywhere loses frames from there on, and never invents one."""
+    """A cut loses the frames it hits, as a kill does; a flipped byte anywhere is an error."""
     path = tmp_path / "x.journal"
     path.unlink(missing_ok=True)
     journal, ends = Journal(path, SCHEMA), []
@@ -119,10 +120,14 @@ def test_torn_journal_keeps_every_whole_frame(tmp_path, data):
     assert [t.num_rows for t in read_journal(path)] == [1, 2, 3, 4][:whole]
     flip = data.draw(st.integers(0, len(raw) - 1))
     broken = bytearray(raw)
-    broken[flip] ^= 0xFF
+    broken[flip] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(broken)
-    whole = sum(end <= flip for end in ends)
-    assert [t.num_rows for t in read_journal(path)] == [1, 2, 3, 4][:whole]
+    whole = max((end for end in ends if end <= flip), default=0)
+    with pytest.raises(AlteredError, match=f"truncate -s {whole} FILE") as caught:
+        read_journal(path)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(broken[:whole])  # as the message says
+    assert [t.num_rows for t in read_journal(path)] == [1, 2, 3, 4][: sum(e <= flip for e in ends)]
 
 
 WORKER = """

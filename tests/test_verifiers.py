@@ -1,7 +1,6 @@
 import threading
 import time
 from dataclasses import replace
-from fractions import Fraction
 
 import polars as pl
 import pytest
@@ -454,15 +453,67 @@ def test_the_gate_can_keep_rows_without_a_final_answer():
         Verify(no_final_answer="drop")
 
 
+SAID = FRAME.with_columns(
+    said=pl.Series(
+        ["match", "wrong_answer", "no_final_answer", None, None, "unreadable: two answers"]
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("unreadable: no library numpy", "unreadable"),
+        ("no_reference", "unreadable"),
+        ("verifier_error: timeout after 5 s", "verifier_error"),
+        ("no_final_answer", "no_final_answer"),
+        ("a reason of one's own", "unreadable"),
+    ],
+)
+def test_an_open_verdict_has_an_outcome_of_its_own(said, outcome):
+    """Never a mismatch; removed by default, kept where the recipe says so; counted either way."""
+    frame = SAID.with_columns(
+        said=pl.when(pl.col("id") == "f").then(pl.lit(said)).otherwise(pl.col("said"))
+    )
+    removed = select(Verify(), frame)
+    reasons = dict(removed.decisions.select("id", "reason").iter_rows())
+    assert reasons["f"] == outcome
+    assert removed.facts["removed"][outcome] == sum(r == outcome for r in reasons.values())
+    assert removed.facts["kept_open"] == {}
+    kept = select(Verify(open="keep", no_final_answer="keep"), frame)
+    assert kept.kept.to_list() == ["a", "c", "d", "e", "f"]
+    assert kept.facts["removed"] == {"wrong_answer": 1}
+    assert sum(kept.facts["kept_open"].values()) == 2
+    assert kept.facts["checked"] == removed.facts["checked"] == 4
+
+
+def test_open_rows_are_kept_or_removed_apart_from_those_without_an_answer():
+    assert select(Verify(open="keep"), SAID).kept.to_list() == ["a", "d", "e", "f"]
+    assert select(Verify(no_final_answer="keep"), SAID).kept.to_list() == ["a", "c", "d", "e"]
+    with pytest.raises(ValueError, match="open must be remove or keep, not 'fail'"):
+        Verify(open="fail")
+
+
+def test_the_report_says_what_became_of_open_rows():
+    from siftline.stages.reporting import _open_notes
+
+    facts = {"checked": 9, "unreadable": 3, "wrong_answer": 2, "kept_open": {"no_final_answer": 1}}
+    assert _open_notes("verify", facts) == [
+        "verify: of 9 rows checked, 3 can't be read (removed), 1 have no final answer (kept): open "
+        "verdicts."
+    ]
+    assert _open_notes("verify", {"checked": 9, "wrong_answer": 2, "kept_open": {}}) == []
+
+
 def test_the_gate_does_not_depend_on_order_and_says_when_it_is_vacuous():
     shuffled = FRAME.sample(fraction=1.0, shuffle=True, seed=3)
     assert select(Verify(), shuffled).decisions.equals(select(Verify(), FRAME).decisions)
     assert select(Verify(), FRAME.filter(pl.col("id").is_in(["d", "e"]))).vacuous
 
 
-def test_fractions_in_a_row_are_exact_not_rounded(math):
-    third = Fraction(1, 3)
-    assert math(f"#### {third.numerator}/{third.denominator}", "0.333333").correct is False
+def test_only_a_reference_may_be_rounded(math):
+    assert math("#### 1/3", "0.333333").correct is True
+    assert math("#### 0.333333", "1/3").correct is False
 
 
 def test_a_verifier_that_looks_for_no_step_says_the_same_otherwise():

@@ -60,6 +60,16 @@ def test_a_final_answer_matches_as_a_whole(regex, response, pattern, correct):
     assert regex(response, pattern).correct is correct
 
 
+def test_reasoning_is_left_out(regex, schema):
+    assert regex("<think>no</think>\nyes", "yes|no").extracted == "yes"
+    assert regex("<think>no</think>\n<answer>yes</answer>", "yes").correct is True
+    assert regex("<think>yes", "yes") == Verdict(None, None, "no_final_answer")
+    assert schema('<think>{"name": 1}</think>\n{"name": "Ada"}', PERSON).correct is True
+    fenced = '```json\n{"name": "Ada"}\n```'
+    assert schema(f"<think>\n{fenced}\n</think>\n{fenced}", PERSON).correct is True
+    assert schema(f"<think>\n{fenced}", PERSON) == Verdict(None, None, "no_final_answer")
+
+
 def test_what_is_no_expression_or_no_answer_decides_nothing(regex):
     assert regex("x", "").reason == "no_reference"
     assert regex(" ", "x") == Verdict(None, None, "no_final_answer")
@@ -205,7 +215,8 @@ def test_any_value_is_judged_as_jsonschema_does_and_fenced_as_bare(schema, value
 @given(st.text(alphabet='`~json \n{}[]"1,:', max_size=60))
 def test_any_text_has_one_value_or_none(text):
     found = json_value(text)
-    assert found is None or found in text
+    # The indentation of a fence is taken off its lines.
+    assert found is None or "".join(found.split()) in "".join(text.split())
 
 
 def test_blocks_are_those_of_commonmark():
@@ -225,7 +236,7 @@ def test_blocks_are_those_of_commonmark():
 
 
 def test_names():
-    names = {"math", "exact", "verbatim", "choice", "regex", "json_schema", "code"}
+    names = {"math", "exact", "verbatim", "choice", "regex", "json_schema", "code", "instructions"}
     assert set(NAMED) == names
     assert set(VERIFIERS) == set(NAMED), "the gate's options name the verifiers there are"
     assert isinstance(get_verifier("regex"), RegexVerifier)

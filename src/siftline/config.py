@@ -126,6 +126,17 @@ def check_names(names: Sequence[str], where: str) -> None:
             raise ValueError(f"{where}: {name!r} occurs twice: give one of them another name")
 
 
+def read_yaml(text: str) -> Any:
+    """What `yaml.safe_load` reads, in a tenth of the time where PyYAML was built with libyaml.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    import yaml
+
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def override(data: dict[str, Any], assignment: str) -> None:
     """Applies one `a.b.c=value` to nested mappings, in place; the value is read as YAML.
 

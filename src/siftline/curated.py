@@ -31,12 +31,12 @@ import pyarrow.parquet as pq
 from siftline.card import CardInfo
 from siftline.card import render as render_card
 from siftline.conversations import messages_type, published
+from siftline.published import MANIFEST, REMEDY, read_version, version_of
 from siftline.scratch import scratch_folder
 from siftline.shards import (
     ROW_GROUP_BYTES,
     building,
     canonical_json,
-    content_hash,
     file_hash,
     point_latest,
     write_json,
@@ -44,7 +44,11 @@ from siftline.shards import (
     write_text,
 )
 from siftline.spool import Spool, cut, read_ordered, spool
+from siftline.verified import AlteredError, confirm
 
+FORMAT = 2
+"""Raise it when equal rows are published as other bytes. 1 had calls and reasoning under the names
+of rows."""
 SHARD_BYTES = 480 << 20
 """In-memory bytes of one shard; the Hub's own writer cuts at 500 MB."""
 
@@ -163,12 +167,31 @@ def publish(
             )
             write_text(tree / "README.md", text)
             manifest = _manifest(tree, schema, spooled.rows, removed, seed, identity, counts)
-            write_json(tree / "manifest.json", manifest)
+            write_json(tree / MANIFEST, manifest)
         path = root / manifest["version"]
         new = _move(scratch / "tree", path, manifest)
     point_latest(root, manifest["version"])
     files = tuple(file["path"] for file in manifest["files"])
     return Published(path, manifest["version"], spooled.rows, files, manifest, new)
+
+
+def published_before(root: Path, identity: Mapping[str, Any]) -> Published | None:
+    """The newest version, where it was made of the same things.
+
+    Raises:
+        AlteredError: if it is that one, and was altered since.
+    """
+    if not (root / "latest").exists():
+        return None
+    path = resolve_latest(root)
+    manifest = read_version(path)
+    made_of = json.loads(canonical_json(identity))
+    if manifest["identity"] != made_of or manifest["format"] != FORMAT:
+        return None
+    _unaltered(path, manifest)
+    files = tuple(file["path"] for file in manifest["files"])
+    rows = manifest["counts"]["rows"]
+    return Published(path, manifest["version"], rows, files, manifest, new=False)
 
 
 def resolve_latest(root: Path) -> Path:
@@ -179,11 +202,14 @@ def resolve_latest(root: Path) -> Path:
 
     Raises:
         ValueError: if nothing was published under `root`.
+        AlteredError: if the version's manifest is not the one it was published with.
     """
     link = root / "latest"
     if not link.exists():
         raise ValueError(f"{root} has no published version: run the recipe first")
-    return link.resolve()
+    folder = link.resolve()
+    read_version(folder)
+    return folder
 
 
 def _flat_type(name: str, dtype: pl.DataType) -> pa.DataType:
@@ -285,7 +311,7 @@ def _manifest(
     ]
     reasons = removed.group_by("stage", "reason").len().sort("stage", "reason").rows()
     body = {
-        "format": 2,  # 1 had calls and reasoning under the names of rows
+        "format": FORMAT,
         "identity": identity,
         "seed": seed,
         "files": files,
@@ -299,7 +325,7 @@ def _manifest(
     }
     # What a reader of the file gets, where identity may hold tuples.
     body = json.loads(canonical_json(body))
-    return {"version": content_hash(body)[:12], **body}
+    return {"version": version_of(body), **body}
 
 
 def _move(tree: Path, path: Path, manifest: dict[str, Any]) -> bool:
@@ -315,14 +341,12 @@ def _move(tree: Path, path: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _unaltered(path: Path, manifest: dict[str, Any]) -> None:
-    there = path / "manifest.json"
-    known = json.loads(there.read_text(encoding="utf-8")) if there.exists() else None
-    sizes = {file["path"]: file["bytes"] for file in manifest["files"]}
-    found = {
-        str(file.relative_to(path)): file.stat().st_size
-        for file in path.rglob("*")
-        if file.is_file()
-    }
-    found.pop("manifest.json", None)
-    if known != manifest or found != sizes:
-        raise ValueError(f"{path} was altered after it was published: move it away and run again")
+    known = read_version(path)
+    files = {file["path"]: file["sha256"] for file in known["files"]}
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    changed = sorted(found ^ {*files, MANIFEST})
+    if known != manifest or changed:
+        what = f"{changed[0]} came or went" if changed else "its manifest is another"
+        raise AlteredError(f"{path} was altered after it was published ({what}): {REMEDY}")
+    for name, sha256 in files.items():
+        confirm(path / name, sha256, REMEDY)

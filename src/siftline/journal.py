@@ -2,6 +2,10 @@
 
 A batch is one checksummed frame, there whole or not at all. Bytes handed to the kernel survive a
 killed process; an fsync at least every `SYNC_SECONDS` bounds what a power cut takes.
+
+A killed writer leaves a frame that ends too soon, and a power cut may leave zeros: such an end is
+left out. A frame that is all there and does not fit its checksums was altered, and is an error. The
+header has a checksum of its own, so that an altered length is not taken for a torn frame.
 """
 
 import errno
@@ -14,9 +18,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from siftline.verified import AlteredError
+
 SYNC_SECONDS = 5.0
-_HEADER = struct.Struct("<4sII")  # magic, payload bytes, crc32
-_MAGIC = b"SJ01"
+_HEADER = struct.Struct("<4sIII")  # magic, payload bytes, their crc32, crc32 of these three
+_CHECKED = struct.Struct("<4sII")
+_MAGIC, _FIRST_MAGIC = b"SJ02", b"SJ01"
+"""SJ01, of earlier versions, has no checksum of its header: whatever does not fit ends the file."""
 
 
 class DiskFullError(OSError):
@@ -45,7 +53,8 @@ class Journal:
         payload = sink.getvalue().to_pybytes()
         start = self._handle.tell()
         try:
-            self._write(_HEADER.pack(_MAGIC, len(payload), zlib.crc32(payload)) + payload)
+            head = _CHECKED.pack(_MAGIC, len(payload), zlib.crc32(payload))
+            self._write(head + zlib.crc32(head).to_bytes(4, "little") + payload)
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
         except OSError as error:
@@ -82,19 +91,48 @@ class Frames:
 
 
 def scan_journal(path: Path) -> Frames:
-    """Reads a journal up to the first frame that is not whole."""
-    raw = path.read_bytes()
+    """Reads a journal up to where its writer was stopped.
+
+    Raises:
+        AlteredError: if a frame is all there and was altered.
+    """
+    raw = memoryview(path.read_bytes())
     batches, at = [], 0
-    while at + _HEADER.size <= len(raw):
-        magic, size, crc = _HEADER.unpack_from(raw, at)
-        payload = raw[at + _HEADER.size : at + _HEADER.size + size]
-        if magic != _MAGIC or len(payload) < size or zlib.crc32(payload) != crc:
+    while at < len(raw):
+        frame = _frame(raw[at:])
+        if frame is None:
+            raise AlteredError(
+                f"{path} was altered behind byte {at:,} of {len(raw):,}: `truncate -s {at} FILE` "
+                "keeps what stands before, and what it loses is asked again"
+            )
+        size, payload = frame
+        if payload is None:
             break
         batches.append(pa.ipc.open_stream(payload).read_all())
-        at += _HEADER.size + size
+        at += size
     return Frames(batches, len(raw) - at)
 
 
+def _frame(rest: memoryview) -> tuple[int, memoryview | None] | None:
+    """Size and payload of the first frame; no payload where it is torn, None where altered."""
+    torn = len(rest), None
+    if len(rest) < _HEADER.size:
+        return torn
+    magic, size, crc, own = _HEADER.unpack_from(rest)
+    if magic == _FIRST_MAGIC:
+        payload = rest[_CHECKED.size : _CHECKED.size + size]
+        whole = len(payload) == size and zlib.crc32(payload) == crc
+        return (_CHECKED.size + size, payload) if whole else torn
+    if zlib.crc32(rest[: _CHECKED.size]) != own or magic != _MAGIC:
+        return None if any(rest) else torn
+    payload = rest[_HEADER.size : _HEADER.size + size]
+    if len(payload) < size:
+        return torn
+    if zlib.crc32(payload) != crc:
+        return None if any(payload) else torn
+    return _HEADER.size + size, payload
+
+
 def read_journal(path: Path) -> list[pa.Table]:
-    """Reads the committed batches of a journal; a torn last frame is left out."""
+    """Reads the committed batches of a journal; see `scan_journal`."""
     return scan_journal(path).batches

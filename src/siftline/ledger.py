@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.selectors.selection import DECISION
-from siftline.shards import Manifest, PartWriter, RowHash, content_hash, read_bucket
+from siftline.shards import Manifest, PartWriter, RowHash, content_hash, read_bucket, read_part
 
 DECISIONS = pa.schema(
     [
@@ -127,11 +127,7 @@ class StageOutput:
         """A side table, or None where the stage wrote none of that name."""
         for part in self.manifest.parts:
             if part.table == f"side_{name}":
-                found = pa.schema(pa.parquet.read_schema(self.folder / part.file))
-                table = read_bucket(
-                    self.folder, self.manifest, part.table, part.bucket, schema=found
-                )
-                return _frame(table)
+                return _frame(read_part(self.folder, part))
         return None
 
 

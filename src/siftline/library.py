@@ -14,7 +14,12 @@ VARIABLE = "SIFTLINE_RECIPES"
 def recipe_files() -> dict[str, Path]:
     """Recipe files by name, the file's stem; a user's file takes the place of a shipped one."""
     folders = [SHIPPED, *(Path(p) for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p)]
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    return {
+        file.stem: file
+        for folder in folders
+        for file in sorted(folder.glob("*.yaml"))
+        if file.is_file()
+    }
 
 
 def find(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -3,7 +3,7 @@
     store/<scorer>-<namespace hash>/
         namespace.json                 what the hash stands for
         used                           empty; its time is when a run last looked here
-        parts/b03-<content hash>.parquet
+        parts/b03-<content hash>.parquet       compared with its name at every reading
         journals/b03-<writer>.journal  open or orphaned journals
         leases/b03.lock                held by the process that writes the bucket
 
@@ -29,8 +29,10 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline.journal import read_journal, scan_journal
-from siftline.shards import PartWriter, content_hash, read_parquet, sync, write_json
+from siftline.journal import Frames, scan_journal
+from siftline.locks import Held, take
+from siftline.shards import PartWriter, content_hash, no_rows, sync, write_json
+from siftline.verified import AlteredError, conform, named_hash, read_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ MAX_PARTS = 8
 STAMP_SECONDS = 60.0
 """How exactly the last use of a namespace is known."""
 _FOLDERS = ("parts", "journals", "leases")
+_NAMESPACE = b"siftline.namespace"
+_ASKED = "move it away and run again; what it held is asked again"
+_RENEWED = "delete it, the next run that uses the namespace writes it again"
 _creating = threading.Lock()
 
 
@@ -94,13 +99,16 @@ class NamespaceFolder:
         """Reads what the folder stands for.
 
         Raises:
-            ValueError: if namespace.json is missing or damaged.
+            AlteredError: if namespace.json is missing or damaged.
         """
         path = self.path / "namespace.json"
         try:
-            return Namespace(**json.loads(path.read_text(encoding="utf-8")))
+            found = Namespace(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not readable ({error}): delete the folder") from error
+            raise AlteredError(f"{path} is not readable ({error}): {_RENEWED}") from error
+        if found.folder != self.path.name:
+            raise AlteredError(f"{path} is that of {found.folder}: {_RENEWED}")
+        return found
 
     def stamp(self) -> None:
         """Notes that the namespace is in use, at most once in `STAMP_SECONDS`."""
@@ -122,14 +130,14 @@ class NamespaceFolder:
         """All committed records of a bucket; some may be there twice.
 
         Raises:
-            ValueError: if a part is corrupt.
+            AlteredError: if a part or a journal is not what was written, or of another namespace.
         """
         while True:
             journals = self.journals(bucket)
             try:
-                open_ = [table for path in journals for table in read_journal(path)]
+                open_ = [table for path in journals for table in self._journal(path).batches]
                 parts = self.parts(bucket)
-                sealed = [_read_part(path, columns) for path in parts]
+                sealed = [self._part(path, columns) for path in parts]
             except FileNotFoundError:
                 continue
             # A folder that changes while it is listed may show neither the old file nor the new.
@@ -155,9 +163,9 @@ class NamespaceFolder:
                 self.create()  # another process may have removed the namespace meanwhile
             with path.open("a") as handle:
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    raise InUseError(f"{path} is held by a running process: wait for it") from None
+                    take(handle, path, str(path), wait=wait, say=logger.info)
+                except Held as error:
+                    raise InUseError(str(error)) from None
                 if _is_at(handle.fileno(), path):
                     yield
                     return
@@ -188,7 +196,7 @@ class NamespaceFolder:
         journals = self.journals(bucket)
         batches: list[pa.Table] = []
         for path in journals:
-            frames = scan_journal(path)
+            frames = self._journal(path)
             batches += frames.batches
             if frames.torn_bytes:
                 logger.warning("%s: left out %d bytes of a torn batch", path, frames.torn_bytes)
@@ -202,17 +210,49 @@ class NamespaceFolder:
         parts = self.parts(bucket)
         if len(parts) <= MAX_PARTS:
             return
-        merged = self._add_part(bucket, [_read_part(path) for path in parts], parts)
+        merged = self._add_part(bucket, [self._part(path) for path in parts], parts)
         for path in parts:
             if path.name != merged:  # the union may equal one of them
                 path.unlink()
 
+    def stamped(self, schema: pa.Schema) -> pa.Schema:
+        """A schema of records that says which namespace they are of."""
+        return schema.with_metadata({_NAMESPACE: self.path.name})
+
+    def _part(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        """A sealed part; its name holds its hash, its metadata the namespace.
+
+        Raises:
+            FileNotFoundError: if it was merged into another one meanwhile.
+        """
+        try:
+            table = read_parquet(path, named_hash(path), columns=columns, remedy=_ASKED)
+        except AlteredError:
+            if path.exists():
+                raise
+            raise FileNotFoundError(path) from None
+        return self._own(table, path)
+
+    def _journal(self, path: Path) -> Frames:
+        frames = scan_journal(path)
+        for table in frames.batches:
+            self._own(table, path)
+        return frames
+
+    def _own(self, table: pa.Table, path: Path) -> pa.Table:
+        """The table, if its records are of this namespace; earlier versions did not say."""
+        named = (table.schema.metadata or {}).get(_NAMESPACE, self.path.name.encode()).decode()
+        if named != self.path.name:
+            raise AlteredError(f"{path} holds records of {named}, not of this namespace: {_ASKED}")
+        return table
+
     def _add_part(self, bucket: int, tables: list[pa.Table], sources: list[Path]) -> str:
         """Writes what the sources hold as one part, as old as the newest of them."""
         written = max(path.stat().st_mtime_ns for path in sources)
-        frame = unique(tables, tables[0].schema)
+        schema = self.stamped(tables[0].schema)
+        frame = unique(tables, schema, self.path)
         writer = PartWriter(self.path / "parts", stem=f"b{bucket:02d}")
-        writer.add("records", bucket, frame.sort("key").to_arrow().cast(tables[0].schema))
+        writer.add("records", bucket, frame.sort("key").to_arrow().cast(schema))
         if not writer.parts:
             return ""
         os.utime(self.path / "parts" / writer.parts[0].file, ns=(written, written))
@@ -220,10 +260,10 @@ class NamespaceFolder:
         return writer.parts[0].file
 
 
-def unique(tables: list[pa.Table], schema: pa.Schema) -> pl.DataFrame:
-    """Records of several tables, one per key."""
-    tables = [table.cast(schema) for table in tables]
-    frame = pl.from_arrow(pa.concat_tables(tables) if tables else schema.empty_table())
+def unique(tables: list[pa.Table], schema: pa.Schema, path: Path) -> pl.DataFrame:
+    """Records of several tables of the namespace at `path`, one per key."""
+    tables = [conform(table, schema, path, _ASKED) for table in tables]
+    frame = pl.from_arrow(pa.concat_tables(tables) if tables else no_rows(schema))
     assert isinstance(frame, pl.DataFrame)
     return frame.unique("key", keep="first", maintain_order=True)
 
@@ -236,15 +276,6 @@ def _listed(folder: Path, start: str, end: str) -> list[Path]:
     return [
         folder / name for name in sorted(names) if name.startswith(start) and name.endswith(end)
     ]
-
-
-def _read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    try:
-        return read_parquet(path, columns)
-    except ValueError:
-        if path.exists():
-            raise
-        raise FileNotFoundError(path) from None  # merged into another one meanwhile
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from siftline.config import build, check_names, convert, nearest, override
+from siftline.config import build, check_names, convert, nearest, override, read_yaml
 from siftline.ingest.pool import PoolSpec
 from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
@@ -218,6 +218,7 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     _check_nli(stages, raw.get("roles"))
     chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
     _check_retained(sets, chosen.get("evaluation"))
+    _check_prompts(pool, sets, stages, chosen.get("training"))
     if "training" in chosen:
         chosen["training"].check_models(models)
     return Recipe(
@@ -245,7 +246,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: if it is absent, not YAML, or not a valid recipe; the file's name comes first.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -361,6 +362,42 @@ def _check_retained(sets: Sets, evaluation: Evaluation | None) -> None:
             raise ValueError(f"evaluation.retained: no test set {name!r}: {nearest(name, known)}")
     if set(known) == set(evaluation.retained):
         raise ValueError("evaluation.retained names every test set: leave the task's own out")
+
+
+_BEFORE_ANSWERS = ("duplicates", "decontamination", "diversity", "rejection_sampling")
+"""Stages that prompts without responses can go through."""
+
+
+def _check_prompts(
+    pool: PoolSpec, sets: Sets, stages: Sequence[Stage], training: Training | None
+) -> None:
+    """Prompts without responses are answered before anything judges a response."""
+    for role, spec in sets.items():
+        if role != "test" and spec.holds != "responses":
+            raise ValueError(
+                f"sets.{role}: {spec.name!r} holds {spec.holds}: only test sets go without "
+                "responses"
+            )
+    if pool.holds == "either":
+        raise ValueError("pool.holds: either is for test sets: say responses or prompts")
+    if pool.holds == "responses":
+        return
+    answering = [i for i, stage in enumerate(stages) if stage.kind == "rejection_sampling"]
+    if not answering:
+        raise ValueError(
+            f"pool {pool.name!r} holds prompts, and no rejection_sampling stage answers them: add "
+            "one"
+        )
+    for stage in stages[: answering[-1]]:
+        if stage.scope == "all" and stage.kind not in _BEFORE_ANSWERS:
+            raise ValueError(
+                f"stages.{stage.name}: pool {pool.name!r} holds prompts, which have no response "
+                "yet: put it behind rejection_sampling"
+            )
+    if training is not None and set(training.arms) != {"curated"}:
+        raise ValueError(
+            f"training.arms: rows of {pool.name!r} have no responses to train on: arms is curated"
+        )
 
 
 def _check_scores(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:

@@ -8,13 +8,14 @@ input orders. Identical input rows get identical ids, which is what lets ingesti
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 import polars as pl
 import pyarrow as pa
+
+from siftline.kernels.normalization import normalized
 
 ROLES = ("system", "user", "assistant", "tool")
 HALF_ID = 20
@@ -73,7 +74,7 @@ ADDED = pa.schema(
 
 def messages_type() -> pl.DataType:
     """Polars' type of a conversation; inferred from rows, fields null in the first are lost."""
-    frame = pl.from_arrow(ROW.empty_table())
+    frame = pl.from_arrow(pa.Table.from_batches([], ROW))
     assert isinstance(frame, pl.DataFrame)
     return frame.schema["messages"]
 
@@ -85,7 +86,7 @@ def canonical_text(text: str) -> str:
     """
     if text.isascii() and "\r" not in text:
         return text.strip()
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    return normalized("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
 def message(

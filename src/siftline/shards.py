@@ -7,7 +7,8 @@ Three habits hold everywhere:
 * A folder with many files is built under a dot-name and renamed once (`building`).
 * A bucketed dataset is a manifest that names immutable parts, and the manifest is written last.
   Part names carry their content's hash, so a part is never overwritten and a manifest that was read
-  once stays readable.
+  once stays readable. It holds its own hash, and those of its parts are compared at every reading
+  (`verified`).
 
 Buckets are id ranges (leading bits), so buckets in order, each sorted by id, are the whole pool
 sorted by id: content hashes taken in that order do not depend on how many buckets there are.
@@ -26,6 +27,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import Sink, writing
+from siftline.verified import (
+    RERUN,
+    AlteredError,
+    UnhashedError,
+    named_hash,
+    read_hashed,
+    read_parquet,
+    with_hash,
+)
+from siftline.verified import canonical_json as canonical_json
+from siftline.verified import content_hash as content_hash
+from siftline.verified import file_hash as file_hash
+
 ROW_GROUP_BYTES = 64 << 20
 """In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
 
@@ -42,15 +57,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
@@ -65,12 +81,18 @@ def building(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is immutable: publish under another name")
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    with writing(final), _built(final, temporary):
+        yield temporary
+
+
+@contextmanager
+def _built(final: Path, temporary: Path) -> Iterator[None]:
+    final.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run with the same process id
     temporary.mkdir()
     try:
-        yield temporary
+        yield
         for folder, _, files in os.walk(temporary):
             for name in files:
                 sync(Path(folder) / name)
@@ -91,22 +113,6 @@ def point_latest(folder: Path, target: str) -> None:
     temporary.symlink_to(target)
     temporary.replace(link)
     sync(folder)
-
-
-def canonical_json(value: Any) -> str:
-    """JSON text with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def content_hash(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, 64 hex digits."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -145,8 +151,9 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     """
     with (
         _replacing(path) as temporary,
+        Sink(temporary) as sink,
         pq.ParquetWriter(
-            temporary,
+            sink,
             table.schema,
             compression="zstd",
             write_page_index=True,
@@ -156,21 +163,7 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_bytes: int = ROW_GRO
     ):
         for piece in _slices(table.combine_chunks(), row_group_bytes):
             writer.write_table(piece, row_group_size=max(1, piece.num_rows))
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Reads one Parquet file, verifying page checksums.
-
-    Raises:
-        ValueError: naming the file, where it is missing, cut short or corrupt.
-    """
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing though its manifest names it: run again") from None
-    except (OSError, pa.ArrowInvalid) as error:
-        detail = str(error).splitlines()[0]
-        raise ValueError(f"{path} is corrupt ({detail}): delete it and run again") from error
+            sink.check()
 
 
 @dataclass(frozen=True)
@@ -205,22 +198,34 @@ class Manifest:
         """Reads a manifest.
 
         Raises:
-            ValueError: if the file is not a manifest.
+            ValueError: if the file is not a manifest, or not as it was written.
         """
+        raw = read_hashed(path, "a manifest")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 version=raw["version"],
                 buckets=raw["buckets"],
                 parts=tuple(Part(**part) for part in raw["parts"]),
                 info=raw["info"],
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a manifest ({error}): delete it, run again") from error
+        except (KeyError, TypeError) as error:
+            raise AlteredError(f"{path} is not a manifest ({error}): {RERUN}") from error
+
+    @classmethod
+    def found(cls, path: Path) -> "Manifest | None":
+        """The manifest at `path` for who makes it: None where there is none, or one without a hash.
+
+        Raises:
+            ValueError: if the file is there and damaged.
+        """
+        try:
+            return cls.load(path) if path.exists() else None
+        except UnhashedError:  # of an earlier version of Siftline
+            return None
 
     def save(self, path: Path) -> None:
         """Writes the manifest; call it after every part is in place."""
-        write_json(path, asdict(self))
+        write_json(path, with_hash(asdict(self)))
 
     def missing(self, folder: Path) -> list[str]:
         """Files of the manifest that are not in `folder`."""
@@ -252,11 +257,17 @@ class PartWriter:
         write_parquet(data, scratch)
         sha256 = file_hash(scratch)
         name = f"{self.stem or f'{table}-b{bucket:04d}'}-{sha256[:16]}.parquet"
-        if (self.folder / name).exists():  # same bytes: keep the inode that readers may hold
+        there = self.folder / name
+        if there.exists() and file_hash(there) == sha256:  # keep the inode that readers may hold
             scratch.unlink()
         else:
-            scratch.replace(self.folder / name)
+            scratch.replace(there)
         self.parts.append(Part(table, bucket, name, data.num_rows, sha256))
+
+
+def no_rows(schema: pa.Schema) -> pa.Table:
+    """An empty table. `schema.empty_table()` looks for pandas, which takes a third of a second."""
+    return pa.Table.from_batches([], schema)
 
 
 def read_bucket(
@@ -268,14 +279,49 @@ def read_bucket(
     schema: pa.Schema,
     columns: list[str] | None = None,
 ) -> pa.Table:
-    """Reads all parts of one bucket of one table; no parts give an empty table of `schema`."""
+    """Reads all parts of one bucket of one table; no parts give an empty table of `schema`.
+
+    Raises:
+        ValueError: if a part is not what the manifest says; see `verified.read_parquet`.
+    """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     tables = [
-        read_parquet(folder / part.file, columns).cast(wanted)
+        read_part(folder, part, schema=schema, columns=columns)
         for part in manifest.parts
         if part.table == table and part.bucket == bucket
     ]
-    return pa.concat_tables(tables) if tables else wanted.empty_table()
+    return pa.concat_tables(tables) if tables else no_rows(wanted)
+
+
+def read_part(
+    folder: Path,
+    part: Part,
+    *,
+    schema: pa.Schema | None = None,
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """Reads one part of a manifest; without a schema its columns are taken as they are."""
+    path = folder / part.file
+    return read_parquet(path, part.sha256, rows=part.rows, schema=schema, columns=columns)
+
+
+def write_named(table: pa.Table, folder: Path, stem: str) -> None:
+    """Writes a table as the one file `stem-<hash>.parquet` of a folder; see `read_named`."""
+    PartWriter(folder, stem).add(stem, 0, table)
+
+
+def read_named(folder: Path, stem: str) -> pa.Table | None:
+    """Reads the file of `write_named`; None where there is none.
+
+    Raises:
+        ValueError: if it is not what its name says, or there are two.
+    """
+    paths = sorted(folder.glob(f"{stem}-*.parquet"))
+    if not paths:
+        return None
+    if len(paths) > 1:
+        raise AlteredError(f"{paths[0]} and {paths[1].name} say the same twice: delete both")
+    return read_parquet(paths[0], named_hash(paths[0]))
 
 
 class RowHash:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from siftline.conversations import used_fields
 from siftline.kernels.draws import uniforms
@@ -75,6 +74,8 @@ def spool(tables: Iterable[pa.Table], folder: Path, seed: int, ranges: int) -> S
 
 
 def _used_fields(batch: pa.RecordBatch) -> set[str]:
+    import pyarrow.compute as pc
+
     lengths = pc.list_value_length(batch["messages"])
     if pc.min(lengths).as_py() == 0:
         identity = batch["id"][pc.index(lengths, 0).as_py()]
@@ -119,6 +120,8 @@ def value_bytes(array: pa.Array) -> np.ndarray:
     Returns:
         int64 array, shape (len(array),).
     """
+    import pyarrow.compute as pc
+
     if pa.types.is_list(array.type):
         inner = np.concatenate([[0], np.cumsum(value_bytes(array.flatten()))])
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)

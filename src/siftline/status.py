@@ -7,9 +7,9 @@ from typing import Any
 import polars as pl
 
 from siftline.cache import as_json, list_store
-from siftline.ingest.pool import Pool
+from siftline.ingest.pool import READING, REJECTED, Pool, notes_of
 from siftline.library import all_recipes
-from siftline.shards import Manifest, read_parquet
+from siftline.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
 from siftline.workspace import Workspace
@@ -27,7 +27,13 @@ def describe(workspace: Workspace) -> dict[str, Any]:
     for path in sorted(workspace.root.glob("pool/*/manifest.json")):
         info = Manifest.load(path).info
         pools.append(
-            {"name": path.parent.name, "rows": info["rows"], "quarantined": info["quarantine"]}
+            {
+                "name": path.parent.name,
+                "rows": info["rows"],
+                "quarantined": info["quarantine"],
+                **{key: info[key] for key in (REJECTED, *READING) if key in info},
+                "notes": notes_of(info),
+            }
         )
     paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
     recipes = []
@@ -83,7 +89,7 @@ def coverage(workspace: Workspace, folder: Path) -> dict[str, Any]:
         ids = pl.Series(pool.all_rows(["id"]).column("id").to_pylist(), dtype=pl.String)
         for table in ("scored", "failed"):
             parts = [p for p in manifest.parts if p.table == table.replace("scored", "scores")]
-            found = [read_parquet(folder / p.file, ["id"]).column("id").to_pylist() for p in parts]
+            found = [read_part(folder, p, columns=["id"]).column("id").to_pylist() for p in parts]
             said[table] = ids.is_in([i for part in found for i in part]).sum()
     return {**said, "rows": rows, "share": said["scored"] / max(1, rows)}
 

@@ -56,7 +56,7 @@ class Store:
         A key lies there twice only where records are being moved, or a process died doing so, and
         then the two records are the same.
         """
-        return unique(self.files.tables(bucket), self.schema)
+        return unique(self.files.tables(bucket), self.schema, self.folder)
 
     def keys(self, bucket: int) -> set[str]:
         """Keys of the committed records of a bucket."""
@@ -77,7 +77,7 @@ class Store:
         with self.lease(bucket):
             self.seal(bucket)
             name = f"b{bucket:02d}-{os.getpid()}-{time.time_ns()}.journal"
-            journal = Journal(self.folder / "journals" / name, self.schema)
+            journal = Journal(self.folder / "journals" / name, self.files.stamped(self.schema))
             try:
                 yield journal.append
             finally:

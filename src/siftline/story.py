@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
-from siftline.ingest.pool import PROVENANCE, QUARANTINE, ROWS, Pool
+from siftline.ingest.pool import PROVENANCE, QUARANTINE, REJECTED, ROWS, Pool
 from siftline.ledger import Chapter, StageOutput, stage_chapters
+from siftline.published import is_version, read_config, read_version
 from siftline.recipe import Recipe, Stage
 from siftline.schema import bucket_of
 from siftline.workspace import Workspace
@@ -75,10 +76,16 @@ def _by_id(
 ) -> Iterator[tuple[str, list[Chapter]]]:
     pool = Pool(workspace.pool(title))
     bucket = bucket_of(name.ljust(40, "0"), pool.buckets)
-    rows = _frame(pool.read(ROWS, bucket, ["id", "copies", "source"]))
+    columns = ["id", "copies", "source"]
+    rows = _frame(pool.read(ROWS, bucket, columns))
+    apart = _frame(pool.read(REJECTED, bucket, columns)).filter(pl.col("id").str.starts_with(name))
     found = rows.filter(pl.col("id").str.starts_with(name)).to_dicts()
     if len(found) > 1:
         raise ValueError(f"{name!r} fits {len(found)} rows of pool {title}: give more digits")
+    for row in apart.to_dicts():
+        detail = {"reason": "its response is labelled bad: for preference pairs only"}
+        chapters = [*_origins(pool, bucket, row), Chapter("pool", "kept apart", detail)]
+        yield f"pool {title}, row {row['id']}", chapters
     for row in found:
         chapters = list(_origins(pool, bucket, row))
         told = False
@@ -139,8 +146,9 @@ def _frame(table: Any) -> pl.DataFrame:
 def _published(workspace: Workspace, recipe: Recipe, identity: str) -> Iterator[Chapter]:
     """One chapter per published version of the recipe that holds a row."""
     for folder in sorted(workspace.curated(recipe.name).glob("*/data")):
-        if folder.parent.is_symlink():  # latest
+        version = folder.parent
+        if version.is_symlink() or not is_version(version):  # latest
             continue
-        rows = pl.scan_parquet(folder / "*.parquet").filter(pl.col("id") == identity)
-        if rows.select("id").collect().height:
-            yield Chapter("curated", "published", {"version": folder.parent.name})
+        tables = read_config(version, read_version(version), columns=["id"])
+        if any(identity in table["id"].to_pylist() for table in tables):
+            yield Chapter("curated", "published", {"version": version.name})

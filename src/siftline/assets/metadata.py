@@ -6,6 +6,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline import plots
 from siftline.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
@@ -32,27 +33,63 @@ def numbers(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stage_metadata(output: StageOutput, computed: bool) -> dict[str, Any]:
-    """Metadata of a stage's materialization."""
+def shown_before(
+    context: dg.AssetExecutionContext, version: str, *names: str
+) -> dict[str, Any] | None:
+    """What the asset's last materialization showed, to be shown again where nothing was computed.
+
+    Args:
+        context: The step's.
+        version: Data version that it must be of.
+        names: Keys of its metadata; those it does not have are left out.
+
+    Returns:
+        None where the last materialization is of another version, or there is none.
+    """
+    event = context.instance.get_latest_materialization_event(context.asset_key)
+    made = event.asset_materialization if event else None
+    if made is None or (made.tags or {}).get(DATA_VERSION_TAG) != version:
+        return None
+    return {name: made.metadata[name] for name in names if name in made.metadata}
+
+
+def stage_metadata(
+    context: dg.AssetExecutionContext, output: StageOutput, computed: bool
+) -> dict[str, Any]:
+    """Metadata of a stage's materialization; a picture is drawn where something was computed."""
     counts = output.accounting
-    decided = output.all_decisions()
-    why = reasons(decided)
-    table = "\n".join(f"| {reason} | {rows:,} |" for reason, rows in why.items())
-    bars = plots.funnel(
-        ["rows"], np.array([counts.kept]), np.array([counts.removed]), np.array([counts.failed])
-    )
-    shown: dict[str, Any] = {
+    before = None
+    if not computed:
+        before = shown_before(context, output.manifest.version, "picture", "reasons")
+    return {
         "dagster/row_count": counts.kept,
         "dagster/column_schema": column_schema(DECISIONS),
         **{f"rows_{name}": value for name, value in counts.as_json().items()},
         **numbers(output.facts),
         "facts": dg.MetadataValue.json(output.facts),
         "computed": computed,
-        "picture": _score_picture(decided) or picture(bars, "rows kept and removed"),
+        **(_drawn(counts, output.all_decisions()) if before is None else before),
     }
-    if why:
-        shown["reasons"] = dg.MetadataValue.md(f"| reason | rows |\n| --- | ---: |\n{table}")
-    return shown
+
+
+def _drawn(counts: Accounting, decided: pl.DataFrame) -> dict[str, Any]:
+    """The picture and the table of reasons."""
+    why = reasons(decided)
+    if not why:
+        return {"picture": _picture(counts, decided)}
+    table = "\n".join(f"| {reason} | {rows:,} |" for reason, rows in why.items())
+    return {
+        "picture": _picture(counts, decided),
+        "reasons": dg.MetadataValue.md(f"| reason | rows |\n| --- | ---: |\n{table}"),
+    }
+
+
+def _picture(counts: Accounting, decided: pl.DataFrame) -> dg.MarkdownMetadataValue:
+    drawn = _score_picture(decided)
+    if drawn is not None:
+        return drawn
+    numbers = (np.array([n]) for n in (counts.kept, counts.removed, counts.failed))
+    return picture(plots.funnel(["rows"], *numbers), "rows kept and removed")
 
 
 def _score_picture(decided: pl.DataFrame) -> dg.MarkdownMetadataValue | None:
@@ -88,12 +125,18 @@ def check_results(
     total = max(1, counts.rows_in + counts.added)
     removable = 1.0 if STAGE_ROLES[stage.kind] != "gate" else bounds.max_removed
     failed, removed = counts.failed / total, counts.removed / total
-    lost = output.all_decisions().filter(pl.col("outcome") == FAILED)
+    why: dict[str, int] = {}
+    if counts.failed:
+        why = reasons(output.all_decisions().filter(pl.col("outcome") == FAILED))
     verdicts: dict[str, tuple[bool, dict[str, Any]]] = {
         "accounting": (counts.closes, counts.as_json()),
         "failed_rows": (
             failed <= bounds.max_failed,
-            {"share": failed, "bound": bounds.max_failed, "reasons": reasons(lost)},
+            {
+                "share": failed,
+                "bound": bounds.max_failed,
+                "reasons": why,
+            },
         ),
         "removed_rows": (removed <= removable, {"share": removed, "bound": removable}),
     }

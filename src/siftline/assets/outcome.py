@@ -7,13 +7,13 @@ import numpy as np
 import polars as pl
 
 from siftline import plots
-from siftline.assets import keys
-from siftline.assets.metadata import picture
+from siftline.assets import asking, keys
+from siftline.assets.metadata import picture, shown_before
 from siftline.assets.resource import Siftline
 from siftline.recipe import Recipe
 from siftline.shards import content_hash
-from siftline.stages.arms import train_arms
-from siftline.stages.evaluation import evaluate_arms
+from siftline.stages.arms import Arm, arms_pending, train_arms
+from siftline.stages.evaluation import evaluate_arms, evaluation_pending
 from siftline.stages.publish import publish_curated
 from siftline.stages.reporting import write_report
 
@@ -82,16 +82,15 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",
+        op_tags=asking.tags(recipe, "arms", "training"),
     )
     def model(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Models trained on the curated rows and on random rows at equal cost."""
-        arms = train_arms(siftline.workspace, siftline.recipe(recipe.name), context.log.info)
-        first = min(arm.seed for arm in arms)
-        shown = {
-            arm.arm: (arm.curve["step"].to_numpy(), arm.curve["loss"].to_numpy())
-            for arm in arms
-            if arm.seed == first
-        }
+        workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
+        fresh = arms_pending(workspace, loaded)
+        arms = train_arms(workspace, loaded, context.log.info)
+        version = content_hash(sorted(arm.folder.name for arm in arms))
+        before = None if fresh else shown_before(context, version, "curves")
         return dg.MaterializeResult(
             metadata={
                 "models": dg.MetadataValue.json(
@@ -99,12 +98,23 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
                 ),
                 "loss_tokens": max(arm.loss_tokens for arm in arms),
                 "steps": max(arm.steps for arm in arms),
-                "curves": picture(plots.curves(shown), "training loss"),
+                "computed": fresh,
+                **(before or {"curves": _curves(arms)}),
             },
-            data_version=dg.DataVersion(content_hash(sorted(arm.folder.name for arm in arms))),
+            data_version=dg.DataVersion(version),
         )
 
     return model
+
+
+def _curves(arms: list[Arm]) -> dg.MarkdownMetadataValue:
+    first = min(arm.seed for arm in arms)
+    shown = {
+        arm.arm: (arm.curve["step"].to_numpy(), arm.curve["loss"].to_numpy())
+        for arm in arms
+        if arm.seed == first
+    }
+    return picture(plots.curves(shown), "training loss")
 
 
 def _references(recipe: Recipe) -> list[str]:
@@ -124,25 +134,30 @@ def evaluation_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"python"},
         pool="gpu",
+        op_tags=asking.tags(recipe, "evaluation", "evaluation"),
     )
     def evaluation(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Accuracy by level with intervals, base and arms, on questions nothing else has read."""
-        loaded = siftline.recipe(recipe.name)
-        table, _ = evaluate_arms(siftline.workspace, loaded, context.log.info)
+        workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
+        fresh = evaluation_pending(workspace, loaded)
+        table, _ = evaluate_arms(workspace, loaded, context.log.info)
+        version = content_hash(table.to_dicts())
+        before = None if fresh else shown_before(context, version, "picture")
         overall = table.filter(pl.col("level") == "all")
         return dg.MaterializeResult(
             metadata={
                 **{f"accuracy_{r['arm']}": float(r["accuracy"]) for r in overall.to_dicts()},
                 "table": dg.MetadataValue.json(table.to_dicts()),
-                "picture": picture(_accuracy_picture(table), "accuracy by level"),
+                "computed": fresh,
+                **(before or {"picture": _accuracy(table)}),
             },
-            data_version=dg.DataVersion(content_hash(table.to_dicts())),
+            data_version=dg.DataVersion(version),
         )
 
     return evaluation
 
 
-def _accuracy_picture(table: pl.DataFrame) -> bytes:
+def _accuracy(table: pl.DataFrame) -> dg.MarkdownMetadataValue:
     levels = table["level"].unique(maintain_order=True).to_list()
     arms: dict[str, Any] = {}
     for arm in table["arm"].unique(maintain_order=True).to_list():
@@ -151,18 +166,21 @@ def _accuracy_picture(table: pl.DataFrame) -> bytes:
             np.array([lines[level][name] for level in levels], np.float64)
             for name in ("accuracy", "low", "high")
         )
-    return plots.accuracy(levels, arms)
+    return picture(plots.accuracy(levels, arms), "accuracy by level")
 
 
 def report_asset(recipe: Recipe) -> dg.AssetsDefinition:
     """The HTML report."""
     last = outcomes(recipe)[-2]
+    # Run alone it trains and asks what is missing.
+    part = {"model": "arms", "evaluation": "evaluation"}.get(last)
 
     @dg.asset(
         key=keys.outcome(recipe, "report"),
         deps=[keys.outcome(recipe, last)],
         group_name=recipe.name,
         kinds={"html"},
+        op_tags=asking.tags(recipe, part, "report") if part else None,
     )
     def report(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """One self-contained page: funnel, scores, clusters, difficulty, curves, accuracy."""

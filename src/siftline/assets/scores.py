@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from siftline.assets import keys
+from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
@@ -111,6 +111,7 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"parquet", engine},
         pool="gpu",
+        op_tags=asking.tags(recipe, "likelihood", recipe.pool.name),
         check_specs=[failed_check(key)],
     )
     def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
@@ -142,6 +143,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         kinds={"parquet", *(recipe.models[m].spec.engine for m in models)},
         description=(type(config).__doc__ or "").split("\n")[0],
         pool="gpu" if models else None,
+        op_tags=asking.tags(recipe, "scorer", name) if models else None,
         check_specs=[failed_check(key)],
     )
     def quality(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:

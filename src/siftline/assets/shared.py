@@ -8,12 +8,13 @@ from typing import Any
 import dagster as dg
 
 from siftline import schema, shards
-from siftline.assets import keys
+from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
-from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe import Recipe, expand, expand_pool
+from siftline.scoring.fingerprint import confirm_files
 from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace
 
@@ -75,7 +76,10 @@ def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str],
     progress = Progress(f"pool {name}", 0, emit)
     build_pool(workspace.pool(name), spec, progress.advance)
     progress.close()
-    return Pool(workspace.pool(name))
+    built = Pool(workspace.pool(name))
+    for line in notes_of(built.manifest.info):
+        emit(f"pool {name}: {line}")
+    return built
 
 
 def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition:
@@ -104,7 +108,12 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
                 "dagster/column_schema": column_schema(schema.ROW),
                 "input_rows": read,
                 "quarantined": info["quarantine"],
-                "collapsed": info["provenance"] - info["rows"],
+                "rejected": info["rejected"],
+                "collapsed": info["provenance"] - info["rows"] - info["rejected"],
+                "set_aside": dg.MetadataValue.json(info["set_aside"]),
+                "quarantine_reasons": dg.MetadataValue.json(info["reasons"]),
+                "repeated_keys": info["repeated_keys"],
+                "contradicting_labels": info["contradicting_labels"],
                 "buckets": built.buckets,
                 "path": dg.MetadataValue.path(str(built.folder)),
             },
@@ -129,6 +138,7 @@ def train_base(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[
     model = recipe.models[name]
     assert model.pretrain is not None
     folder = trained_folder(workspace, recipe, name)
+    confirm_files(folder)
     if not (folder / "config.json").exists():
         progress = Progress(f"models/{name}", model.pretrain.steps, emit, "steps")
         corpus = corpus_file(workspace, recipe, model)
@@ -148,6 +158,7 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",
+        op_tags=asking.tags(recipe, "base", name),
     )
     def base(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """A small causal model trained from the recipe's corpus."""

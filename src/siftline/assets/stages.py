@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from siftline.assets import keys
+from siftline.assets import asking, keys
 from siftline.assets.metadata import check_results, check_specs, stage_metadata
 from siftline.assets.resource import Siftline
 from siftline.recipe import Recipe, Stage, scorers_read
@@ -33,13 +33,14 @@ def stage_asset(recipe: Recipe, stage: Stage) -> dg.AssetsDefinition:
         kinds=keys.KINDS,
         description=(type(stage.options).__doc__ or "").split("\n")[0],
         pool="gpu" if uses else None,
+        op_tags=asking.tags(recipe, "stage", stage.name) if uses else None,
         check_specs=check_specs(key),
     )
     def decided(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         loaded = siftline.recipe(recipe.name)
         output, fresh = run_stage(siftline.workspace, loaded, stage.name, context.log.info)
         return dg.MaterializeResult(
-            metadata=stage_metadata(output, fresh),
+            metadata=stage_metadata(context, output, fresh),
             data_version=dg.DataVersion(output.manifest.version),
             check_results=check_results(key, loaded.stage(stage.name), output, loaded.bounds),
         )

@@ -3,13 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import polars as pl
 
 from siftline.commands.options import json_option, named_recipe, root_option, say, set_option
 from siftline.workspace import Workspace
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @click.command()
@@ -71,7 +73,7 @@ def audit(
     _show({"stage": stage, "sheet": str(path), **result}, as_json)
 
 
-def _ask(drawn: pl.DataFrame, labels: dict[str, str], save: Any) -> None:
+def _ask(drawn: "pl.DataFrame", labels: dict[str, str], save: Any) -> None:
     if not sys.stdin.isatty():
         raise ValueError("--label asks on a terminal, and there is none: fill the sheet instead")
     known = {"r": "right", "w": "wrong", "u": "unsure"}

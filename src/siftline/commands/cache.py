@@ -5,15 +5,17 @@ import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from siftline.cache import DAY, Entry, as_json, collect_garbage, list_store
 from siftline.commands.options import json_option, root_option
-from siftline.shards import canonical_json
 from siftline.workspace import Workspace
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY}
+if TYPE_CHECKING:
+    from siftline.cache import Entry
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
 @click.group()
@@ -30,6 +32,8 @@ def list_namespaces(root: Path, as_json: bool) -> None:
 
 
 def _list(store: Path, wanted_json: bool) -> None:
+    from siftline.cache import as_json, list_store
+
     entries = list_store(store)
     if wanted_json:
         lines = [
@@ -44,7 +48,9 @@ def _list(store: Path, wanted_json: bool) -> None:
         click.echo(_line(entry))
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: "Entry") -> str:
+    from siftline.shards import canonical_json
+
     of = entry.namespace
     what = (
         f"{of.scorer} v{of.version} {of.fingerprint[:12]}" if of else f"{entry.name} (unreadable)"
@@ -79,6 +85,8 @@ def collect(root: Path, older_than: str, scorer: str | None, dry_run: bool, as_j
     Journals of dead runs are sealed, so nothing committed is lost unless its namespace goes. What a
     running process writes is never touched.
     """
+    from siftline.cache import collect_garbage
+
     store = _store(root)
     swept = collect_garbage(store, seconds(older_than), scorer, dry=dry_run)
     total = sum(one.bytes for one in swept)

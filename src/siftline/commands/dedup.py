@@ -95,8 +95,10 @@ from siftline.commands.options import json_option, make_tracker
 )
 @json_option
 def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Remove near duplicates from Parquet or JSONL files.
+    """Remove near duplicates from files of any format a recipe's pool reads.
 
+    Rows are written with the values that were read, those of all files with one schema; files whose
+    columns differ in kind are refused before anything is done, as is a line that can't be read.
     Writes the kept rows to data/ with sift_cluster_size, and the others to removed/ with the
     reason, the row that each was removed for (as FILE:ROW, counted from 0) and their similarity. A
     row goes only for a kept row that it was verified similar to. With --index, changes.parquet
@@ -199,6 +201,8 @@ def _text(result: dict[str, Any]) -> str:
         faults = ", ".join(f"{count:,} {reason}" for reason, count in result["unreadable"].items())
         if faults:
             lines.insert(4, f"no conversation, so kept: {faults}")
+    if result["repeated_keys"]:
+        lines.append(f"keys given twice, the last one read: {result['repeated_keys']:,}")
     if "retracted" in result:
         said = f"{result['retracted']:,} kept ones lost now, {result['restored']:,} came back"
         lines.insert(1, f"before    {result['rows_before']:>12,}  rows in the index: {said}")

@@ -31,7 +31,6 @@ from siftline.shards import building, write_parquet
 
 CONFLICTS, SCRATCH = "conflicts", ".scratch"
 GROUP = "sift_prompt_group"
-_NEEDED = ("prompt", "completion", "messages", "answer", "system", "tools")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Conversations:
     """What is to be done.
 
     Attributes:
-        files: Parquet or JSONL files; their order is row order.
+        files: Files of any format that recipes read; their order is row order.
         out: Folder that the result is written to.
         columns: Field -> column: `messages`, or `prompt` and `completion`; and `answer`, or not.
         gate: How rows are compared.
@@ -134,6 +133,7 @@ def dedup_conversations(job: Conversations, make_tracker: MakeTracker) -> dict[s
         "alternatives": _alternatives(read.answers, selection.kept),
         "conflicting_prompts": len(plan.conflicts),
         "unreadable": read.unreadable,
+        "repeated_keys": sum(table.repeated for table in tables),
         "seconds": {name: round(value, 4) for name, value in clock.seconds.items()},
     }
 
@@ -153,10 +153,10 @@ def _read(job: Conversations, tables: Sequence[Table], shelf: Shelf, tracker: Tr
     at = 0
     for table in tables:
         try:
-            plan = plan_for(job.source, table.schema.names, "files")
+            plan = plan_for(job.source, table.own.names, "files")
         except ValueError as error:
             raise ValueError(f"{table.name}: {error}") from error
-        columns = [plan.column[name] for name in _NEEDED if name in plan.column]
+        columns = plan.columns(table.own.names)
         extra = [job.keep.column] if job.keep.column else []
         for batch in read_pieces(table, list(dict.fromkeys([*columns, *extra]))):
             view, reasons = _views(batch.select(columns).to_pylist(), plan, at)

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import polars as pl
 
 from siftline.commands.harness import evaluate_tasks, harness_asked, harness_options
 from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import columns_of, field_option
 from siftline.ingest.source import Source
-from siftline.schema import messages_type
+
+if TYPE_CHECKING:
+    import polars as pl
 
 ANSWERS, TABLE, PICTURE = "answers.parquet", "accuracy.csv", "accuracy.png"
 FACTS = "accuracy.json"
@@ -47,10 +48,11 @@ FACTS = "accuracy.json"
 def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **given: Any) -> None:
     """Ask MODEL the questions in FILE... and grade its answers.
 
-    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads; rows without an
-    answer are left out and counted. Writes answers.parquet, one line a question with the response
-    and its grade, and accuracy.csv with Wilson intervals by level and by source; accuracy.png shows
-    the levels, accuracy.json says what was asked of which model, and how. Greedy.
+    FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads, with responses
+    or without; rows without an answer are left out and counted. Writes answers.parquet, one line a
+    question with the response and its grade, and accuracy.csv with Wilson intervals by level and by
+    source; accuracy.png shows the levels, accuracy.json says what was asked of which model, and
+    how. Greedy.
 
     With --harness the questions are those of lm-evaluation-harness's tasks, which say themselves
     how to ask and grade. Writes answers.parquet, harness.csv, harness.json and harness.png.
@@ -81,7 +83,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     )
     columns = columns_of(given["fields"])
     sources = [Source(p, columns=columns, answer_pattern=given["answer_pattern"]) for p in files]
-    questions, unanswered = _questions(sources, out.absolute(), settings.level_column)
+    questions, unanswered, reading = _questions(sources, out.absolute(), settings.level_column)
     tracker = make_tracker("evaluation", questions.height, "questions")
     with engines() as opened:
         answered = ask(opened.get(spec), questions, verifier, settings, tracker.reach)
@@ -95,6 +97,7 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
         "answers": str(out / ANSWERS),
         "questions": questions.height,
         "without_answer": unanswered,
+        **reading,
         "accuracy": table.to_dicts(),
     }
     facts = {
@@ -116,18 +119,26 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     click.echo(json.dumps(result) if as_json else _text(result))
 
 
-def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple[pl.DataFrame, int]:
+def _questions(
+    sources: Sequence[Source], out: Path, level_column: str
+) -> "tuple[pl.DataFrame, int, dict[str, Any]]":
     """Rows with an answer, sorted by id: id, messages, tools, answer, source, level.
+
+    Returns:
+        The rows, how many have no answer, and what reading met with.
 
     Raises:
         ValueError: if no row has an answer.
     """
+    import polars as pl
+
     from siftline.ingest.pool import PROVENANCE, Pool, PoolSpec, build_pool
+    from siftline.schema import messages_type
 
     out.mkdir(parents=True, exist_ok=True)
     rows = out / ".rows"
     shutil.rmtree(rows, ignore_errors=True)  # of a killed run
-    build_pool(rows, PoolSpec("input", tuple(sources)))
+    build_pool(rows, PoolSpec("input", tuple(sources), holds="either"))
     pool = Pool(rows)
     lines = pool.all_rows(["id", "messages", "tools", "answer", "source"]).to_pylist()
     levels: dict[str, str] = {}
@@ -136,6 +147,7 @@ def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple
             left = json.loads(line["leftover"] or "{}")
             if left.get(level_column) is not None:
                 levels[line["id"]] = str(left[level_column])
+    reading = pool.reading
     shutil.rmtree(rows)
     asked = sorted((line for line in lines if line["answer"] is not None), key=lambda x: x["id"])
     if not asked:
@@ -154,11 +166,13 @@ def _questions(sources: Sequence[Source], out: Path, level_column: str) -> tuple
             level_column: pl.Series([levels.get(line["id"]) for line in asked], dtype=pl.String),
         }
     )
-    return frame, len(lines) - len(asked)
+    return frame, len(lines) - len(asked), reading
 
 
-def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.DataFrame:
+def _table(answered: "pl.DataFrame", summarise: Any, confidence: float) -> "pl.DataFrame":
     """Accuracy over all, by level, and by source where there are several."""
+    import polars as pl
+
     by_level = summarise(answered, confidence=confidence)
     tables = [by_level.with_columns(pl.lit(None, pl.String).alias("source"))]
     sources = answered["source"].drop_nulls().unique().sort().to_list()
@@ -169,8 +183,10 @@ def _table(answered: pl.DataFrame, summarise: Any, confidence: float) -> pl.Data
     return pl.concat(tables).select(columns)
 
 
-def _picture(table: pl.DataFrame) -> bytes:
+def _picture(table: "pl.DataFrame") -> bytes:
     """PNG of the accuracy by level, over all sources."""
+    import polars as pl
+
     from siftline import plots
 
     lines = table.filter(pl.col("source").is_null())

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import polars as pl
 
 from siftline.commands.options import say
+
+if TYPE_CHECKING:
+    import polars as pl
 
 ANSWERS, TABLE, FACTS, PICTURE = "answers.parquet", "harness.csv", "harness.json", "harness.png"
 OWN = ("harness_path", "limit", "num_fewshot", "apply_chat_template", "batch_rows")
@@ -144,7 +146,7 @@ def _result_alone() -> Iterator[None]:
         os.close(kept)
 
 
-def _picture(table: pl.DataFrame) -> bytes | None:
+def _picture(table: "pl.DataFrame") -> bytes | None:
     """PNG of everything that is a share of right answers; None where nothing is."""
     from siftline import plots
 

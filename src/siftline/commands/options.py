@@ -2,16 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from siftline.library import find
 from siftline.progress import Tracker
-from siftline.recipe import Recipe, load
 from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE
+
+if TYPE_CHECKING:
+    from siftline.recipe import Recipe
 
 root_option = click.option(
     "--root",
@@ -73,10 +75,27 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
-def named_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+@contextmanager
+def lines_beside_a_run() -> Iterator[Callable[[str], None]]:
+    """`say` to stderr as it is now: while steps run in this process, Dagster captures the other."""
+    try:
+        copy = os.dup(sys.stderr.fileno())
+    except (OSError, ValueError):  # not a file: nothing captures it
+        yield say
+        return
+    with os.fdopen(copy, "w", encoding="utf-8") as out:
+        yield lambda line: click.echo(line, file=out)
+
+
+def named_recipe(name: str, overrides: Sequence[str]) -> "Recipe":
     """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
+    from siftline.library import find, recipe_files
+    from siftline.recipe import load
+
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, no recipe: name a YAML file in it")
         loaded = load(path, overrides)
         if path.suffix != ".yaml" or path.stem != loaded.name:
             raise ValueError(f"{path.name}: call the file {loaded.name}.yaml, as the recipe's name")
@@ -84,4 +103,6 @@ def named_recipe(name: str, overrides: Sequence[str]) -> Recipe:
         folders = [str(path.resolve().parent), *([known] if known else [])]
         os.environ["SIFTLINE_RECIPES"] = os.pathsep.join(folders)
         return loaded
+    if path.is_dir() and name not in recipe_files():
+        raise ValueError(f"{path} is a folder, no recipe: name a YAML file in it")
     return find(name, overrides)

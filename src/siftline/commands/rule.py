@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import polars as pl
 
 from siftline.commands.options import json_option, make_tracker
 from siftline.commands.sources import embedding_options, reading_options, source_of
@@ -45,6 +44,8 @@ def indicators(files: tuple[str, ...], out: Path, as_json: bool, **given: Any) -
     (distance to the 6th nearest neighbour), and the numbers of --scores. `siftline select
     linear_rule` reads the folder as its --scores.
     """
+    import polars as pl
+
     from siftline.commands.rule_tables import Asked, write_indicators
 
     asked = Asked(
@@ -152,6 +153,8 @@ def next_size(
     A line has the size of a set that the rule chose and the loss reached; several of one size, of
     several seeds, count by their mean. A header alone starts the search.
     """
+    import polars as pl
+
     from siftline.commands.rule_tables import read_runs
     from siftline.selectors.linear_rule import next_size as search
 

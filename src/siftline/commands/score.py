@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import polars as pl
 
 from siftline.commands.options import json_option, make_tracker, say
 from siftline.commands.sources import reading_options, source_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _WHICH = ("transformers", "vllm", "server")
 _SHOWN = (
@@ -149,6 +150,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         "rows": rows,
         "scored": scored.scores.height,
         "failed_rows": scored.failed.height,
+        **scored.reading,
         "trimmed": scored.trimmed,
         "computed": scored.computed,
         "found": scored.found,
@@ -163,7 +165,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     _check_failed(scored.failed, rows, "score", given["max_failed"], out / FAILED)
 
 
-def _check_failed(failed: pl.DataFrame, rows: int, what: str, most: float, where: Path) -> None:
+def _check_failed(failed: "pl.DataFrame", rows: int, what: str, most: float, where: Path) -> None:
     if failed.height > most * rows:
         reasons = (
             failed["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
@@ -242,7 +244,10 @@ def _spec(given: dict[str, Any]) -> Any:
     )
 
 
-def _text(result: dict[str, Any], scores: pl.DataFrame, reasons: pl.DataFrame) -> str:
+def _text(result: dict[str, Any], scores: "pl.DataFrame", reasons: "pl.DataFrame") -> str:
+    import numpy as np
+    import polars as pl
+
     """The result as a short table."""
     why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.iter_rows())
     lines = [

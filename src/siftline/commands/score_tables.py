@@ -6,29 +6,32 @@ off the memory; it goes once the tables are there. The store stays: the next run
 asks the model nothing, and a killed one is taken up where it was.
 """
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import check_folder, writing
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
+from siftline.locks import held
 from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import trimmed
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
-from siftline.stages.spread import counted, over_buckets, total
+from siftline.stages.responses import score_buckets
+from siftline.stages.spread import total
 from siftline.store import BUCKETS
 
 MARK = ".siftline-score"
@@ -66,6 +69,7 @@ class Scored:
         found: Forward rows that were in the store.
         tokens: Tokens of the computed ones.
         seconds: Time it took, without reading the files and loading the model.
+        reading: What reading the files met with; see `Pool.reading`.
         trimmed: Scored rows whose response lost white space around it to the chat template.
     """
 
@@ -75,6 +79,7 @@ class Scored:
     found: int
     tokens: int
     seconds: float
+    reading: dict[str, Any]
     trimmed: int
 
 
@@ -126,11 +131,8 @@ def claimed(out: Path) -> Iterator[None]:
     if other or (there and MARK not in there):
         raise ValueError(f"{out} holds {(other or there)[0]}, not from here: name an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / MARK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being written by another run: wait for it") from None
+    check_folder(out)
+    with held(out / MARK, str(out), wait=False), writing(out):
         for name in there:
             if name.startswith(written):
                 (out / name).unlink()
@@ -138,11 +140,14 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def ingested(folder: Path, sources: Sequence[Source], make_tracker: MakeTracker) -> Pool:
-    """The rows of all files, in as many buckets as the store has."""
+    """The rows of all files, in as many buckets as the store has.
+
+    Responses that are labelled bad are rows like others here: a pair is two rows with scores.
+    """
     spec = PoolSpec("input", tuple(sources), buckets=BUCKETS, max_quarantine=1.0)
     tracker = make_tracker("read", 0, "rows")
     try:
-        build_pool(folder, spec, tracker.advance)
+        build_pool(folder, spec, tracker.advance, apart=False)
     finally:
         tracker.close()
     return Pool(folder)
@@ -155,12 +160,6 @@ def _score(
     trims = 0
     total_rows = 2 * pool.manifest.rows("rows")
 
-    def work(
-        recorder: Recorder, bucket: int, rows: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        with counted([recorder], 2 * rows.num_rows, tracker.advance):
-            return score_likelihood(recorder, bucket, rows, asked)
-
     with engines() as opened:
         recorders = opened.recorders(
             spec, store, lambda rows, tokens: tracker.advance(rows, tokens)
@@ -169,7 +168,9 @@ def _score(
         begun = time.monotonic()
         buckets = by_store_bucket(pool.rows, pool.buckets)
         try:
-            for bucket, (lines, reasons) in over_buckets(recorders, buckets, work):
+            for bucket, (lines, reasons) in score_buckets(
+                recorders, buckets, asked, tracker.advance
+            ):
                 trims += _trimmed(recorders[0], pool.rows(bucket), reasons)
                 found, lost = _by_place(pool, bucket, lines, reasons, asked)
                 scores.append(found)
@@ -185,6 +186,7 @@ def _score(
         found=tally.found,
         tokens=tally.tokens,
         seconds=seconds,
+        reading=pool.reading,
         trimmed=trims,
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)

@@ -8,13 +8,12 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from siftline.dedup.arrow import without_views
-from siftline.ingest.files import InputFile, input_files, load_dataset
+from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool
 from siftline.ingest.readers import Source
-from siftline.ingest.records import Record, read_records
+from siftline.ingest.records import Record, batches_of, read_records
 from siftline.shards import write_parquet
 
 SELECTION, DATA = "selection.parquet", "data"
@@ -122,7 +121,7 @@ def _write_csv(file: InputFile, rows: set[int], path: Path) -> None:
 
 def _write_parquet(file: InputFile, rows: set[int], path: Path) -> None:
     parts, start = [], 1
-    for batch in _batches(file):
+    for batch in batches_of(file):
         marks = pa.array([start + i in rows for i in range(batch.num_rows)], pa.bool_())
         plain = without_views(batch)
         if plain.schema.equals(batch.schema):
@@ -131,27 +130,6 @@ def _write_parquet(file: InputFile, rows: set[int], path: Path) -> None:
             parts.append(pa.Table.from_batches([plain]).filter(marks).cast(batch.schema))
         start += batch.num_rows
     write_parquet(pa.concat_tables(parts), path)
-
-
-def _batches(file: InputFile) -> Iterator[pa.RecordBatch]:
-    """Record batches of a binary file, in the order rows are counted."""
-    if file.format == "datasets":
-        for table in load_dataset(file.source).iter(batch_size=1000):
-            yield from table.to_batches()
-        return
-    with file.open() as stream:
-        if file.format == "parquet":
-            with pq.ParquetFile(stream) as parquet:
-                yield from parquet.iter_batches()
-            return
-        whole = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        if whole:
-            reader = pa.ipc.open_file(stream)
-            for i in range(reader.num_record_batches):
-                yield reader.get_batch(i)
-        else:
-            yield from pa.ipc.open_stream(stream)
 
 
 _WRITERS: dict[str, tuple[str, Callable[[InputFile, set[int], Path], None]]] = {

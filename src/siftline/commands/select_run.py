@@ -26,7 +26,7 @@ from siftline.commands.select_columns import (
 )
 from siftline.commands.select_output import DATA, SELECTION, write_data, write_selection
 from siftline.config import build, override
-from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.pool import REJECTED, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
 from siftline.ingest.records import EmptyFile
 from siftline.progress import Tracker
@@ -91,14 +91,23 @@ def select_files(
                 "draw a part with random first"
             )
         decided, facts, options = _decided(offered, method, budget, say)
+        decided = pl.concat([decided, _labelled_bad(pool)], how="diagonal")
         counts = write_selection(pool, decided, folder / SELECTION)
         write_data(request.sources, folder / SELECTION, folder / DATA)
         seed = options.get("seed", request.seed)
         result = {"method": entry.name, "options": options, "seed": seed}
-        result |= {"budget": asdict(budget), **counts, "facts": facts}
+        result |= {"budget": asdict(budget), **counts, **pool.reading, "facts": facts}
         write_json(folder / "selection.json", result)
         shutil.rmtree(scratch)
     return {"selection": str(out / SELECTION), "data": str(out / DATA), **result}
+
+
+def _labelled_bad(pool: Pool) -> pl.DataFrame:
+    """Decisions about the rows whose response is labelled a bad one: nothing to select."""
+    parts = [
+        pl.DataFrame(pl.from_arrow(pool.read(REJECTED, b, ["id"]))) for b in range(pool.buckets)
+    ]
+    return pl.concat(parts).with_columns(kept=pl.lit(False), reason=pl.lit("labelled_bad"))
 
 
 def configured(entry: Entry, request: Request) -> Any:

@@ -20,7 +20,7 @@ field_option = click.option(
 
 
 def reading_options(command: Command) -> Command:
-    """Adds --layout, --format and --field."""
+    """Adds --layout, --format, --field, --set-aside and --split."""
     layout = click.option(
         "--layout",
         type=click.Choice(get_args(Layout)),
@@ -36,7 +36,17 @@ def reading_options(command: Command) -> Command:
         show_default=True,
         help="How the files are written.",
     )
-    return layout(form(field_option(command)))
+    aside = click.option(
+        "--set-aside",
+        "set_aside",
+        multiple=True,
+        metavar="COLUMN",
+        help="Leave a column unread, whatever its name says; again.",
+    )
+    split = click.option(
+        "--split", default="train", show_default=True, help="Of a dataset that has several."
+    )
+    return layout(form(field_option(aside(split(command)))))
 
 
 def embedding_options(command: Command) -> Command:
@@ -74,4 +84,11 @@ def columns_of(fields: Sequence[str]) -> dict[str, str]:
 def source_of(path: str, given: dict[str, Any]) -> Source:
     """A file as the options say it is to be read."""
     columns = columns_of(given["fields"])
-    return Source(path, format=given["form"], layout=given["layout"], columns=columns)
+    return Source(
+        path,
+        format=given["form"],
+        layout=given["layout"],
+        columns=columns,
+        split=given["split"],
+        set_aside=given["set_aside"],
+    )

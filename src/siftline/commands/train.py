@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from siftline.commands.options import json_option, make_tracker, named_recipe, root_option
-from siftline.config import build, override
-from siftline.training.sft import FineTune
 from siftline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from siftline.training.sft import FineTune
 
 
 @click.command()
@@ -44,12 +45,14 @@ def train(
 ) -> None:
     """Fine-tune a model on CURATED and write a model directory.
 
-    CURATED is a published version, the folder of a recipe's versions (the newest is taken), any
-    folder of Parquet files, or Parquet files. Started again, it goes on from the last checkpoint.
-    For several devices start it as `torchrun --nproc-per-node N -m siftline.cli train ...`; to
-    take one of several GPUs, set CUDA_VISIBLE_DEVICES.
+    CURATED is a published version, the folder of a recipe's versions (the newest is taken), or a
+    file or folder of any format that a recipe's pool reads. Started again, it goes on from the last
+    checkpoint. For several devices start it as
+    `torchrun --nproc-per-node N -m siftline.cli train ...`; to take one of several GPUs, set
+    CUDA_VISIBLE_DEVICES.
     """
     from siftline.training.finetune import finetune
+    from siftline.training.sft import FineTune
 
     files, name = _shards(curated)
     options, template = FineTune(), None
@@ -79,12 +82,13 @@ def train(
 
 
 def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
-    """Parquet files of the given places, and what they are called together.
+    """Files of the given places, and what they are called together.
 
     Raises:
         ValueError: if a place has none.
     """
     from siftline.curated import resolve_latest
+    from siftline.published import confirmed_files, is_version
 
     files: list[Path] = []
     names = []
@@ -95,19 +99,26 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
         else:
             path = resolve_latest(path) if (path / "latest").exists() else path.resolve()
             folder = path / "data" if (path / "data").is_dir() else path
-            found = sorted(folder.glob("*.parquet"))
-            version = folder.parent if folder.name == "data" else folder
-            name = f"{version.parent.name}/{version.name}"
+            home = folder.parent if folder.name == "data" else folder
+            # What is no folder of Parquet, the reader of the rows knows.
+            there = folder.is_dir() and any(folder.iterdir())
+            plain = sorted(folder.glob("*.parquet")) or ([folder] if there else [])
+            found = confirmed_files(home) if is_version(home) else plain
+            name = f"{home.parent.name}/{home.name}"
         if not found:
-            raise ValueError(f"{given} has no Parquet file: give a published version or Parquet")
+            raise ValueError(
+                f"{given} has no Parquet file: give a published version, or other files of rows"
+            )
         files += found
         names.append(name)
     return files, ", ".join(names)
 
 
-def _of_recipe(name: str, base: Path | None, root: Path) -> tuple[Path, FineTune, str | None]:
+def _of_recipe(name: str, base: Path | None, root: Path) -> "tuple[Path, FineTune, str | None]":
     """Model to start from, options and chat template of a recipe."""
+    from siftline.config import build
     from siftline.stages.models import model_spec
+    from siftline.training.sft import FineTune
 
     recipe = named_recipe(name, ())
     options = FineTune()
@@ -120,7 +131,10 @@ def _of_recipe(name: str, base: Path | None, root: Path) -> tuple[Path, FineTune
     return base, options, template
 
 
-def _changed(options: FineTune, overrides: Sequence[str]) -> FineTune:
+def _changed(options: "FineTune", overrides: Sequence[str]) -> "FineTune":
+    from siftline.config import build, override
+    from siftline.training.sft import FineTune
+
     data = asdict(options)
     for assignment in overrides:
         override(data, assignment)

@@ -8,6 +8,7 @@
 Files and the index take the same steps on more rows than fit into memory at once.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from siftline.kernels.keepers import (
     drop_all,
     keep_first,
 )
-from siftline.kernels.minhash import permutations
-from siftline.kernels.rows import (
+from siftline.kernels.texts import (
+    Buffers,
     Held,
     Rows,
     Shingling,
     Texts,
+    buffers,
     collect,
+    permutations,
     summarise,
 )
 
@@ -67,8 +70,9 @@ class Engine:
         self.settings, self.workers = settings, workers or threads()
         self.banding = settings.banding()
         self.a, self.b = permutations(self.banding.slots, settings.seed)
-        self.shingling = Shingling(settings.ngram, settings.unit == "char", *tables())
+        self.shingling = Shingling(settings.ngram, settings.unit == "char", tables())
         self._pool = ThreadPoolExecutor(self.workers)
+        self._own = threading.local()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -116,6 +120,8 @@ class Engine:
                 held,
                 ends[k],
                 ends[k + 1],
+                self._buffers(int(np.diff(texts.offsets[start : stop + 1]).max(initial=0))),
+                np.empty(len(self.a), np.uint32),
             )
 
         self._each(work, list(range(len(spans))))
@@ -167,7 +173,8 @@ class Engine:
         held = held or _NOT_HELD
         found = np.empty(0, np.int32) if counts is None else counts
         sizes = np.empty(len(wanted), np.int32)
-        lengths = np.cumsum(texts.offsets[wanted + 1] - texts.offsets[wanted])
+        each = texts.offsets[wanted + 1] - texts.offsets[wanted]
+        lengths = np.cumsum(each)
         total = int(lengths[-1]) if len(wanted) else 0
         marks = np.searchsorted(lengths, np.arange(_TASK_BYTES, total, _TASK_BYTES))
         ends = np.unique(np.append(marks, len(wanted)))
@@ -176,7 +183,8 @@ class Engine:
         def work(span: tuple[int, int]) -> None:
             part = slice(*span)
             mine, to = wanted[part], starts[part]
-            collect(texts, mine, self.shingling, values, to, sizes[part], held, found)
+            room = self._buffers(int(each[part].max(initial=0)))
+            collect(texts, mine, self.shingling, values, to, sizes[part], held, found, room)
 
         self._each(work, list(zip(begins.tolist(), ends.tolist(), strict=True)))
         return sizes
@@ -213,6 +221,14 @@ class Engine:
         m = len(groups.rows)
         before = before or Decisions(np.full(m, NEW, np.int32), np.zeros(m, np.float64))
         return keep_first(rows, groups.count, threshold, most, before)
+
+    def _buffers(self, longest: int) -> Buffers:
+        """Room for a row of so many bytes, this thread's own."""
+        room = getattr(self._own, "room", None)
+        if room is None or self._own.longest < longest:
+            room, self._own.longest = buffers(longest, self.shingling.characters), longest
+            self._own.room = room
+        return room
 
     def _each(self, work: Callable, items: list) -> list:
         if len(items) < 2 or self.workers < 2:

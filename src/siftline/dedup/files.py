@@ -3,17 +3,24 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import Sink
+from siftline.published import confirm_inputs
+
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""
 PIECE_ROWS = 1 << 16
+KEPT_BYTES = 256 << 20
+"""Bytes of tables that are kept between the readings rather than read again."""
+UNPACKED = 3
+"""Bytes in memory of one byte of converted text, roughly."""
 ADDED = (
     "sift_cluster_size",
     "sift_weight",
@@ -22,8 +29,6 @@ ADDED = (
     "sift_matched_row",
     "sift_similarity",
 )
-_JSONL = (".jsonl", ".ndjson")
-_PACKED = (".gz", ".zst")
 Item = TypeVar("Item")
 
 
@@ -32,85 +37,119 @@ class Table:
     """One input file.
 
     Attributes:
-        name: As the user gave it; names its rows.
-        path: Parquet: the file itself, or what it was converted to.
+        name: As the user gave it, or its path where a folder or a pattern was given; names its
+            rows.
         rows: Number of rows.
-        schema: Its columns.
+        own: Its columns.
+        path: The file, where it is Parquet on this machine.
+        chunks: Else the Arrow files it was converted to.
+        schema: Columns of all tables together, which its rows are written with.
+        repeated: Keys that stood in an object twice; the last counts.
     """
 
     name: str
-    path: Path
     rows: int
-    schema: pa.Schema
+    own: pa.Schema
+    path: Path | None = None
+    chunks: tuple[Path, ...] = ()
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    repeated: int = 0
 
 
 def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> list[Table]:
     """Opens every file and checks it before anything is computed.
 
     Args:
-        names: Paths of Parquet or JSONL files, the latter also packed with gzip or zstd; all JSONL
-            files get one schema.
+        names: Files, folders, patterns or URLs of any format that recipes read; Parquet files on
+            this machine are read as they are. All tables get one schema.
         columns: Columns that each must have.
-        scratch: Where JSONL is converted to.
+        scratch: Where files of other formats are converted to.
 
     Raises:
         ValueError: if a file is missing, unreadable, given twice, of another format, or lacks a
-            column, or two JSONL files disagree about one.
+            column, or two files disagree about one.
     """
-    real = [os.path.realpath(name) for name in names]
-    for name, path in zip(names, real, strict=True):
+    places = _files(names)
+    found = [_table(n, file, scratch / f"{k:05d}") for k, (n, file) in enumerate(places)]
+    for table in found:
+        _check(table, columns)
+    if all(t.path and t.own.equals(found[0].own, check_metadata=True) for t in found):
+        return [replace(table, schema=table.own) for table in found]
+    from siftline.dedup.types import check_storable, one_schema
+
+    schema = one_schema((table.name, table.own) for table in found)
+    for column in schema:
+        name = next(table.name for table in found if column.name in table.own.names)
+        check_storable(name, column.name, column.type)
+    tables = [replace(table, schema=schema) for table in found]
+    for table in tables:
+        _check_numbers(table)
+    return tables
+
+
+def _files(names: Sequence[str]) -> list[tuple[str, Any]]:
+    """Every file by its name; local Parquet as a path, others as the reader knows them.
+
+    Raises:
+        ValueError: if one is given twice, or there is none.
+    """
+    found: list[tuple[str, Any]] = []
+    for name in names:
+        if Path(name).suffix == ".parquet" and Path(name).is_file():
+            found.append((name, Path(name)))
+            continue
+        from siftline.ingest.files import input_files
+        from siftline.ingest.source import Source
+
+        alone = Path(name).is_file()
+        plain = "://" not in name and not any(mark in name for mark in ":*?[")
+        if plain and not Path(name).exists():
+            raise ValueError(f"{name} is not a file, and no folder either: name what is there")
+        for file in input_files([Source(name)]):
+            local = file.format == "parquet" and Path(file.path).is_file()
+            found.append((name if alone else file.path, Path(file.path) if local else file))
+    real = [os.path.realpath(name) for name, _ in found]
+    for (name, _), path in zip(found, real, strict=True):
         if real.count(path) > 1:
             raise ValueError(f"{name} is given twice: name every file once")
-    for name in names:
-        if not Path(name).is_file():
-            raise ValueError(f"{name} is not a file: name Parquet or JSONL files")
-    paths = _as_parquet(names, columns, scratch)
-    return [_open(name, path, columns) for name, path in zip(names, paths, strict=True)]
+    return found
 
 
-def _as_parquet(names: Sequence[str], columns: Sequence[str], scratch: Path) -> list[Path]:
-    """Where each file lies as Parquet; JSONL is converted for that."""
-    for name in names:
-        if not _is_jsonl(name) and Path(name).suffix != ".parquet":
-            raise ValueError(f"{name} is neither .parquet nor .jsonl: convert or rename it")
-    lines = [Path(name) for name in names if _is_jsonl(name)]
-    if not lines:
-        return [Path(name) for name in names]
-    from siftline.dedup.jsonl import one_schema, schemas_of, to_parquet
+def _table(name: str, file: Any, folder: Path) -> Table:
+    if not isinstance(file, Path):
+        from siftline.dedup.convert import to_chunks
 
-    schemas = schemas_of(lines)
-    for path, found in zip(lines, schemas, strict=True):
-        _check_columns(str(path), found.names(), columns)  # one schema would hide its absence
-    schema = one_schema(lines, schemas)
-    paths = []
-    for k, name in enumerate(names):
-        paths.append(scratch / f"{k:05d}.parquet" if _is_jsonl(name) else Path(name))
-        if _is_jsonl(name):
-            to_parquet(Path(name), paths[k], schema)
-    return paths
-
-
-def _is_jsonl(name: str) -> bool:
-    path = Path(name)
-    plain = path.stem if path.suffix in _PACKED else path.name
-    return Path(plain).suffix in _JSONL
-
-
-def _open(name: str, path: Path, columns: Sequence[str]) -> Table:
+        made = to_chunks(file, folder)
+        return Table(name, made.rows, made.schema, chunks=made.paths, repeated=made.repeated)
+    confirm_inputs([file])
     try:
-        with pq.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
+        with pq.ParquetFile(file) as opened:
+            rows, schema = opened.metadata.num_rows, opened.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{name} is no readable Parquet file ({_line(error)}): write it again"
         ) from error
-    if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"{name} has two columns of one name: rename one")
-    _check_columns(name, schema.names, columns)
+    return Table(name, rows, schema, path=file)
+
+
+def _check(table: Table, columns: Sequence[str]) -> None:
+    names = table.own.names
+    if len(set(names)) < len(names):
+        raise ValueError(f"{table.name} has two columns of one name: rename one")
+    _check_columns(table.name, names, columns)
     for column in ADDED:
-        if column in schema.names:
-            raise ValueError(f"{name} already has a column {column}: drop or rename it")
-    return Table(name, path, rows, schema)
+        if column in names:
+            raise ValueError(f"{table.name} already has a column {column}: drop or rename it")
+
+
+def _check_numbers(table: Table) -> None:
+    """Refuses whole numbers that another table's floats would change."""
+    from siftline.dedup.convert import check_whole_numbers
+    from siftline.dedup.types import narrowed
+
+    columns = narrowed(table.own, table.schema)
+    if columns:
+        check_whole_numbers(table.name, read_pieces(table, columns), table.own, table.schema)
 
 
 def _check_columns(name: str, there: Sequence[str], columns: Sequence[str]) -> None:
@@ -124,17 +163,87 @@ def _check_columns(name: str, there: Sequence[str], columns: Sequence[str]) -> N
 def read_pieces(table: Table, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of a file in order, some megabytes at a time.
 
+    Args:
+        table: The file.
+        columns: Only these, with the types they have in the file; by default all, with those of
+            `table.schema`.
+
     Raises:
         ValueError: if the file is damaged.
     """
     try:
-        with pq.ParquetFile(table.path) as file:
-            size = _piece_rows(file)
-            yield from file.iter_batches(size, columns=None if columns is None else list(columns))
+        yield from _pieces(table, columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{table.name} is damaged ({_line(error)}): write it again and run again"
         ) from error
+
+
+class Reader:
+    """Reads tables as `read_pieces` does; small ones once, with all columns, and keeps them.
+
+    What is decoded twice costs twice, and so does memory that is touched for the first time.
+
+    Args:
+        tables: All that are to be read.
+        limit: Bytes that all of them together may take in memory to be kept.
+    """
+
+    def __init__(self, tables: Sequence[Table], limit: int = KEPT_BYTES) -> None:
+        self._keeps = sum(map(_decoded_bytes, tables)) <= limit
+        self._kept: dict[str, list[pa.RecordBatch]] = {}
+
+    def __call__(
+        self, table: Table, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of a file in order, some megabytes at a time.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        if not self._keeps:
+            yield from read_pieces(table, columns)
+            return
+        known = self._kept.get(table.name)
+        batches: list[pa.RecordBatch] = []
+        for batch in known if known is not None else read_pieces(table):
+            batches.append(batch)
+            yield batch if columns is None else batch.select(list(columns))
+        self._kept[table.name] = batches  # only once all of it was read
+
+
+def _decoded_bytes(table: Table) -> int:
+    if table.path is None:  # mapped into memory and unpacked batch by batch
+        return sum(path.stat().st_size * UNPACKED for path in table.chunks)
+    with pq.ParquetFile(table.path) as file:
+        facts = file.metadata
+        return sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
+
+
+def _pieces(table: Table, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    names = None if columns is None else list(columns)
+    if table.path is None:
+        from siftline.dedup.convert import read_chunks
+        from siftline.dedup.types import conformed_batch
+
+        wanted = table.own if names is None else pa.schema([table.own.field(n) for n in names])
+        batches: Iterator[pa.RecordBatch] = (
+            conformed_batch(batch, wanted) for batch in read_chunks(table.chunks)
+        )
+    else:
+        batches = _parquet_pieces(table.path, names)
+    if names is not None or table.own.equals(table.schema):
+        yield from batches
+        return
+    from siftline.dedup.types import conformed_batch
+
+    for batch in batches:
+        yield conformed_batch(batch, table.schema)
+
+
+def _parquet_pieces(path: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(_piece_rows(file), columns=columns)
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -176,8 +285,9 @@ class PieceWriter:
     _rows: int = 0
 
     def __enter__(self) -> "PieceWriter":
+        self._sink = Sink(self.path)
         self._writer = pq.ParquetWriter(
-            self.path,
+            self._sink,
             self.schema,
             compression="zstd",
             write_page_index=True,
@@ -191,9 +301,10 @@ class PieceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        with self._sink:
+            if kind is None:
+                self._flush()
+            self._writer.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Appends rows."""
@@ -209,6 +320,7 @@ class PieceWriter:
         if self._held:
             table = pa.Table.from_batches(self._held, self.schema)
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+            self._sink.check()
         self._held, self._bytes, self._rows = [], 0, 0
 
 

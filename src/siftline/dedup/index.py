@@ -2,7 +2,8 @@
 
 A folder:
 
-    manifest.json             settings, files in the order they came, what is valid of the rest
+    manifest.json             settings, files in the order they came, what is valid of the rest with
+                              its hashes, and its own
     keys-00000.parquet        of every addition: band keys, text hash, set size and priority a row
     sets.bin                  shingle sets of all rows, one after another; only ever appended to
     decisions-00000.parquet   of the last addition: the row that each was removed for
@@ -10,19 +11,20 @@ A folder:
 
 An addition writes its files, then the manifest, in one rename. A kill before that leaves files that
 no manifest names, and a tail of `sets.bin` beyond the length it names: the next opening removes
-both. The decisions are those of doing everything at once in the order the files came.
+both. The decisions are those of doing everything at once in the order the files came. Nothing is
+removed, added or read before everything that the manifest names is what it was (`_confirm`).
 """
 
-import fcntl
+import hashlib
+import io
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -33,17 +35,29 @@ from siftline.dedup.engine import Engine, Sets, ranks, spread
 from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.disk import writing
+from siftline.kernels.codepoints import digest
 from siftline.kernels.groups import Groups
 from siftline.kernels.keep import Keep
 from siftline.kernels.keepers import KEPT, NEW, Decisions
-from siftline.kernels.rows import Texts
+from siftline.kernels.texts import Texts
+from siftline.locks import held, warn_if_shared
 from siftline.shards import file_hash, write_json, write_parquet
+from siftline.verified import (
+    AlteredError,
+    UnhashedError,
+    confirm,
+    read_hashed,
+    read_parquet,
+    with_hash,
+)
 
 MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
 _PART = r"(?:keys|decisions|changes)-\d{5}\.parquet"
 _OURS = re.compile(rf"{_PART}|\.(?:manifest\.json|{_PART})\.\d+")
 """Files of an index besides those three, half written ones included; no other is ever removed."""
-FORMAT = 1
+FORMAT = 2
+"""2: words by UAX #29, signs count; every file is hashed."""
 CHANGES = pa.schema(
     [
         ("sift_row", pa.string()),
@@ -52,6 +66,7 @@ CHANGES = pa.schema(
         ("sift_similarity", pa.float64()),
     ]
 )
+ANEW = "remove the folder and add the files again"
 _DECISIONS = ("matched", "similarity", "exact")
 Piece = tuple[Texts, int, np.ndarray]
 
@@ -92,15 +107,18 @@ class Index:
             "settings": {k: v for k, v in asdict(settings).items() if k != "max_pairs"},
             "keep": str(keep),
             "text_column": text_column,
-            "unicode": unicodedata.unidata_version,
+            "characters": digest(),
         }
         self.files: list[File] = []
         self.keys: list[str] = []
         self.values = 0
         self.decisions = self.changes = ""
         self.last: list[str] = []
+        self.hashes: dict[str, str] = {}
+        self.lengths: list[tuple[int, str]] = []
         if (folder / MANIFEST).exists():
             self._load()
+            self._confirm()
         self._sweep()
 
     @property
@@ -159,7 +177,8 @@ class Index:
             return before
         old, serial = self.rows, len(self.keys)
         keys = f"keys-{serial:05d}.parquet"
-        values = self._append(self.folder / keys, pieces, engine)
+        values, length = self._append(self.folder / keys, pieces, engine)
+        self.hashes[keys] = file_hash(self.folder / keys)
         files = list(self.files)
         first = old
         for table in tables:
@@ -172,7 +191,9 @@ class Index:
         columns = {name: arrow_of(getattr(result, name)) for name in _DECISIONS}
         write_parquet(pa.table(columns), self.folder / decisions)
         write_parquet(self._changed(before, result), self.folder / changes)
+        self.hashes |= {name: file_hash(self.folder / name) for name in (decisions, changes)}
         self.keys, self.values = [*self.keys, keys], values
+        self.lengths = [*self.lengths, length]
         self.decisions, self.changes = decisions, changes
         self.last = [os.path.abspath(table.name) for table in tables]
         self._save()
@@ -183,12 +204,19 @@ class Index:
         """The earlier decisions that the addition of exactly these tables turned over."""
         paths = [os.path.abspath(table.name) for table in tables]
         if self.changes and set(self.last) <= set(paths):
-            return pq.read_table(self.folder / self.changes)
+            return self._read(self.changes)
         return CHANGES.empty_table()
 
-    def _append(self, path: Path, pieces: Iterable[Piece], engine: Engine) -> int:
-        """Writes keys and sets of new rows; returns how many values there are then."""
+    def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        path = self.folder / name
+        return read_parquet(path, self.hashes[name], columns=columns, remedy=ANEW)
+
+    def _append(
+        self, path: Path, pieces: Iterable[Piece], engine: Engine
+    ) -> tuple[int, tuple[int, str]]:
+        """Writes keys and sets of new rows; number of all values; number and hash of the new."""
         total = self.values
+        running = hashlib.sha256()
         with (self.folder / SETS).open("r+b") as sets:
             sets.seek(4 * total)
             writer = None
@@ -206,7 +234,9 @@ class Index:
                 held = np.arange(len(values)) - np.repeat(starts[:-1], room) < np.repeat(
                     sizes, room
                 )
-                sets.write(values[held].tobytes())
+                raw = values[held].tobytes()
+                sets.write(raw)
+                running.update(raw)
                 total += int(sizes.sum())
                 columns = {f"band_{k}": arrow_of(keys) for k, keys in enumerate(out.keys)}
                 columns |= {"hash": arrow_of(out.hashes), "size": arrow_of(sizes)}
@@ -225,13 +255,13 @@ class Index:
             writer.close()
             sets.flush()
             os.fsync(sets.fileno())
-        return total
+        return total, (total - self.values, running.hexdigest())
 
     def _decide(
         self, keys: list[str], n: int, values: int, before: Deduplicated, engine: Engine
     ) -> Deduplicated:
         def column(name: str) -> np.ndarray:
-            parts = [pq.read_table(self.folder / k, columns=[name]).column(0) for k in keys]
+            parts = [self._read(k, [name]).column(0) for k in keys]
             return np.concatenate([part.to_numpy() for part in parts])
 
         drop = self.identity["keep"] == "none"
@@ -251,7 +281,7 @@ class Index:
         if not self.decisions:
             nothing = np.zeros(0, np.int64)
             return Deduplicated(nothing, nothing / 1.0, nothing > 0, 0, {})
-        table = pq.read_table(self.folder / self.decisions)
+        table = self._read(self.decisions)
         matched, similarity, exact = (table.column(name).to_numpy() for name in _DECISIONS)
         return Deduplicated(matched, similarity, exact, 0, {})
 
@@ -275,21 +305,45 @@ class Index:
             "decisions": self.decisions,
             "changes": self.changes,
             "last": self.last,
+            "hashes": {name: self.hashes[name] for name in self._named()},
+            "sets": self.lengths,
         }
-        write_json(self.folder / MANIFEST, facts)
+        write_json(self.folder / MANIFEST, with_hash(facts))
+
+    def _named(self) -> list[str]:
+        """The Parquet files that the index consists of."""
+        return [name for name in (*self.keys, self.decisions, self.changes) if name]
+
+    def _confirm(self) -> None:
+        """Compares every file of the index with what its manifest says."""
+        for name in self._named():
+            confirm(self.folder / name, self.hashes.get(name, ""), ANEW)
+        path = self.folder / SETS
+        with path.open("rb") if path.exists() else io.BytesIO() as sets:
+            for values, sha256 in self.lengths:
+                if _hash_of(sets, 4 * values) != sha256:
+                    raise AlteredError(f"{path} was cut or has other bytes than written: {ANEW}")
 
     def _load(self) -> None:
-        import json
-
         path = self.folder / MANIFEST
         try:
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_hashed(path, "the manifest of an index", ANEW)
+        except UnhashedError as error:
+            raise ValueError(f"{path} is no manifest of an index ({error}): start anew") from error
+        try:
             self.files = [File(**file) for file in facts["files"]]
             self.keys, self.values = facts["keys"], facts["values"]
             self.decisions, self.changes = facts["decisions"], facts["changes"]
             self.last = facts["last"]
+            self.hashes = facts["hashes"]
+            self.lengths = [(values, sha256) for values, sha256 in facts["sets"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of an index ({error}): start anew") from error
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} is an index of format {facts.get('format')}, and words are cut "
+                f"otherwise since format {FORMAT}: start a new index from the same files"
+            )
         for name, mine in self.identity.items():
             if facts.get(name) != mine:
                 raise ValueError(
@@ -321,12 +375,18 @@ def opened(folder: Path, settings: Settings, keep: Keep, text_column: str) -> It
     others = {name for name in there - {LOCK, SETS} if not _OURS.fullmatch(name)}
     if others and MANIFEST not in there:
         raise ValueError(f"{folder} holds {min(others)}, not an index: name an empty folder")
-    with (folder / LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run: wait for it") from None
+    warn_if_shared(folder)
+    with held(folder / LOCK, str(folder), wait=False), writing(folder):
         yield Index(folder, settings, keep, text_column)
+
+
+def _hash_of(stream: IO[bytes], size: int) -> str:
+    """Hash of the next bytes; of fewer where the stream ends."""
+    running = hashlib.sha256()
+    while size and (block := stream.read(min(size, 1 << 22))):
+        running.update(block)
+        size -= len(block)
+    return running.hexdigest()
 
 
 def _earlier(groups: Groups, n: int, before: Deduplicated) -> Decisions:

@@ -1,6 +1,6 @@
 """What a run of deduplication leaves: kept rows in `data/`, others, with reasons, in `removed/`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def write_out(
     make_tracker: MakeTracker,
     rehydrate: bool = False,
     more: Mapping[str, pa.Array] = NO_COLUMNS,
+    read: Callable[[Table], Iterator[pa.RecordBatch]] = read_pieces,
 ) -> None:
     """Writes `data/` and `removed/`, one file of each for every table.
 
@@ -89,6 +90,7 @@ def write_out(
         make_tracker: Takes label, total and unit of a step.
         rehydrate: Also write how often to repeat a row.
         more: Columns to add, of all rows of `result`.
+        read: Gives the rows of a table.
     """
     tracker = make_tracker("write", sum(table.rows for table in tables), "rows")
     names = ["sift_cluster_size", *(["sift_weight"] if rehydrate else [])]
@@ -112,7 +114,7 @@ def write_out(
                 PieceWriter(folder / REMOVED / file, gone_schema) as gone,
             ):
                 at = int(starts[k])
-                for batch in ahead(read_pieces(table)):
+                for batch in ahead(read(table)):
                     rows = np.arange(at, at + batch.num_rows)
                     mine = [values.slice(at, batch.num_rows) for values in more.values()]
                     at += batch.num_rows
@@ -146,7 +148,10 @@ def _extended(
         wanted = arrow_of(rows)
         arrays = [*without_views(batch).filter(wanted).columns, *(c.filter(wanted) for c in more)]
     arrays += map(arrow_of, added)
-    typed = [values.cast(kind) for values, kind in zip(arrays, schema.types, strict=True)]
+    typed = [
+        values if values.type == kind else values.cast(kind)
+        for values, kind in zip(arrays, schema.types, strict=True)
+    ]
     return pa.RecordBatch.from_arrays(typed, schema=schema)
 
 

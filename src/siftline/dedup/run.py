@@ -16,20 +16,22 @@ import pyarrow as pa
 
 from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, gathered, ranks, spread
-from siftline.dedup.files import Table, ahead, open_tables, read_pieces
+from siftline.dedup.files import Reader, Table, ahead, open_tables, read_pieces
 from siftline.dedup.index import opened
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
+from siftline.disk import need
 from siftline.kernels.keep import Keep
-from siftline.kernels.rows import Texts
 from siftline.kernels.spill import Keys, values_room
+from siftline.kernels.texts import Texts
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
 
 TEXTS_IN_MEMORY = 1 << 30
 """Bytes of text above which files are read a second time rather than held."""
 CHANGED, SCRATCH = "changes.parquet", ".scratch"
+Read = Callable[[Table, Sequence[str] | None], Iterator[pa.RecordBatch]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Job:
     """What is to be done.
 
     Attributes:
-        files: Parquet or JSONL files; their order is row order.
+        files: Files of any format that recipes read; their order is row order.
         out: Folder that the result is written to.
         text_column: Column that is compared.
         settings: How texts are compared.
@@ -97,6 +99,8 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
             too many rows resemble each other.
     """
     claim(job.out)
+    given = sum(Path(name).stat().st_size for name in job.files if Path(name).is_file())
+    need(job.out, given // 4, "the output")  # kept and removed rows, packed at their best
     clock = Clock()
     with building(job.out) as folder, Engine(job.settings) as engine:
         scratch = folder / SCRATCH
@@ -105,27 +109,31 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
         if job.index is not None:
             facts = _with_index(job, job.index, tables, engine, folder, clock, make_tracker)
         else:
+            read = Reader(tables)
             if job.embeddings is not None:
                 result, threshold = by_meaning(job, tables, clock)
             else:
-                result, threshold = _decide(job, tables, engine, scratch, clock, make_tracker)
+                result, threshold = _decide(job, tables, read, engine, scratch, clock, make_tracker)
             facts = {**summary(result), "threshold": threshold}
             with clock.phase("write"):
                 starts = first_rows(tables)
                 named = row_names(tables, starts)
-                write_out(folder, tables, starts, result, named, make_tracker, job.rehydrate)
+                write_out(
+                    folder, tables, starts, result, named, make_tracker, job.rehydrate, read=read
+                )
         rmtree(scratch, ignore_errors=True)
     seconds = {name: round(value, 4) for name, value in clock.seconds.items()}
-    return {"out": str(job.out), **facts, "seconds": seconds}
+    repeated = sum(table.repeated for table in tables)
+    return {"out": str(job.out), **facts, "repeated_keys": repeated, "seconds": seconds}
 
 
 def read_all(
-    job: Job, tables: Sequence[Table], tracker: Tracker
+    job: Job, tables: Sequence[Table], tracker: Tracker, read: Read = read_pieces
 ) -> Iterator[tuple[Texts, int, np.ndarray]]:
     """Texts of all tables piece by piece, the number of the first row, and priorities."""
     at = 0
     for table in tables:
-        for batch in ahead(read_pieces(table, job.columns)):
+        for batch in ahead(read(table, job.columns)):
             text = batch.column(job.text_column)
             try:
                 texts = texts_of(text)
@@ -147,7 +155,14 @@ def _with_index(
     clock: Clock,
     make_tracker: MakeTracker,
 ) -> dict[str, Any]:
-    """Adds what is new to the index, then writes out; a second try finds the files in it."""
+    """Adds what is new to the index, then writes out; a second try finds the files in it.
+
+    Raises:
+        ValueError: if a file does not lie on this machine, where the index looks for it again.
+    """
+    away = next((table.name for table in tables if not Path(table.name).is_file()), None)
+    if away is not None:
+        raise ValueError(f"{away}: an index takes files on this machine: fetch it first")
     with opened(place, job.settings, job.keep, job.text_column) as index:
         with clock.phase("add"):
             new = index.unknown(tables)
@@ -174,6 +189,7 @@ def _with_index(
 def _decide(
     job: Job,
     tables: Sequence[Table],
+    read: Read,
     engine: Engine,
     scratch: Path,
     clock: Clock,
@@ -186,7 +202,7 @@ def _decide(
     size = 0
     with clock.phase("read"):
         tracker = make_tracker("read", n, "rows")
-        for texts, at, mine in read_all(job, tables, tracker):
+        for texts, at, mine in read_all(job, tables, tracker, read):
             rows = len(texts.null)
             size += texts.data.nbytes
             held = [*held, (texts, at)] if size <= TEXTS_IN_MEMORY else []
@@ -200,7 +216,7 @@ def _decide(
         groups = engine.group(keys.band, n, ranks(priority))
     with clock.phase("collect"):
         tracker = make_tracker("collect", n, "rows")
-        again = ((texts, at) for texts, at, _ in read_all(job, tables, tracker))
+        again = ((texts, at) for texts, at, _ in read_all(job, tables, tracker, read))
         parts = iter(held) if size <= TEXTS_IN_MEMORY or not len(groups.rows) else again
         room = lambda size: values_room(size, scratch)  # noqa: E731
         sets = gathered(engine, groups.rows, keys.counts, parts, room)

@@ -13,15 +13,17 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from siftline.ingest.source import Source, file_format, read_name
+from siftline.published import confirm_inputs
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint: raise it when the same files would become other rows."""
 _MAGIC = "*?["
 _BUFFER = 1 << 20
@@ -38,6 +40,7 @@ class InputFile:
         parts: The protocol and the path's parts, from which names are made.
         depth: How many parts, from the right, the name takes.
         format: How it is read; never `auto`.
+        saved: Name of the folder that `datasets` saved it in, which says more than its own.
     """
 
     source: Source
@@ -46,6 +49,7 @@ class InputFile:
     parts: tuple[str, ...]
     depth: int
     format: str
+    saved: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,6 +59,8 @@ class InputFile:
     @property
     def stem(self) -> str:
         """The source name of its rows when the recipe gives none."""
+        if self.saved is not None:
+            return self.saved
         name = self.source.dataset_name()[0] if self.fs is None else self.path
         return name.rstrip("/").rpartition("/")[2] if self.fs is None else read_name(name).stem
 
@@ -129,7 +135,11 @@ def load_dataset(source: Source) -> Any:
             f"{source.path}: needs the datasets package; pip install 'siftline[datasets]'"
         ) from error
     try:
-        split = datasets.load_dataset(name, config, split=source.split)
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(name)
+            split = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            split = datasets.load_dataset(name, config, split=source.split)
     # The library raises whatever its loaders and its network client do; all mean the same here.
     except Exception as error:
         what = f"name {name!r}, config {config!r}, split {source.split!r}"
@@ -150,14 +160,62 @@ def _find(source: Source) -> list[InputFile]:
         fs, path = url_to_fs(source.path)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{source.path}: no file system for it: {error}") from error
-    root, paths = _match(fs, path, source)
+    saved = _saved(fs, path, source) if fs.isdir(path) else None
+    root, paths = (path, saved) if saved is not None else _match(fs, path, source)
+    folder = path.rstrip("/").rpartition("/")[2] if saved is not None else None
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     files = []
     for found in sorted(paths):
         depth = len(_parts(found)) - len(_parts(root))
         parts = (protocol, *_parts(found))
-        files.append(InputFile(source, fs, found, parts, depth, file_format(source, found)))
+        form = file_format(source, found)
+        files.append(InputFile(source, fs, found, parts, depth, form, folder))
     return files
+
+
+_SAVED = ("dataset_info.json", "state.json")
+"""What `Dataset.save_to_disk` writes beside its Arrow files."""
+
+
+def _saved(fs: Any, path: str, source: Source) -> list[str] | None:
+    """The Arrow files of a folder that `datasets` saved; None of any other folder.
+
+    Raises:
+        ValueError: if it has several splits and none is the source's, or is damaged.
+    """
+    folder = path.rstrip("/")
+    try:
+        if fs.exists(f"{folder}/dataset_dict.json"):
+            splits = json.loads(fs.cat_file(f"{folder}/dataset_dict.json"))["splits"]
+            if source.split not in splits:
+                raise ValueError(
+                    f"{source.path}: has the splits {', '.join(splits)}, not {source.split!r}; "
+                    "state split, or name the folder of one"
+                )
+            folder = f"{folder}/{source.split}"
+        if not all(fs.exists(f"{folder}/{name}") for name in _SAVED):
+            return None
+        state = json.loads(fs.cat_file(f"{folder}/state.json"))
+        found = [f"{folder}/{line['filename']}" for line in state["_data_files"]]
+    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{source.path}: no whole saved dataset ({error}); save it again"
+        ) from error
+    if not found:
+        raise ValueError(f"{source.path}: empty, it has no rows; remove it from the source")
+    return found
+
+
+def _without_notes(paths: list[str]) -> list[str]:
+    """Leaves out what `save_to_disk` notes about the datasets below a folder."""
+    of: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        of[folder].add(name)
+    saved = {folder for folder, names in of.items() if names >= set(_SAVED)}
+    notes = {f"{folder}/{name}" for folder in saved for name in _SAVED}
+    notes |= {p for p in paths if p.rpartition("/")[2] == "dataset_dict.json"}
+    return [path for path in paths if path not in notes]
 
 
 def _match(fs: Any, path: str, source: Source) -> tuple[str, list[str]]:
@@ -166,7 +224,7 @@ def _match(fs: Any, path: str, source: Source) -> tuple[str, list[str]]:
     if fs.isfile(path):
         return path.rstrip("/").rpartition("/")[0], [path]
     if fs.isdir(path):
-        found = [p for p in fs.find(path) if not _is_hidden(p, path)]
+        found = _without_notes([p for p in fs.find(path) if not _is_hidden(p, path)])
         known = [p for p in found if _is_wanted(p, source)]
         for skipped in sorted(set(found) - set(known)):
             logger.warning("%s: left out, its ending tells no format this source reads", skipped)
@@ -229,6 +287,8 @@ def _content_hash(file: InputFile) -> str:
             sha.update(sink.getvalue())
         return sha.hexdigest()
     try:
+        if file.parts[0] == "file":
+            confirm_inputs([Path(file.path)])
         with file.open() as stream:
             while block := stream.read(_BUFFER):
                 sha.update(block)

@@ -1,72 +1,34 @@
-"""Records of every known layout into conversations: which layout it is, and how it is read.
+"""Records of every known layout into conversations, by the plan of their file (see `plans`).
 
-A layout is decided once per file, from the columns its first records have, and a guess is never
-made: no layout or several is an error that names the columns. `text` counts only when nothing else
-fits, because Alpaca files carry their rendered template in a column of that name.
-
-A reference answer is taken only from a column mapped to `answer`, so that "independent of the
-response" is always somebody's statement.
+Text is kept to the character. A record that says something no row can hold is no row: `Unreadable`
+carries the reason.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from siftline.ingest.source import COMMON_FIELDS, FIELDS, LAYOUT_FIELDS, Source
+import orjson
+
+from siftline.ingest.meanings import check_of, filled, truth
+from siftline.ingest.plans import Plan, plan_for
 from siftline.ingest.turns import (
     Turn,
     Unreadable,
-    as_json,
     as_text,
     assistant,
     check_conversation,
+    check_prompt,
     plain,
     read_turns,
+    structured,
     to_json,
     user,
 )
 from siftline.schema import canonical_text, make_row, message
 
-_REQUIRED = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question",),
-    "pairs": ("chosen", "rejected"),
-    "text": ("text",),
-}
-_RESPONSES = ("response", "answer", "solution")
-_TAKEN_BY_NAME = {
-    "messages": ("conversation_id", "system", "tools"),
-    "sharegpt": ("conversation_id", "system", "tools"),
-    "alpaca": ("conversation_id", "system"),
-    "prompt_completion": ("conversation_id", "tools"),
-    "question_answer": ("conversation_id",),
-    "pairs": ("conversation_id", "tools"),
-    "text": ("conversation_id",),
-}
-"""Common fields whose columns need no mapping, because they mean the same in every such file."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the records of one file are read.
-
-    Attributes:
-        source: The recipe's words on it.
-        stem: Source name of rows that have no other.
-        layout: The layout; never `auto`.
-        column: Field -> input column, for the fields this file has.
-        required: Columns a record must have.
-    """
-
-    source: Source
-    stem: str
-    layout: str
-    column: dict[str, str]
-    required: tuple[str, ...]
+__all__ = ["Converted", "Plan", "convert", "plan_for"]
 
 
 @dataclass(frozen=True)
@@ -74,50 +36,33 @@ class Draft:
     """A conversation read from a record, before it is judged.
 
     Attributes:
-        turns: Canonical messages.
+        turns: Its messages; the last is the assistant's, but for a prompt.
         unused: What of the used columns found no place, by column.
         pair: `chosen` or `rejected`, for rows of a pair.
+        rejected: Whether its response is labelled a bad one.
     """
 
     turns: list[Turn]
     unused: dict[str, Any] = field(default_factory=dict)
     pair: str | None = None
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One row of `schema.ROW` and the JSON of the input columns it did not use."""
+    """One row.
+
+    Attributes:
+        row: Columns of `schema.ROW`.
+        leftover: JSON of the input columns it did not use.
+        rejected: Whether its response is labelled a bad one: no row to train on.
+        aside: Names of the columns and keys that say something and were not read.
+    """
 
     row: dict[str, Any]
     leftover: str | None
-
-
-def plan_for(source: Source, columns: list[str], stem: str) -> Plan:
-    """Decides how a file with these columns is read.
-
-    Raises:
-        ValueError: if a mapped or needed column is missing, or no or several layouts fit. It names
-            the columns seen; the caller adds the file.
-    """
-    seen = f"columns seen: {', '.join(columns) or 'none'}"
-    for name, column in source.columns.items():
-        if column not in columns:
-            raise ValueError(f"no column {column!r}, which is mapped to {name!r}; {seen}")
-    has = {f: source.columns.get(f, f) for f in FIELDS}
-    has = {f: column for f, column in has.items() if column in columns}
-    layout = _decide(source, has, seen)
-    mapped = {f for f in COMMON_FIELDS if f in source.columns}
-    if source.source is not None:
-        mapped.discard("source")
-    fields = {*LAYOUT_FIELDS[layout], *_TAKEN_BY_NAME[layout], *mapped}
-    used = {f: has[f] for f in FIELDS if f in fields and f in has}
-    if layout == "text" and (source.instruction is not None or mapped & {"system", "tools"}):
-        raise ValueError("layout text has no prompt, so no instruction, system or tools")
-    if layout == "question_answer":
-        used = _with_one_response(source, used, has, seen)
-    _check_answer(source, layout, used)
-    required = [*_REQUIRED[layout], *(["response"] if layout == "question_answer" else [])]
-    return Plan(source, stem, layout, used, tuple(used[f] for f in required))
+    rejected: bool = False
+    aside: tuple[str, ...] = ()
 
 
 def convert(record: Mapping[str, Any], plan: Plan) -> list[Converted | str]:
@@ -125,119 +70,128 @@ def convert(record: Mapping[str, Any], plan: Plan) -> list[Converted | str]:
 
     One outcome, or two for a pair, whose halves stand or fall apart.
     """
+    fields = _Fields(record, plan)
     try:
-        if any(column not in record for column in plan.required):
-            raise Unreadable("missing_column")
-        drafts = _READERS[plan.layout](_Fields(record, plan))
+        for name in plan.required:
+            if not any(column in record for column in plan.names[name]):
+                raise Unreadable("missing_column")
+        drafts = _READERS[plan.layout](fields)
+        _check_rest(fields)
     except Unreadable as error:
         return [error.reason]
     except RecursionError:
         return ["invalid_json"]
-    return [d if isinstance(d, str) else _judged(d, record, plan) for d in drafts]
+    return [d if isinstance(d, str) else _judged(d, fields) for d in drafts]
 
 
-def _decide(source: Source, has: Mapping[str, str], seen: str) -> str:
-    def fits(layout: str) -> bool:
-        answered = layout != "question_answer" or any(f in has for f in _RESPONSES)
-        return answered and all(f in has for f in _REQUIRED[layout])
-
-    if source.layout != "auto":
-        if not fits(source.layout):
-            needs = ", ".join(_REQUIRED[source.layout])
-            if source.layout == "question_answer":
-                needs += " and response, answer or solution"
-            raise ValueError(f"layout {source.layout} needs {needs}; map them in columns; {seen}")
-        return source.layout
-    mapped = source.mapped_layout_fields()
-    found = [name for name, f in LAYOUT_FIELDS.items() if mapped <= set(f) and fits(name)]
-    if len(found) > 1 and "text" in found:
-        found.remove("text")
-    if len(found) != 1:
-        fault = f"layouts {', '.join(found)} all fit" if found else "no layout fits"
-        raise ValueError(f"{fault}; state layout, or map its fields in columns; {seen}")
-    return found[0]
-
-
-def _with_one_response(
-    source: Source, used: dict[str, str], has: Mapping[str, str], seen: str
-) -> dict[str, str]:
-    """Settles which column answers a question, and whether `answer` is the reference."""
-    mapped = [f for f in _RESPONSES if f in source.columns]
-    present = [f for f in _RESPONSES if f in has]
-    if len(mapped) == 2 and "answer" in mapped:
-        response = mapped[0] if mapped[0] != "answer" else mapped[1]
-    elif len(mapped) == 1 and mapped != ["answer"]:
-        response = mapped[0]
-    elif len(mapped or present) == 1 and len(present) == 1:
-        response = present[0]
-    else:
-        raise ValueError(
-            f"{', '.join(present)} could each be the response; "
-            f"map response, and answer if it is a reference; {seen}"
-        )
-    kept = {f: c for f, c in used.items() if f not in _RESPONSES}
-    if "answer" in mapped and response != "answer":
-        kept["answer"] = has["answer"]
-    return {**kept, "response": has[response]}
-
-
-def _check_answer(source: Source, layout: str, used: Mapping[str, str]) -> None:
-    if "answer" not in used:
-        return
-    if source.answer_pattern is not None:
-        raise ValueError(
-            f"answers come from the column {used['answer']!r} or from answer_pattern, not both"
-        )
-    responses = {used[f] for f in LAYOUT_FIELDS[layout] if f in used}
-    if used["answer"] in responses:
-        raise ValueError(
-            f"column {used['answer']!r} is mapped to answer but already read as part of the "
-            "conversation, so it is no independent reference; use answer_pattern"
-        )
-
-
-@dataclass(frozen=True)
 class _Fields:
-    """A record seen through its plan: fields instead of columns."""
+    """A record seen through its plan: fields instead of columns.
 
-    record: Mapping[str, Any]
-    plan: Plan
+    Attributes:
+        taken: Columns that were read.
+    """
+
+    def __init__(self, record: Mapping[str, Any], plan: Plan) -> None:
+        self.record, self.plan = record, plan
+        self.taken: set[str] = set()
 
     def value(self, name: str) -> Any:
-        column = self.plan.column.get(name)
-        return self.record.get(column) if column is not None else None
+        """What the first of a field's columns that says something holds; None where none does."""
+        record = self.record
+        for column in self.plan.names.get(name, ()):
+            value = record.get(column)
+            if value is not None and value != "":
+                self.taken.add(column)
+                return value
+        return None
 
     def text(self, name: str) -> str:
         return as_text(self.value(name))
 
+    def column(self, name: str) -> str:
+        """The column that a field was read from."""
+        return next((c for c in self.plan.names[name] if c in self.taken), name)
+
     def turns(self, name: str) -> tuple[list[Turn], dict[str, Any]]:
-        turns, unused = read_turns(self.value(name))
-        column = self.plan.column[name]
+        turns, unused = read_turns(self.value(name), nulls=self.plan.nulls)
+        column = self.column(name)
         return turns, {f"{column}.{number}": keys for number, keys in unused.items()}
+
+    def drop(self, name: str) -> None:
+        """Leaves a field's columns over after all."""
+        self.taken.difference_update(self.plan.names.get(name, ()))
+
+
+def _check_rest(fields: _Fields) -> None:
+    """Holds to what the columns that no field took say.
+
+    Raises:
+        Unreadable: for one that changes what the row means.
+    """
+    for name, value in fields.record.items():
+        if name in fields.taken or name in fields.plan.ignored:
+            continue
+        check = check_of(name)
+        reason = check(value) if check else None
+        if reason is not None and (fields.plan.layout != "text" or reason in _OF_TEXT):
+            raise Unreadable(reason)
+
+
+_OF_TEXT = ("media", "weight", "no_loss", "loss_mask")
+"""What a plain text can mean beside its words."""
 
 
 def _read_conversation(fields: _Fields) -> list[Draft | str]:
-    turns, unused = fields.turns(
-        "messages" if fields.plan.layout == "messages" else "conversations"
-    )
-    return [Draft(turns, unused)]
+    name = "messages" if fields.plan.layout == "messages" else "conversations"
+    turns, unused = fields.turns(name)
+    return _with_rejected(fields, turns, unused)
+
+
+def _with_rejected(fields: _Fields, turns: list[Turn], unused: dict[str, Any]) -> list[Draft | str]:
+    """The conversation, and beside it the response that ms-swift calls the rejected one."""
+    if fields.value("rejected") is None:
+        return [Draft(turns, unused)]
+    try:
+        other, rest = _text_or_turns(fields, "rejected", assistant)
+        if not any(turn["role"] == "user" for turn in other):
+            other = turns[:-1] + other
+        second: Draft | str = Draft(other, rest, "rejected", rejected=True)
+    except Unreadable as error:
+        second = error.reason
+    return [Draft(turns, unused, "chosen"), second]
 
 
 def _read_alpaca(fields: _Fields) -> list[Draft | str]:
-    # The instruction, then its input on a line of its own, as LLaMA-Factory joins them.
-    parts = [canonical_text(fields.text(name)) for name in ("instruction", "input")]
-    prompt = "\n".join(part for part in parts if part)
-    return [Draft([user(prompt), assistant(fields.text("output"))])]
+    prompt = [*_history(fields), user(_instruction(fields))]
+    both = fields.value("output")
+    if isinstance(both, list | tuple):  # LLaMA-Factory's older pairs: the better one first
+        if len(both) != 2:
+            raise Unreadable("wrong_type")
+        return [
+            Draft([*prompt, assistant(as_text(text))], {}, half, half == "rejected")
+            for half, text in zip(("chosen", "rejected"), both, strict=True)
+        ]
+    return [Draft([*prompt, *_response(fields, "output")])]
+
+
+def _instruction(fields: _Fields) -> str:
+    """The instruction, then its input on a line of its own, as LLaMA-Factory joins them."""
+    parts = [fields.text(name) for name in ("instruction", "input")]
+    return "\n".join(part for part in parts if part.strip())
 
 
 def _read_prompt_completion(fields: _Fields) -> list[Draft | str]:
     prompt, unused = _text_or_turns(fields, "prompt", user)
-    completion, rest = _text_or_turns(fields, "completion", assistant)
-    return [Draft(prompt + completion, unused | rest)]
+    if isinstance(fields.value("completion"), list | tuple):
+        completion, rest = fields.turns("completion")
+    else:
+        completion, rest = _response(fields, "completion"), {}
+    return [Draft([*_history(fields), *prompt, *completion], unused | rest)]
 
 
 def _read_question_answer(fields: _Fields) -> list[Draft | str]:
-    return [Draft([user(fields.text("question")), assistant(fields.text("response"))])]
+    prompt = [*_history(fields), user(fields.text("question"))]
+    return _with_rejected(fields, [*prompt, *_response(fields, "response")], {})
 
 
 def _read_text(fields: _Fields) -> list[Draft | str]:
@@ -250,46 +204,110 @@ def _read_pair(fields: _Fields) -> list[Draft | str]:
     for half in ("chosen", "rejected"):
         try:
             turns, unused = _text_or_turns(fields, half, assistant)
-            if not any(t["role"] == "user" for t in turns):
-                if fields.value("prompt") is None:
-                    raise Unreadable("missing_column")
-                prompt, rest = _text_or_turns(fields, "prompt", user)
+            if any(t["role"] == "user" for t in turns):
+                _leave_another_prompt(fields, turns)
+            else:
+                prompt, rest = _prompt_of_pair(fields)
                 turns, unused = prompt + turns, unused | rest
-            drafts.append(Draft(turns, unused, half))
+            drafts.append(Draft(turns, unused, half, half == "rejected"))
         except Unreadable as error:
             drafts.append(error.reason)
     return drafts
 
 
+def _prompt_of_pair(fields: _Fields) -> tuple[list[Turn], dict[str, Any]]:
+    """What stands before both responses, in whichever columns the trainers put it."""
+    for name in ("prompt", "conversations", "messages"):
+        if fields.value(name) is not None:
+            prompt, unused = _text_or_turns(fields, name, user)
+            return [*_history(fields), *prompt], unused
+    if fields.value("instruction") is not None:
+        return [*_history(fields), user(_instruction(fields))], {}
+    if fields.value("question") is None:
+        raise Unreadable("missing_column")
+    return [*_history(fields), user(fields.text("question"))], {}
+
+
+def _leave_another_prompt(fields: _Fields, turns: Sequence[Turn]) -> None:
+    """A prompt beside whole conversations is read only where they repeat it."""
+    prompt = fields.value("prompt")
+    if prompt is None:
+        return
+    said = {turn["content"] for turn in turns}
+    asked = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    shown = [turn.get("content") for turn in asked if isinstance(turn, Mapping)]
+    if not shown or not said >= {text for text in shown if isinstance(text, str)}:
+        fields.drop("prompt")
+
+
+def _response(fields: _Fields, name: str) -> list[Turn]:
+    """The response that stands in a column, with the reasoning that stands in another.
+
+    Prompts have none: what stands there is left over.
+    """
+    if fields.plan.holds == "prompts":
+        return []
+    value = fields.value(name)
+    if value is None and (fields.plan.holds == "either" or name not in fields.plan.required):
+        return []
+    thought = fields.value("reasoning")
+    if not isinstance(thought, str):
+        fields.drop("reasoning")
+        thought = None
+    return [{**assistant(as_text(value)), "reasoning": thought}]
+
+
+def _history(fields: _Fields) -> list[Turn]:
+    """Earlier turns: pairs of what was asked and answered, or messages.
+
+    Raises:
+        Unreadable: `history` if it is anything else.
+    """
+    given = fields.value("history")
+    if given is None:
+        return []
+    try:
+        given = structured(given)
+    except Unreadable:
+        raise Unreadable("history") from None
+    turns: list[Turn] = []
+    for pair in given or []:
+        if isinstance(pair, Mapping):
+            turns += read_turns(pair)[0]
+        elif isinstance(pair, list | tuple) and len(pair) == 2:
+            turns += [user(as_text(pair[0])), assistant(as_text(pair[1]))]
+        else:
+            raise Unreadable("history")
+    return turns
+
+
 def _text_or_turns(
     fields: _Fields, name: str, one: Callable[[str], Turn]
 ) -> tuple[list[Turn], dict[str, Any]]:
-    if isinstance(fields.value(name), list | tuple):
+    if isinstance(fields.value(name), list | tuple | Mapping):
         return fields.turns(name)
     return [one(fields.text(name))], {}
 
 
-def _judged(draft: Draft, record: Mapping[str, Any], plan: Plan) -> Converted | str:
+def _judged(draft: Draft, fields: _Fields) -> Converted | str:
     """Checks a draft and makes it a row, or says why it is none."""
-    fields = _Fields(record, plan)
+    plan = fields.plan
     try:
-        turns = _with_system(draft.turns, fields)
-        if plan.layout != "text":
-            check_conversation(turns)
-        elif not turns[-1]["content"]:
-            raise Unreadable("empty_response")
+        turns = _with_response(_with_system(draft.turns, fields), plan)
         answer, answer_from = _answer(turns, fields)
+        rejected = draft.rejected or _labelled_bad(fields)
         row = make_row(
             _instructed(turns, plan.source.instruction),
             answer=answer,
             answer_from=answer_from,
             source=_source_name(fields),
-            conversation_id=canonical_text(fields.text("conversation_id")) or None,
-            tools=as_json(fields.value("tools")),
+            conversation_id=fields.text("conversation_id").strip() or None,
+            tools=_tools(fields),
         )
-        converted = Converted(row, _leftover(draft, record, plan))
+        leftover, aside = _leftover(draft, fields, rejected=rejected)
+        converted = Converted(row, leftover, rejected, aside)
         # Lone surrogates, from JSON escapes or bytes that are no UTF-8, fit in no file.
-        for text in (row["conversation_id"], row["tools"], row["source"], converted.leftover):
+        for text in (row["conversation_id"], row["tools"], row["source"], leftover):
             (text or "").encode()
     except Unreadable as error:
         return error.reason
@@ -300,13 +318,61 @@ def _judged(draft: Draft, record: Mapping[str, Any], plan: Plan) -> Converted | 
     return converted
 
 
+def _with_response(turns: list[Turn], plan: Plan) -> list[Turn]:
+    """The conversation as a row has it; a prompt alone ends in an empty response.
+
+    Raises:
+        Unreadable: `has_response` among prompts, or as `check_conversation`.
+    """
+    if plan.layout == "text":
+        if not turns[-1]["content"].strip():
+            raise Unreadable("empty_response")
+        return turns
+    answered = bool(turns) and turns[-1]["role"] == "assistant"
+    if plan.holds == "prompts" and answered:
+        raise Unreadable("has_response")
+    if plan.holds == "responses" or answered:
+        check_conversation(turns)
+        return turns
+    check_prompt(turns)
+    return [*turns, message("assistant", "")]
+
+
+def _labelled_bad(fields: _Fields) -> bool:
+    """Whether a label says that the response is a bad one (TRL's, ms-swift's, LLaMA-Factory's KTO).
+
+    Words are a class of something, not a label of ours, and left over.
+
+    Raises:
+        Unreadable: `label` for a number that is no truth value.
+    """
+    value = fields.value("label")
+    if not filled(value) or fields.plan.holds == "prompts":
+        fields.drop("label")
+        return False
+    label = truth(value)
+    if label is None:
+        if isinstance(value, int | float) or (isinstance(value, str) and value.strip().isdigit()):
+            raise Unreadable("label")
+        fields.drop("label")
+    return label is False
+
+
+def _tools(fields: _Fields) -> str | None:
+    given = structured(fields.value("tools"))
+    if isinstance(given, list | tuple) and fields.column("tools") == "functions":
+        given = [{"type": "function", "function": tool} for tool in given]  # the older form
+    given = plain(given)
+    return to_json(given) if given else None
+
+
 def _with_system(turns: list[Turn], fields: _Fields) -> list[Turn]:
-    system = canonical_text(fields.text("system"))
-    if not system:
+    system = fields.text("system")
+    if not system.strip():
         return turns
     if not turns or turns[0]["role"] != "system":
         return [message("system", system), *turns]
-    if turns[0]["content"] != system:
+    if canonical_text(turns[0]["content"]) != canonical_text(system):
         raise Unreadable("two_system_messages")
     return turns
 
@@ -319,19 +385,37 @@ def _instructed(turns: list[Turn], instruction: str | None) -> list[Turn]:
     if first is None:
         raise Unreadable("no_user_message")
     turn = turns[first]
-    asked = {**turn, "content": canonical_text(f"{instruction}\n{turn['content']}")}
+    asked = {**turn, "content": f"{instruction}\n{turn['content']}"}
     return [*turns[:first], asked, *turns[first + 1 :]]
 
 
 def _answer(turns: list[Turn], fields: _Fields) -> tuple[str | None, str | None]:
-    if "answer" in fields.plan.column:
-        answer = canonical_text(fields.text("answer"))
+    pattern = fields.plan.source.answer_pattern
+    if "answer" in fields.plan.names:
+        answer = _reference(fields)
+        if pattern is not None:
+            answer = _last_match(pattern, answer)
+        answer = answer.strip()
         return (answer, "independent") if answer else (None, None)
-    if fields.plan.source.answer_pattern is None:
+    if pattern is None:
         return None, None
-    found = [*re.finditer(fields.plan.source.answer_pattern, turns[-1]["content"] or "")]
-    answer = canonical_text(found[-1].group(1) or "") if found else ""
+    answer = _last_match(pattern, turns[-1]["content"])
     return (answer, "response") if answer else (None, None)
+
+
+def _last_match(pattern: str, text: str) -> str:
+    found = [*re.finditer(pattern, text)]
+    return canonical_text(found[-1].group(1) or "") if found else ""
+
+
+def _reference(fields: _Fields) -> str:
+    """The reference answer; constraints and lists of them as JSON."""
+    value = fields.value("answer")
+    if isinstance(value, Mapping) and fields.column("answer") == "reward_model":  # as verl has it
+        value = value.get("ground_truth")
+    if isinstance(value, list | tuple | Mapping):
+        return to_json(value)
+    return as_text(value)
 
 
 def _source_name(fields: _Fields) -> str:
@@ -340,16 +424,33 @@ def _source_name(fields: _Fields) -> str:
     return canonical_text(named) or canonical_text(fields.plan.stem)
 
 
-def _leftover(draft: Draft, record: Mapping[str, Any], plan: Plan) -> str | None:
-    used = set(plan.column.values())
-    rest = {name: value for name, value in record.items() if name not in used and value != ""}
+def _leftover(
+    draft: Draft, fields: _Fields, *, rejected: bool
+) -> tuple[str | None, tuple[str, ...]]:
+    """JSON of what was not read, and the names of those that say something."""
+    taken = fields.taken
+    rest = {name: v for name, v in fields.record.items() if name not in taken and v != ""}
+    aside = [name for name, value in rest.items() if filled(value)]
+    for place, keys in draft.unused.items():
+        column = place.partition(".")[0]
+        aside += [f"{column}[].{key}" for key in keys]
     if draft.pair is not None:
         # Ours is what tells the halves apart; an input column of that name steps aside.
         if "pair" in rest:
             rest["input.pair"] = rest.pop("pair")
         rest["pair"] = draft.pair
+    elif rejected:
+        rest["label"] = False
     rest = plain({**rest, **draft.unused})
-    return to_json(rest) if rest else None
+    return (_compact(rest) if rest else None), tuple(dict.fromkeys(aside))
+
+
+def _compact(rest: dict[str, Any]) -> str:
+    """JSON with sorted keys; of what nothing is hashed from, so the fast library may write it."""
+    try:
+        return orjson.dumps(rest, option=orjson.OPT_SORT_KEYS).decode()
+    except TypeError:  # whole numbers of more than 64 bits; half surrogates are found later
+        return to_json(rest)
 
 
 _READERS: dict[str, Callable[[_Fields], list[Draft | str]]] = {

@@ -4,27 +4,55 @@ Memory holds one bucket and one batch. Input batches are spilled into one scratc
 each bucket is then read back, sorted by id, collapsed, and compared with what the pool already
 holds. A bucket that did not change keeps its files; one that only grew gets a delta part; anything
 else gets a new base. The manifest comes last.
+
+Responses that are labelled bad ones lie in a table of their own: no stage takes one for a row, and
+preference pairs find them there.
 """
 
-import fcntl
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline import schema
+from siftline.disk import writing
 from siftline.ingest.readers import Source, fingerprint, read_sources
-from siftline.shards import Manifest, Part, PartWriter, RowHash, content_hash, read_bucket
+from siftline.ingest.source import Holds
+from siftline.locks import held
+from siftline.shards import (
+    Manifest,
+    Part,
+    PartWriter,
+    RowHash,
+    content_hash,
+    no_rows,
+    read_bucket,
+)
+from siftline.verified import RERUN, AlteredError, SchemaError
 
-ROWS, PROVENANCE, QUARANTINE = "rows", "provenance", "quarantine"
-_SCHEMAS = {ROWS: schema.ROW, PROVENANCE: schema.PROVENANCE, QUARANTINE: schema.QUARANTINE}
+logger = logging.getLogger(__name__)
+
+ROWS, REJECTED, PROVENANCE, QUARANTINE = "rows", "rejected", "provenance", "quarantine"
+COUNTED = (ROWS, REJECTED, PROVENANCE, QUARANTINE)
+READING = ("set_aside", "reasons", "repeated_keys", "contradicting_labels")
+"""What `info` of a pool's manifest counts: lines of its tables, and what reading met with."""
+_SCHEMAS = {
+    ROWS: schema.ROW,
+    REJECTED: schema.ROW,
+    PROVENANCE: schema.PROVENANCE,
+    QUARANTINE: schema.QUARANTINE,
+}
 _ORDER = {
     ROWS: ("id",),
+    REJECTED: ("id",),
     PROVENANCE: ("id", "file", "line", "leftover"),
     QUARANTINE: ("file", "line"),
 }
@@ -39,12 +67,15 @@ class PoolSpec:
         inputs: Where rows come from.
         buckets: Id ranges, a power of two; fixed once the pool exists.
         max_quarantine: Highest share of unreadable input rows that is tolerated.
+        holds: `responses`; `prompts` that rejection sampling answers; or, of evaluation sets,
+            `either`.
     """
 
     name: str
     inputs: tuple[Source, ...]
     buckets: int = 16
     max_quarantine: float = 0.05
+    holds: Holds = "responses"
 
     def __post_init__(self) -> None:
         if self.buckets < 1 or self.buckets & (self.buckets - 1):
@@ -69,12 +100,17 @@ class Pool:
         return self.manifest.version
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What reading met with, by the names of `READING`."""
+        return {key: self.manifest.info[key] for key in READING if key in self.manifest.info}
+
+    @property
     def buckets(self) -> int:
         """Number of id ranges."""
         return self.manifest.buckets
 
     def read(self, table: str, bucket: int, columns: list[str] | None = None) -> pa.Table:
-        """Reads one bucket of `rows`, `provenance` or (bucket 0 only) `quarantine`, sorted."""
+        """Reads one bucket of `rows`, `rejected`, `provenance` or (0 only) `quarantine`, sorted."""
         found = read_bucket(
             self.folder, self.manifest, table, bucket, schema=_SCHEMAS[table], columns=columns
         )
@@ -99,12 +135,18 @@ def _sorted(table: str, data: pa.Table) -> pa.Table:
 def collapse(rows: pa.Table) -> pa.Table:
     """Merges rows with equal ids into one with their number of copies, sorted by id.
 
-    Columns outside the identity take the smallest value seen, so input order does not matter.
+    Columns outside the identity take the smallest value seen, so input order does not matter. Nor
+    does it where texts of one canonical form are written differently: the shortest stays.
     """
     frame = pl.from_arrow(rows)
     assert isinstance(frame, pl.DataFrame)
+    again = pl.col("id").is_duplicated()
+    if frame.select(again.any()).item():
+        said = pl.col("messages").list.eval(pl.element().struct.json_encode()).list.join("\n")
+        several = frame.filter(again).sort(said.str.len_bytes(), said, "answer", "tools")
+        frame = pl.concat([frame.filter(~again), several])
     outside = ["answer_from", "conversation_id"]
-    merged = frame.group_by("id").agg(
+    merged = frame.group_by("id", maintain_order=True).agg(
         pl.col("prompt_id", "messages", "answer", "source", "tools").first(),
         pl.col(outside).min(),
         pl.col("copies").sum().cast(pl.Int32),
@@ -138,15 +180,67 @@ class _Spill:
 
     def read(self, table: str, bucket: int) -> pa.Table:
         if (table, bucket) not in self._writers:
-            return _SCHEMAS[table].empty_table()
+            return no_rows(_SCHEMAS[table])
         return pq.read_table(self._path(table, bucket)).cast(_SCHEMAS[table])
 
     def _path(self, table: str, bucket: int) -> Path:
         return self.folder / f"{table}-{bucket}.parquet"
 
 
+@dataclass
+class _Notes:
+    """What was counted while reading.
+
+    Attributes:
+        aside: Records that said something in a column or key that was not read, by its name.
+        reasons: Input rows that are none, by reason.
+        repeated: Keys that stood in an object twice.
+        contradicting: Rows labelled good in one place and bad in another; the bad label counts.
+    """
+
+    aside: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
+    contradicting: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "set_aside": dict(sorted(self.aside.items())),
+            "reasons": dict(sorted(self.reasons.items())),
+            "repeated_keys": self.repeated,
+            "contradicting_labels": self.contradicting,
+        }
+
+
+def notes_of(info: dict[str, Any]) -> list[str]:
+    """What a manifest's `info` says about the reading that a user should see; one line each."""
+    lines = []
+    aside = info.get("set_aside")
+    if aside:
+        named = ", ".join(f"{name} ({n:,})" for name, n in _most(aside))
+        lines.append(f"set aside, not read: {named}")
+    if info.get("reasons"):
+        named = ", ".join(f"{name} {n:,}" for name, n in _most(info["reasons"]))
+        lines.append(f"quarantined: {named}")
+    if info.get(REJECTED):
+        lines.append(f"labelled bad, for preference pairs only: {info[REJECTED]:,} rows")
+    if info.get("contradicting_labels"):
+        lines.append(f"labelled good and bad, taken as bad: {info['contradicting_labels']:,} rows")
+    if info.get("repeated_keys"):
+        lines.append(f"keys given twice, the last one read: {info['repeated_keys']:,}")
+    return lines
+
+
+def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def build_pool(
-    folder: Path, spec: PoolSpec, progress: Callable[[int], None] = lambda rows: None
+    folder: Path,
+    spec: PoolSpec,
+    progress: Callable[[int], None] = lambda rows: None,
+    *,
+    apart: bool = True,
 ) -> Manifest:
     """Builds or updates the pool in `folder` from its sources.
 
@@ -154,6 +248,7 @@ def build_pool(
         folder: The pool's folder.
         spec: Name, inputs, buckets and the tolerated rate of unreadable rows.
         progress: Called with the number of input rows of each batch read.
+        apart: Whether responses that are labelled bad lie apart; else they are rows like others.
 
     Returns:
         The manifest; the one on disk, untouched, where neither inputs nor `spec` changed. Where
@@ -163,11 +258,15 @@ def build_pool(
         ValueError: if no row could be read, too many could not, or `buckets` changed.
     """
     path = folder / "manifest.json"
-    inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine])
+    inputs = content_hash([fingerprint(spec.inputs), spec.max_quarantine, spec.holds, apart])
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_builder(folder) as scratch:
-        old = Manifest.load(path) if path.exists() else None
+        old = Manifest.found(path)
         if old is not None:
+            if old.info["name"] != spec.name:
+                raise AlteredError(
+                    f"{path} was replaced by that of pool {old.info['name']!r}: {RERUN}"
+                )
             if old.buckets != spec.buckets:
                 raise ValueError(
                     f"pool {spec.name!r} has {old.buckets} buckets and can't be recut to "
@@ -175,9 +274,12 @@ def build_pool(
                 )
             if old.info["inputs"] == inputs and all(_there(folder, p) for p in old.parts):
                 return old
-        spill, quarantine = _read(spec, scratch, progress)
-        manifest = _write(folder, spec, inputs, old, spill, quarantine)
+        notes = _Notes()
+        spill, quarantine = _read(spec, scratch, progress, notes, apart=apart)
+        manifest = _write(folder, spec, inputs, old, spill, quarantine, notes)
         manifest.save(path)
+    if notes.aside:
+        logger.warning("pool %s: %s", spec.name, notes_of({"set_aside": notes.aside})[0])
     return manifest
 
 
@@ -191,8 +293,7 @@ def _sole_builder(folder: Path) -> Iterator[Path]:
 
     The lock belongs to the process, so that of a killed one is free at once.
     """
-    with (folder / ".lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with held(folder / ".lock", str(folder), wait=True), writing(folder):
         for left in (*folder.glob(".*.parquet*"), *folder.glob(".manifest.json.*")):  # by a kill
             left.unlink()
         scratch = folder / ".scratch"
@@ -205,27 +306,40 @@ def _sole_builder(folder: Path) -> Iterator[Path]:
 
 
 def _read(
-    spec: PoolSpec, scratch: Path, progress: Callable[[int], None]
+    spec: PoolSpec,
+    scratch: Path,
+    progress: Callable[[int], None],
+    notes: _Notes,
+    *,
+    apart: bool,
 ) -> tuple[_Spill, pa.Table]:
     spill = _Spill(scratch, spec.buckets)
     quarantined: list[pa.Table] = []
     read = 0
     with closing(spill):
-        for batch in read_sources(spec.inputs):
-            spill.add(ROWS, batch.rows)
+        for batch in read_sources(spec.inputs, holds=spec.holds):
+            bad = pa.array(batch.rejected, pa.bool_())
+            if apart and any(batch.rejected):
+                spill.add(ROWS, batch.rows.filter(pa.compute.invert(bad)))
+                spill.add(REJECTED, batch.rows.filter(bad))
+            else:
+                spill.add(ROWS, batch.rows)
             spill.add(PROVENANCE, batch.provenance)
             quarantined.append(batch.quarantine)
+            notes.aside.update(batch.aside)
+            notes.repeated += batch.repeated
             read += batch.provenance.num_rows
             progress(batch.provenance.num_rows + batch.quarantine.num_rows)
-    quarantine = pa.concat_tables([schema.QUARANTINE.empty_table(), *quarantined])
+    quarantine = pa.concat_tables([no_rows(schema.QUARANTINE), *quarantined])
     quarantine = _sorted(QUARANTINE, quarantine)
-    bad, total = quarantine.num_rows, read + quarantine.num_rows
-    first = f"{_where(quarantine)}" if bad else ""
+    notes.reasons.update(quarantine.column("reason").to_pylist())
+    bad_rows, total = quarantine.num_rows, read + quarantine.num_rows
+    first = f"{_where(quarantine)}" if bad_rows else ""
     if not read:
         raise ValueError(f"pool {spec.name!r}: no readable row among {total} {first}".rstrip())
-    if bad > spec.max_quarantine * total:
+    if bad_rows > spec.max_quarantine * total:
         raise ValueError(
-            f"pool {spec.name!r}: {bad} of {total} input rows can't be read, more than "
+            f"pool {spec.name!r}: {bad_rows} of {total} input rows can't be read, more than "
             f"max_quarantine {spec.max_quarantine:g} {first}"
         )
     return spill, quarantine
@@ -243,20 +357,30 @@ def _write(
     old: Manifest | None,
     spill: _Spill,
     quarantine: pa.Table,
+    notes: _Notes,
 ) -> Manifest:
     writer = PartWriter(folder)
-    version = RowHash()  # buckets in order are the pool in id order, so the cut does not show
+    # Buckets in order are the pool in id order, so the cut does not show.
+    version, of_rejected = RowHash(), RowHash()
     for bucket in range(spec.buckets):
-        rows = collapse(spill.read(ROWS, bucket))
+        rows, rejected = (collapse(spill.read(table, bucket)) for table in (ROWS, REJECTED))
+        twice = pa.compute.is_in(rows["id"], rejected["id"].combine_chunks())
+        notes.contradicting += pa.compute.sum(twice).as_py() or 0
+        rows = rows.filter(pa.compute.invert(twice))
         version.update(rows)
+        of_rejected.update(rejected)
+        _write_bucket(writer, folder, old, REJECTED, bucket, rejected)
         _write_bucket(writer, folder, old, ROWS, bucket, rows)
         lines = _sorted(PROVENANCE, spill.read(PROVENANCE, bucket))
         _write_bucket(writer, folder, old, PROVENANCE, bucket, lines)
     writer.add(QUARANTINE, 0, quarantine)
     parts = tuple(writer.parts)
     counts = {t: sum(p.rows for p in parts if p.table == t) for t in _SCHEMAS}
-    info = {"name": spec.name, "inputs": inputs, **counts}
-    return Manifest(version.hexdigest(), spec.buckets, parts, info)
+    info = {"name": spec.name, "inputs": inputs, **counts, **notes.as_json(), "holds": spec.holds}
+    named = version.hexdigest()
+    if counts[REJECTED]:
+        named = content_hash([named, of_rejected.hexdigest()])
+    return Manifest(named, spec.buckets, parts, info)
 
 
 def _write_bucket(
@@ -266,7 +390,11 @@ def _write_bucket(
     kept = [p for p in old.parts if (p.table, p.bucket) == (table, bucket)] if old else []
     if kept and all(_there(folder, part) for part in kept):
         assert old is not None
-        before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        try:
+            before = read_bucket(folder, old, table, bucket, schema=_SCHEMAS[table])
+        except SchemaError:  # of a version with other columns
+            writer.add(table, bucket, data)
+            return
         known = set(map(repr, before.to_pylist()))
         now = data.to_pylist()
         fresh = pa.array([repr(row) not in known for row in now], pa.bool_())

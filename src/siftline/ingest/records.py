@@ -1,4 +1,4 @@
-"""Files of each format into records, one at a time, with what can't be read told apart.
+"""The one reader: files of each format into records, with what can't be read told apart.
 
 A record that can't be read is a `Fault` and reading goes on; a file that can't be read is a
 ValueError that names it and the remedy. JSONL, CSV, Parquet and Arrow are streamed: one line or one
@@ -11,8 +11,9 @@ may span lines and the binary formats have none.
 import csv
 import io
 import json
+import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -21,19 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.ingest.files import InputFile, load_dataset
+from siftline.ingest.limits import (
+    FILE_BYTES,
+    RECORD_BYTES,
+    TOO_LONG,
+    bounded_lines,
+    record_fault,
+)
+from siftline.ingest.parse import Unparsable, parse_record, parse_text, whole_text
+
+logger = logging.getLogger(__name__)
 
 EXCERPT = 200
 """Characters of a record that quarantine keeps."""
 _ROWS = 256  # rows decoded at once; long conversations make more of them costly
-_CSV_FIELD = 64 << 20  # characters; an unclosed quote stops here instead of eating the file
+_CSV_FIELD = RECORD_BYTES  # characters; an unclosed quote stops here instead of eating the file
+_SEPARATORS = (",", ";", "\t", "|")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its line or row number from 1, and its columns."""
+    """One record: its line or row number from 1, its columns, and how many keys were repeated."""
 
     line: int
     value: dict[str, Any]
+    repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,17 @@ def read_records(file: InputFile) -> Iterator[Record | Fault]:
     with _whole_file_faults(file):
         for item in _READERS[file.format](file):
             count += 1
-            yield item
+            yield _within_limits(item)
     if not count:
         raise EmptyFile(file.path)
+
+
+def _within_limits(item: Record | Fault) -> Record | Fault:
+    reason = record_fault(item.value) if isinstance(item, Record) else None
+    if reason is None:
+        return item
+    assert isinstance(item, Record)
+    return Fault(item.line, reason, excerpt(", ".join(item.value)))
 
 
 def excerpt(value: object) -> str:
@@ -100,19 +121,19 @@ def _whole_file_faults(file: InputFile) -> Iterator[None]:
 
 def _read_jsonl(file: InputFile) -> Iterator[Record | Fault]:
     with _utf8_bytes(file) as stream:
-        for line, raw in enumerate(stream, start=1):
-            if raw.strip():
+        for line, raw, reason in bounded_lines(stream):
+            if reason is not None:
+                yield Fault(line, reason, excerpt(raw))
+            elif raw.strip():
                 yield _parse_line(line, raw)
 
 
 def _parse_line(line: int, raw: bytes) -> Record | Fault:
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Fault(line, "invalid_utf8", excerpt(raw))
-    except (ValueError, RecursionError):
-        return Fault(line, "invalid_json", excerpt(raw))
-    return Record(line, value) if isinstance(value, dict) else _no_object(line, value)
+        value, repeated = parse_record(raw)
+    except Unparsable as error:
+        return Fault(line, error.reason, excerpt(raw))
+    return Record(line, value, repeated) if isinstance(value, dict) else _no_object(line, value)
 
 
 def _no_object(line: int, value: object) -> Fault:
@@ -124,27 +145,48 @@ def _read_json(file: InputFile) -> Iterator[Record | Fault]:
         yield from _read_jsonl(file)
         return
     with _utf8_bytes(file) as stream:
-        # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
-        text = stream.read().decode("utf-8", "surrogateescape")
-    if not text.strip():
+        raw = stream.read(FILE_BYTES + 1)
+        if len(raw) > FILE_BYTES:
+            raise ValueError(
+                f"{file.path}: one JSON array of more than {FILE_BYTES:,} bytes, which has to be "
+                "in memory whole: write one object a line (format jsonl)"
+            )
+    if not raw.strip():
         return
+    values, repeated = _parse_array(file, raw)
+    for line, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            yield _no_object(line, value)
+        elif not whole_text(value):
+            yield Fault(line, "invalid_utf8", excerpt(value))
+        else:
+            yield Record(line, value, repeated if line == 1 else 0)
+
+
+def _parse_array(file: InputFile, raw: bytes) -> tuple[list[Any], int]:
+    """A whole file's array; repeated keys are counted for all of its records together."""
+    # Bytes that are no UTF-8 survive as surrogates, so they cost their record, not the file.
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: no valid JSON ({error}); correct or rewrite it") from error
+        values, repeated = parse_text(raw.decode("utf-8", "surrogateescape"))
+    except Unparsable as error:
+        raise ValueError(
+            f"{file.path}: no valid JSON ({error.__cause__}); correct or rewrite it"
+        ) from error
     if not isinstance(values, list):
         raise ValueError(
             f"{file.path}: a JSON file must hold one array of objects, or one object a line "
             f"(format jsonl); it holds {type(values).__name__}"
         )
-    for line, value in enumerate(values, start=1):
-        yield Record(line, value) if isinstance(value, dict) else _no_object(line, value)
+    return values, repeated
 
 
 def _holds_lines(file: InputFile) -> bool:
     """Whether a `.json` file is in truth JSONL, as many published ones are."""
     with _utf8_bytes(file) as stream:
-        first = next((raw for raw in stream if raw.strip()), b"")
+        found = ((raw, reason) for _, raw, reason in bounded_lines(stream) if raw.strip())
+        first, reason = next(found, (b"", None))
+    if reason is not None:  # an object all the same, if one that can't be read
+        return first.lstrip().startswith(b"{")
     return first.lstrip().startswith(b"{") and isinstance(_parse_line(1, first), Record)
 
 
@@ -153,9 +195,12 @@ def _read_csv(file: InputFile) -> Iterator[Record | Fault]:
     csv.field_size_limit(max(_CSV_FIELD, csv.field_size_limit()))
     with _utf8_bytes(file) as stream:
         text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
+        first = text.readline(RECORD_BYTES + 1)
         last = [""]
+        separator = _separator(file, first)
         # Strict: a broken quote is an error, not a guess.
-        rows = csv.reader(_remember(text, last), strict=True)
+        lines = _Lines(text, last, first)
+        rows = csv.reader(lines, strict=True, delimiter=separator)
         try:
             header = next(rows, None)
         except csv.Error as error:
@@ -171,50 +216,105 @@ def _read_csv(file: InputFile) -> Iterator[Record | Fault]:
                 return
             except csv.Error as error:
                 line += 1
-                yield Fault(line, "invalid_csv", excerpt(f"{error}: {last[0]}"))
+                reason = TOO_LONG if isinstance(error, LongLine) else "invalid_csv"
+                yield Fault(line, reason, excerpt(f"{error}: {last[0]}"))
                 continue
             if fields:
                 line += 1
                 yield _csv_record(line, header, fields)
 
 
-def _remember(lines: Iterable[str], last: list[str]) -> Iterator[str]:
-    """Passes lines on and keeps the newest in `last`, for the excerpt of a broken row."""
-    for last[0] in lines:
-        yield last[0]
+class LongLine(csv.Error):
+    """A line of a CSV file that is not read to its end."""
+
+
+class _Lines:
+    """Passes lines on and keeps the newest in `last`, for the excerpt of a broken row.
+
+    No generator: it goes on behind a line that it refuses.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, last: list[str], first: str) -> None:
+        self._text, self._last, self._first = text, last, first
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._first or self._text.readline(RECORD_BYTES + 1)
+        self._first = ""
+        if not line:
+            raise StopIteration
+        self._last[0] = line
+        if len(line) > RECORD_BYTES:
+            self._last[0] = line[:EXCERPT]
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(1 << 20)
+            raise LongLine(f"a line of more than {RECORD_BYTES:,} characters")
+        return line
+
+
+def _separator(file: InputFile, header: str) -> str:
+    """What parts the fields: the comma, unless the header has none and another mark parts it."""
+    cut = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in _SEPARATORS}
+    if cut[","] > 1:
+        return ","
+    found = max(_SEPARATORS, key=lambda mark: cut[mark])
+    if cut[found] < 2:
+        return ","
+    logger.info("%s: its fields are parted by %r", file.path, found)
+    return found
 
 
 def _csv_record(line: int, header: list[str], fields: list[str]) -> Record | Fault:
+    if len(fields) == len(header) + 1 and not fields[-1]:  # a mark behind the last field, too
+        fields = fields[:-1]
     if len(fields) != len(header):
         reason = "too_many_fields" if len(fields) > len(header) else "too_few_fields"
         return Fault(line, reason, excerpt(",".join(fields)))
-    return Record(line, dict(zip(header, fields, strict=True)))
+    value = dict(zip(header, fields, strict=True))
+    return (
+        Record(line, value) if whole_text(fields) else Fault(line, "invalid_utf8", excerpt(value))
+    )
 
 
-def _read_parquet(file: InputFile) -> Iterator[Record | Fault]:
-    with file.open() as stream, pq.ParquetFile(stream) as parquet:
-        _check_names(file, parquet.schema_arrow.names)
-        yield from _records_of(parquet.iter_batches(batch_size=_ROWS))
+def _read_binary(file: InputFile) -> Iterator[Record | Fault]:
+    yield from _records_of(batches_of(file, _ROWS))
 
 
-def _read_arrow(file: InputFile) -> Iterator[Record | Fault]:
+BINARY = ("parquet", "arrow", "datasets")
+"""Formats that `batches_of` reads."""
+
+
+def batches_of(file: InputFile, rows: int = 1 << 16) -> Iterator[pa.RecordBatch]:
+    """Record batches of a file in a binary format, in the order rows are counted.
+
+    Args:
+        file: The file.
+        rows: Most rows of a batch, where the format is not cut into batches itself.
+
+    Raises:
+        ValueError: if two columns have one name, or one is no UTF-8.
+    """
+    if file.format == "datasets":
+        for table in load_dataset(file.source).iter(batch_size=min(rows, 1000)):
+            yield from table.to_batches()
+        return
     with file.open() as stream:
+        if file.format == "parquet":
+            with pq.ParquetFile(stream) as parquet:
+                _check_names(file, parquet.schema_arrow.names)
+                yield from parquet.iter_batches(batch_size=rows)
+            return
         # The IPC file format starts with this; what lacks it is the stream format.
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(stream)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            reader = pa.ipc.open_stream(stream)
-            batches = iter(reader)
+        reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
         _check_names(file, reader.schema.names)
-        yield from _records_of(batches)
-
-
-def _read_dataset(file: InputFile) -> Iterator[Record | Fault]:
-    tables = load_dataset(file.source).iter(batch_size=_ROWS)
-    yield from _records_of(batch for table in tables for batch in table.to_batches())
+        if is_file:
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            yield from reader
 
 
 def _records_of(batches: Iterator[pa.RecordBatch]) -> Iterator[Record | Fault]:
@@ -273,7 +373,5 @@ _READERS: dict[str, Callable[[InputFile], Iterator[Record | Fault]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
-    "datasets": _read_dataset,
+    **dict.fromkeys(BINARY, _read_binary),
 }

@@ -21,6 +21,9 @@ Layout = Literal[
     "pairs",
 ]
 
+Holds = Literal["responses", "prompts", "either"]
+"""What the records are: answered, prompts alone, or (evaluation sets) whichever comes."""
+
 LAYOUT_FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -32,8 +35,42 @@ LAYOUT_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The fields that belong to a layout; `answer` is common, yet may be a question's response."""
 
-COMMON_FIELDS = ("answer", "source", "conversation_id", "system", "tools")
+COMMON_FIELDS = (
+    "answer",
+    "source",
+    "conversation_id",
+    "system",
+    "tools",
+    "history",
+    "label",
+    "reasoning",
+)
 FIELDS = (*dict.fromkeys(f for fields in LAYOUT_FIELDS.values() for f in fields), *COMMON_FIELDS)
+NAMES: dict[str, tuple[str, ...]] = {
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "completion": ("completion", "response"),
+    "question": ("question", "query", "problem"),
+    "chosen": ("chosen", "chosen_messages"),
+    "rejected": ("rejected", "rejected_messages", "rejected_response"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+    "label": ("label", "kto_tag"),
+    "reasoning": ("reasoning_content", "thinking"),
+}
+"""Columns that mean a field, first come first taken, where it is not mapped; else its own name.
+
+LLaMA-Factory, TRL, axolotl, OpenAI and ms-swift write them so; `context` is Dolly's."""
+ANSWERS = (
+    "answer",
+    "ground_truth",
+    "reward_model",
+    "final_answer",
+    "reference_answer",
+    "solution",
+    "constraints",
+)
+"""Columns that hold the reference answer of a prompt without a response, where none is mapped."""
 DATASETS = "datasets:"
 
 _ENDINGS = {
@@ -41,6 +78,7 @@ _ENDINGS = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -67,7 +105,8 @@ class Source:
         instruction: Text put before every prompt with a newline, for tasks whose files lack it.
         answer_pattern: Regular expression with one group, searched in the response; the last match
             is the reference answer, and `answer_from` says `response`.
-        split: Which split, for `datasets` only.
+        split: Which split, for `datasets` and for folders that it saved.
+        set_aside: Columns that are not to be read, whatever their name says.
 
     Raises:
         ValueError: for an unknown field, format or layout, or settings that contradict each other.
@@ -81,6 +120,7 @@ class Source:
     instruction: str | None = None
     answer_pattern: str | None = None
     split: str = "train"
+    set_aside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -102,6 +142,9 @@ class Source:
                 near = difflib.get_close_matches(name, FIELDS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(FIELDS)}"
                 raise ValueError(f"columns maps the unknown field {name!r}; {hint}")
+        both = set(self.set_aside) & set(self.columns.values())
+        if both:
+            raise ValueError(f"column {min(both)!r} is mapped and set aside: leave one out")
         foreign = self.mapped_layout_fields() - set(LAYOUT_FIELDS.get(self.layout, FIELDS))
         if foreign:
             raise ValueError(

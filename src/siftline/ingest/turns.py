@@ -1,4 +1,4 @@
-"""Messages of the chat formats in use into canonical messages, and odd values into text or JSON.
+"""Messages of the chat formats in use into our messages, and odd values into text or JSON.
 
 Two rules make one conversation get one id from JSONL, JSON and Parquet alike: a key whose value is
 null is an absent key (Parquet fills structs with nulls), and every structured value becomes JSON
@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from siftline.schema import canonical_text, message
+from siftline.ingest.meanings import check_of, filled, has_placeholder, is_media_part, truth
+from siftline.schema import message
 
-Turn = dict[str, str | None]
+Turn = dict[str, Any]
 
 _ROLES = {
     "user": "user",
@@ -35,7 +36,13 @@ _ROLES = {
     "tool_call": "assistant",
 }
 _CALL_ROLES = ("function_call", "tool_call")
-_TURN_KEYS = ("role", "from", "content", "value", "reasoning_content", "reasoning", "tool_calls")
+_CORE = frozenset({"role", "from", "content", "value"})
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_LOSS = ("weight", "train", "training", "loss", "loss_weight")
+"""OpenAI, axolotl (two names), ms-swift, LLaMA-Factory: whether a turn carries loss."""
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_THOUGHT_PARTS = ("reasoning", "thinking")
+_CALL_PARTS = ("tool_call", "tool_calls", "function_call")
 
 
 class Unreadable(Exception):
@@ -61,8 +68,13 @@ def as_text(value: object) -> str:
     raise Unreadable("wrong_type")
 
 
-def plain(value: Any) -> Any:
-    """The value in JSON types: null entries and NaN dropped from objects, other types as text."""
+def plain(value: Any, keep: str | None = None) -> Any:
+    """The value in JSON types: null entries and NaN dropped from objects, other types as text.
+
+    Args:
+        value: Anything a file gives.
+        keep: Key below which null entries stay.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -70,23 +82,34 @@ def plain(value: Any) -> Any:
             return None
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        pairs = ((str(k), plain(v)) for k, v in value.items())
+        pairs = ((str(k), _whole(v) if k == keep else plain(v, keep)) for k, v in value.items())
         return {k: v for k, v in pairs if v is not None}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [plain(v, keep) for v in value]
     return str(value)
+
+
+def _whole(value: Any) -> Any:
+    """As `plain`, with the null entries of objects."""
+    if isinstance(value, Mapping):
+        return {str(k): _whole(v) for k, v in value.items()}
+    return [_whole(v) for v in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def to_json(value: Any) -> str:
     """Canonical JSON of `plain(value)`: sorted keys, no spaces."""
-    return json.dumps(plain(value), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return _dumped(plain(value))
 
 
-def as_json(value: object) -> str | None:
-    """A structured column (tools, tool calls), given as such or as a JSON string; None when empty.
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def structured(value: object) -> Any:
+    """A list or object, given as such or as a JSON string; None when empty.
 
     Raises:
-        Unreadable: `wrong_type` if it is neither an object, nor a list, nor JSON of one.
+        Unreadable: `wrong_type` if it is neither.
     """
     if isinstance(value, str):
         value = _parsed(value) if value.strip() else None
@@ -94,96 +117,240 @@ def as_json(value: object) -> str | None:
         return None
     if not isinstance(value, list | tuple | Mapping):
         raise Unreadable("wrong_type")
-    value = plain(value)
-    return canonical_text(to_json(value)) if value else None
+    return value or None
 
 
-def read_turns(value: object) -> tuple[list[Turn], dict[str, Any]]:
-    """Reads a conversation: a list of messages, or the JSON of one.
+def as_json(value: object, keep: str | None = None) -> str | None:
+    """A structured column (tools, tool calls) as JSON; None when empty. See `plain` for `keep`.
+
+    Raises:
+        Unreadable: `wrong_type` if it is neither an object, nor a list, nor JSON of one.
+    """
+    value = plain(structured(value), keep)
+    return _dumped(value) if value else None
+
+
+def read_turns(value: object, *, nulls: bool = False) -> tuple[list[Turn], dict[str, Any]]:
+    """Reads a conversation: a list of messages, one message, or the JSON of either.
 
     Args:
         value: OpenAI messages (`role`, `content`) or ShareGPT turns (`from`, `value`).
+        nulls: Whether a null argument of a call was written, and is not a column's filling.
 
     Returns:
-        The canonical messages, and by message number (from 0) the keys no mapping used.
+        The messages, and by message number (from 0) the keys no mapping used.
 
     Raises:
-        Unreadable: `wrong_type` or `unknown_role`.
+        Unreadable: `wrong_type`, `unknown_role`, or what `meanings` sets apart.
     """
     if isinstance(value, str):
         value = _parsed(value)
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise Unreadable("wrong_type")
-    unused = {}
+    turns, unused = [], {}
     for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping):
+        if type(turn) is not dict and not isinstance(turn, Mapping):
             raise Unreadable("wrong_type")
-        rest = plain({k: v for k, v in turn.items() if k not in _TURN_KEYS})
+        read, rest = _read_turn(turn, nulls=nulls)
+        turns.append(read)
         if rest:
             unused[str(number)] = rest
-    return [_read_turn(turn) for turn in value], unused
+    return turns, unused
 
 
 def user(content: str) -> Turn:
-    """One canonical user message."""
-    return message("user", content)
+    """One user message."""
+    return _checked(message("user", content))
 
 
 def assistant(content: str) -> Turn:
-    """One canonical assistant message."""
-    return message("assistant", content)
+    """One assistant message."""
+    return _checked(message("assistant", content))
 
 
 def check_conversation(turns: Sequence[Turn]) -> None:
     """Holds to what every prompted row needs: something asked, and an assistant's answer to it.
 
     Raises:
-        Unreadable: `no_response`, `empty_response` or `empty_prompt`.
+        Unreadable: `no_response`, `empty_response`, `no_loss` or `empty_prompt`.
     """
     if not turns or turns[-1]["role"] != "assistant":
         raise Unreadable("no_response")
-    if not turns[-1]["content"] and not turns[-1]["tool_calls"]:
+    if not _says(turns[-1]):
         raise Unreadable("empty_response")
-    # A system message alone asks nothing.
-    if not any(t["content"] or t["tool_calls"] for t in turns[:-1] if t["role"] != "system"):
+    if turns[-1]["weight"] == 0:
+        raise Unreadable("no_loss")
+    check_prompt(turns[:-1])
+
+
+def check_prompt(turns: Sequence[Turn]) -> None:
+    """A system message alone asks nothing.
+
+    Raises:
+        Unreadable: `empty_prompt`.
+    """
+    if not any(_says(t) for t in turns if t["role"] != "system"):
         raise Unreadable("empty_prompt")
 
 
-def _read_turn(turn: Mapping[str, Any]) -> Turn:
+def _says(turn: Turn) -> bool:
+    return bool(turn["content"].strip() or turn["tool_calls"])
+
+
+def _checked(turn: Turn) -> Turn:
+    if has_placeholder(turn["content"]):
+        raise Unreadable("media")
+    return turn
+
+
+def _read_turn(turn: Mapping[str, Any], *, nulls: bool) -> tuple[Turn, dict[str, Any]]:
+    if len(turn) == 2:  # as most are
+        text, role = turn.get("content"), _ROLES.get(turn.get("role"))  # type: ignore[arg-type]
+        if role is not None and isinstance(text, str) and turn["role"] not in _CALL_ROLES:
+            return _checked(message(role, text)), {}
     named = _first(turn, "role", "from")
     if not isinstance(named, str):
         raise Unreadable("unknown_role" if named is None else "wrong_type")
     named = named.strip().lower()
-    if named not in _ROLES:
+    role = _ROLES.get(named)
+    if role is None:
         raise Unreadable("unknown_role")
-    content, calls = _first(turn, "content", "value"), turn.get("tool_calls")
+    content = _first(turn, "content", "value")
+    rest = {k: v for k, v in turn.items() if k not in _CORE and v is not None}
+    if isinstance(content, str) and not rest and named not in _CALL_ROLES:
+        return _checked(message(role, content)), {}
     if named in _CALL_ROLES:
-        content, calls = None, content
-    reasoning = as_text(_first(turn, "reasoning_content", "reasoning"))
-    text = _content(content)
-    return message(_ROLES[named], text, reasoning=reasoning, tool_calls=as_json(calls))
+        rest["tool_calls"], content = _call(content), None
+    text, parts = _content(content)
+    rest = {**parts, **rest}
+    fields = _take_fields(role, rest, "arguments" if nulls else None)
+    return _checked(message(role, text, **fields)), plain(rest)
 
 
-def _content(value: object) -> str:
-    """A message's text: a string, or text parts joined by newlines as vLLM joins them."""
+def _take_fields(role: str, rest: dict[str, Any], keep: str | None) -> dict[str, Any]:
+    """Takes the keys that a message has a field for out of `rest`.
+
+    Raises:
+        Unreadable: for a key that changes what the turn means and has no field.
+    """
+    found: dict[str, Any] = {}
+    for key in _REASONING:
+        if isinstance(rest.get(key), str):
+            thought = rest.pop(key)
+            if "reasoning" not in found and thought.strip():
+                found["reasoning"] = thought
+            elif thought.strip() and thought != found["reasoning"]:
+                rest[key] = thought
+    calls, legacy = rest.pop("tool_calls", None), rest.pop("function_call", None)
+    found["tool_calls"] = as_json(calls, keep)
+    if filled(legacy) and found["tool_calls"] is None:
+        found["tool_calls"] = as_json(_wrapped(legacy), keep)
+    for key in ("tool_call_id", "name"):
+        found[key] = as_text(rest.pop(key, None)) or None
+    found["weight"] = _loss(role, rest)
+    for key, value in rest.items():
+        check = check_of(key)
+        reason = check(value) if check else None
+        if reason is not None:
+            raise Unreadable(reason)
+    return found
+
+
+def _loss(role: str, rest: dict[str, Any]) -> int | None:
+    """0 where the turn carries no loss; takes the keys that say so.
+
+    Raises:
+        Unreadable: `weight` for anything between, `prompt_loss` where another's turn is learned.
+    """
+    weights = []
+    for key in _LOSS:
+        given = rest.pop(key, None)
+        if not filled(given):
+            continue
+        carries = truth(given)
+        if carries is None:
+            raise Unreadable("weight")
+        weights.append(carries)
+    if role != "assistant":
+        if any(weights):
+            raise Unreadable("prompt_loss")
+        return None
+    return None if all(weights) else 0
+
+
+def _wrapped(call: object) -> Any:
+    """A call of the older form, `{name, arguments}`, in the form that replaced it."""
+    call = structured(call)
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise Unreadable("function_call")
+    return [{"type": "function", "function": dict(call)}]
+
+
+def _call(value: object) -> Any:
+    """The call that a ShareGPT turn is.
+
+    Raises:
+        Unreadable: `function_call` if it is no JSON of one.
+    """
+    try:
+        call = structured(value)
+    except Unreadable:
+        raise Unreadable("function_call") from None
+    if call is None:
+        raise Unreadable("function_call")
+    return call
+
+
+def _content(value: object) -> tuple[str, dict[str, Any]]:
+    """A message's text, and reasoning and calls that stand among its parts.
+
+    A string, or text parts joined by newlines as vLLM joins them.
+    """
     if not isinstance(value, list | tuple):
-        return as_text(value)
-    texts = []
+        return as_text(value), {}
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
     for part in value:
-        text = part.get("text") if isinstance(part, Mapping) else part
-        # Images, audio and thinking parts have no place in a row; dropping them would lie.
-        if not isinstance(text, str) or (isinstance(part, Mapping) and _is_not_text(part)):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if is_media_part(kind):
+            raise Unreadable("media")
+        said = _said(part, kind)
+        if kind in _CALL_PARTS:
+            calls.append(said)
+        elif not isinstance(said, str) or kind not in (*_TEXT_PARTS, *_THOUGHT_PARTS):
+            # Parts of other kinds have no place in a row; dropping them would lie.
             raise Unreadable("wrong_type")
-        texts.append(text)
-    return "\n".join(texts)
+        else:
+            (thoughts if kind in _THOUGHT_PARTS else texts).append(said)
+    found: dict[str, Any] = {}
+    if thoughts:
+        found["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        found["tool_calls"] = [call for said in calls for call in _listed(said)]
+    return "\n".join(texts), found
 
 
-def _is_not_text(part: Mapping[str, Any]) -> bool:
-    return part.get("type", "text") not in (None, "text", "input_text", "output_text")
+def _said(part: object, kind: object) -> Any:
+    """What a part holds: under `text`, LLaMA-Factory's `value`, or its own type's name."""
+    if not isinstance(part, Mapping):
+        return part
+    return _first(part, "text", "value", *([kind] if isinstance(kind, str) else []))
+
+
+def _listed(said: object) -> list[Any]:
+    call = _call(said)
+    return list(call) if isinstance(call, list | tuple) else [call]
 
 
 def _first(turn: Mapping[str, Any], *keys: str) -> Any:
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+    for key in keys:
+        value = turn.get(key)
+        if value is not None:
+            return value
+    return None
 
 
 def _parsed(text: str) -> Any:

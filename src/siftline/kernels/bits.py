@@ -65,31 +65,160 @@ def high32(typing: Any, data: Any, at: Any) -> Any:
 
 
 @intrinsic
-def fold32(typing: Any, data: Any, at: Any, out: Any, to: Any) -> Any:
-    """Writes data[at : at + 32], ASCII, to out[to : to + 32]: small letters, digits, else zeros."""
+def lower32(typing: Any, data: Any, at: Any, out: Any, to: Any) -> Any:
+    """Writes data[at : at + 32], ASCII, to out[to : to + 32], capital letters as small ones."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = _loaded(context, builder, signature.args[0], args[0], args[1], 32)
-        low = builder.or_(value, _all(32, 0x20))
-        letter = builder.icmp_unsigned("<", builder.sub(low, _all(32, ord("a"))), _all(32, 26))
-        digit = builder.icmp_unsigned("<", builder.sub(value, _all(32, ord("0"))), _all(32, 10))
-        folded = builder.select(builder.or_(letter, digit), low, _all(32, 0))
+        capital = _between(builder, value, "A", "Z", 32)
+        low = builder.select(capital, builder.or_(value, _all(32, 0x20)), value)
         place = _place(context, builder, signature.args[2], args[2], args[3], 32)
-        builder.store(folded, place).align = 1
+        builder.store(low, place).align = 1
         return context.get_dummy_value()
 
     return types.void(data, types.int64, out, types.int64), build
 
 
 @intrinsic
-def filled64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit for each of data[at : at + 64] of a uint8 array, byte 0 lowest, set if not zero."""
+def letters64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: small letters of ASCII."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return builder.bitcast(builder.icmp_unsigned("!=", value, _all(64, 0)), ir.IntType(64))
+        return _bits64(builder, _between(builder, value, "a", "z", 64))
 
     return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def others64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: digits, and bytes that are not ASCII."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(
+            builder,
+            builder.or_(
+                _between(builder, value, "0", "9", 64), builder.icmp_signed("<", value, _all(64, 0))
+            ),
+        )
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def printed64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: ASCII but spaces and controls."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, builder.icmp_signed(">", value, _all(64, ord(" "))))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def inner64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: what may be inside a word or number, .,':;."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, _one_of(builder, value, ":;", ".,'", 64))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def signs64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: what is a sign, #$%&*+/<=>@^|~."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, _one_of(builder, value, "#&*+<>", "/@\\^|~", 64))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def hyphens64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: hyphens."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, builder.icmp_unsigned("==", value, _all(64, ord("-"))))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def opening64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: ([{."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, _one_of(builder, value, "", "([{", 64))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def closing64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: )]}."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, _one_of(builder, value, "", ")]}", 64))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def unclear64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: !_."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        return _bits64(builder, _one_of(builder, value, "", "!_", 64))
+
+    return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def same64(typing: Any, data: Any, at: Any) -> Any:
+    """One bit a byte of data[at : at + 64], uint8: equal to the byte before it."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+        before = builder.sub(args[1], ir.Constant(args[1].type, 1))
+        last = _loaded(context, builder, signature.args[0], args[0], before, 64)
+        return _bits64(builder, builder.icmp_unsigned("==", value, last))
+
+    return types.uint64(data, types.int64), build
+
+
+def _bits64(builder: Any, lanes: Any) -> Any:
+    """64 truth values as bits of a number; joined with others in vectors they compile badly."""
+    word = ir.IntType(64)
+    number = builder.bitcast(lanes, word)
+    return builder.asm(ir.FunctionType(word, [word]), "", "=r,0", [number], False)
+
+
+def _one_of(builder: Any, value: Any, ranges: str, chars: str, lanes: int) -> Any:
+    """Whether each byte is in one of some ranges, given by their ends, or some character."""
+    found = [
+        _between(builder, value, ranges[k], ranges[k + 1], lanes) for k in range(0, len(ranges), 2)
+    ]
+    found += [builder.icmp_unsigned("==", value, _all(lanes, ord(char))) for char in chars]
+    whole = found[0]
+    for part in found[1:]:
+        whole = builder.or_(whole, part)
+    return whole
+
+
+def _between(builder: Any, value: Any, low: str, high: str, lanes: int) -> Any:
+    """Whether each byte is one of a range of characters."""
+    off = builder.sub(value, _all(lanes, ord(low)))
+    return builder.icmp_unsigned("<", off, _all(lanes, ord(high) - ord(low) + 1))
 
 
 def _all(lanes: int, value: int) -> Any:

@@ -1,109 +1,286 @@
-"""What each Unicode code point is to a word: a table of classes and a table of simple folds.
+"""What each Unicode code point is to a text that is compared: tables of classes and folds.
 
-Python knows all of Unicode but works on objects; compiled code knows none. So `unicodedata` is read
-once into two arrays that a kernel looks code points up in. Classes:
+Compiled code knows nothing of Unicode, so its properties are read once into arrays: the word breaks
+of UAX #29, line breaks and categories as the `regex` package has them, normal forms as Python's
+`unicodedata` has them. Classes:
 
-* letters, numbers and private use make words;
-* a character of a script written without spaces (Han, kana, Thai, Lao, Khmer, Burmese, ...) and a
-  symbol such as an emoji is a word by itself, together with the marks that follow it;
-* combining marks belong to the character before them;
-* format characters (joiners, variation selectors, soft hyphen) are not there at all, except the
-  zero-width space, which parts words;
-* all else parts words: punctuation, mathematical signs, currency, spaces.
+* WORD: letters and numbers, as UAX #29 joins them (ALetter, Hebrew_Letter, Numeric);
+* SOLO: a character of a script written without spaces (Han, kana, Thai, Lao, Khmer, Burmese,
+  Javanese, ...), which is a word by itself together with the marks that follow it. Vowels of Khmer
+  and its like are characters too, as the spacing ones of Thai are, or a syllable would be one word;
+* SIGN: currency, arrows, emoji, mathematical and other symbols, each a word by itself;
+* MARK: combining marks, which belong to what is before them. Of ORDERED ones several may have to
+  be sorted, JOINING ones may compose with what is before them;
+* NOTHING: format characters (joiners, variation selectors, soft hyphen), which are not there;
+* SPACE and PARTS: spaces and punctuation.
 
-The fold of a code point is its NFKC form without case, as long as that is a single code point: it
-takes full-width letters to ASCII and half-width kana to full, but leaves ligatures alone. Texts are
-not composed first, so the two spellings of "é" differ.
+The fold of a character is its NFKC form without case (Unicode's NFKC_Casefold), and furthermore:
+typographic dashes, quotes and operators are those of ASCII (a root sign is "/^"), digits of any
+script are 0 to 9, a superscript "2" is "^2", and a fraction does not run into the digits before
+it. So full-width and composed forms, ligatures and typography make no difference. What would grow
+over four times in UTF-8 stays as it is; U+0345 keeps its place below the letter.
 """
 
-from bisect import bisect_right
 from functools import cache
-from unicodedata import category, decomposition, normalize
+from hashlib import sha256
+from typing import NamedTuple
+from unicodedata import category, combining, decimal, decomposition, normalize
 
 import numpy as np
 
-PARTS, WORD, SOLO, MARK, NOTHING, SPACE = range(6)
-LIMIT = 0x110000
+from siftline.kernels.machine import kept
 
-_DENSE = 0x34000  # above are unassigned planes, tags, variation selectors and private use
-_UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x1950, 0x19DF),  # Tai Le, New Tai Lue
-    (0x1A20, 0x1AAF),  # Tai Tham
-    (0x3005, 0x3007),  # ideographic iteration mark, closing mark and zero
-    (0x3040, 0x30FF),  # kana
-    (0x3105, 0x312F),  # Bopomofo
-    (0x31A0, 0x31BF),
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # Han
-    (0x4E00, 0x9FFF),
-    (0xA9E0, 0xA9FF),  # Burmese
-    (0xAA60, 0xAADF),  # Burmese, Tai Viet
-    (0xF900, 0xFAFF),  # Han
-    (0x17000, 0x18DFF),  # Tangut, Khitan
-    (0x1AFF0, 0x1B16F),  # kana
-    (0x20000, 0x33FFF),  # Han
+PARTS, WORD, SOLO, MARK, ORDERED, JOINING, NOTHING, SPACE, SIGN, EXPANDS = range(10)
+LIMIT = 0x110000
+GROWTH = 4
+"""Bytes that one byte of a text may fold to."""
+ROOM = 96
+"""Bytes that a fold buffer needs beyond `GROWTH` times the length of the text."""
+FRONT = 16
+"""Spaces before a folded text, so that what looks back finds nothing; more follow it."""
+
+_HANGUL = (0xAC00, 0xD7A3)
+_UNCHANGED = ((0x3400, 0x9FFF), _HANGUL, (0x17000, 0x18DFF), (0x20000, 0x2F7FF))
+_DENSE = 0x30000  # nothing above has a fold
+_IOTA_BELOW = "\u0345"
+_ALIKE = {
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\u2e3a\u2e3b\ufe58\ufe63\uff0d",
+    "'": "\u00b4\u02b9\u02bb\u02bc\u02bd\u02c8\u2018\u2019\u201a\u201b\u2032\u2035\uff07\uff40",
+    '"': "\u00a8\u00ab\u00bb\u05f3\u05f4\u201c\u201d"
+    "\u201e\u201f\u2033\u2036\u2039\u203a\u301d\u301e",
+    "*": "\u00b7\u00d7\u0387\u2217\u22c5\u2715\u2716\u2a2f",
+    "/": "\u00f7\u2044\u2215\u2797",
+    "+": "\u2795",
+    "_": "\u203f\u2040\u2054",
+    "%": "\u066a",
+    ".": "\u066b",
+    ",": "\u060c\u066c",
+    "<=": "\u2264\u2a7d",
+    ">=": "\u2265\u2a7e",
+    "/^": "\u221a",
+    " ": "\u180e\u200b",
+}
+"""What is written in many ways and means one thing."""
+_SPELLED = {ord(char): plain for plain, chars in _ALIKE.items() for char in chars}
+_RAISED = (
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077"
+    "\u2078\u2079\u207a\u207b\u207c\u207d\u207e\u207f\u2071"
 )
-_ZERO_WIDTH_SPACE = 0x200B
-_SKIN_TONES = (0x1F3FB, 0x1F3FF)
+# Line breaks of scripts written without spaces; letters of these words break are alone in UAX #29.
+_UNSPACED = r"[\p{LB=SA}\p{LB=AK}\p{LB=AS}\p{LB=AP}\p{WB=Katakana}]"
+_ALWAYS_SIGNS = "\u2030\u2031"
+
+
+def fold_bytes(size: int) -> int:
+    """Bytes of a buffer that any text of `size` bytes folds into."""
+    return GROWTH * size + FRONT + ROOM
+
+
+def fold_points(size: int) -> int:
+    """Code points of a buffer that any folded text of `size` bytes is composed in.
+
+    None of two bytes is taken apart into more than three, none of three into more than four.
+    """
+    return GROWTH * size * 3 // 2 + 8
+
+
+class Tables(NamedTuple):
+    """What a kernel looks code points up in.
+
+    Attributes:
+        classes: uint8, shape (LIMIT,).
+        folds: uint32, shape (LIMIT,): the fold, or where in `expansions` it starts.
+        expansions: uint32: the length of a fold, then its code points.
+        orders: uint8, shape (LIMIT,): canonical combining class.
+        pairs: uint64, ascending: first << 32 | second of what composes.
+        composed: uint32: what each pair composes to.
+        decomposed: uint64, ascending: code point << 32 | where in `expansions` its parts start.
+    """
+
+    classes: np.ndarray
+    folds: np.ndarray
+    expansions: np.ndarray
+    orders: np.ndarray
+    pairs: np.ndarray
+    composed: np.ndarray
+    decomposed: np.ndarray
 
 
 @cache
-def tables() -> tuple[np.ndarray, np.ndarray]:
-    """Classes, uint8, and folds, uint32, of every code point; shape (LIMIT,) each."""
-    classes = np.full(LIMIT, PARTS, np.uint8)
+def tables() -> Tables:
+    """The tables; made once a machine."""
+    return Tables(*_arrays())
+
+
+@kept("regex")
+def _arrays() -> tuple[np.ndarray, ...]:
+    classes = _classes()
     folds = np.arange(LIMIT, dtype=np.uint32)
-    chars = [chr(point) for point in range(_DENSE)]
-    for point, (char, kind) in enumerate(zip(chars, map(category, chars), strict=True)):
-        if kind == "Cn" or kind == "Cs":
+    orders = np.zeros(LIMIT, np.uint8)
+    expansions: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    decomposed: list[int] = []
+    spaces = classes == SPACE
+    parts = classes == PARTS
+    folds[spaces], folds[parts] = ord(" "), ord('"')
+    folds[:0x80] = np.arange(0x80)
+    for point in _changing():
+        char = chr(point)
+        orders[point] = combining(char)
+        canonical = normalize("NFD", char)
+        if canonical != char:
+            decomposed.append(point << 32 | len(expansions))
+            expansions += [len(canonical), *map(ord, canonical)]
+            two = _composes(char)
+            if two:
+                pairs.append((two, point))
+    seconds = {two & 0xFFFFFFFF for two, _ in pairs}
+    for point in seconds | set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3)):
+        if classes[point] in (MARK, WORD) or category(chr(point)).startswith("M"):
+            classes[point] = JOINING
+    marks = (classes == MARK) & (orders > 0)
+    classes[marks] = ORDERED
+    for point in _changing():
+        folded = _fold(chr(point)) if point >= 0x80 else chr(point).lower()
+        if len(folded) == 1:
+            one = ord(folded)
+            # Punctuation that is not ASCII only parts words.
+            if one != point and (classes[point] != PARTS or one < 0x80):
+                folds[point], classes[point] = one, classes[one]
+        elif classes[point] != NOTHING:
+            classes[point], folds[point] = EXPANDS, len(expansions)
+            expansions += [len(folded), *map(ord, folded)]
+    pairs.sort()
+    return (
+        classes,
+        folds,
+        np.array(expansions, np.uint32),
+        orders,
+        np.array([two for two, _ in pairs], np.uint64),
+        np.array([one for _, one in pairs], np.uint32),
+        np.array(decomposed, np.uint64),
+    )
+
+
+@cache
+def digest() -> str:
+    """A hash of the tables: other libraries may bring another Unicode, and then other words."""
+    whole = sha256()
+    for table in tables():
+        whole.update(np.ascontiguousarray(table).tobytes())
+    return whole.hexdigest()[:16]
+
+
+def fold_reference(text: str) -> str:
+    """A text folded, with NUL before and after what is a word by itself."""
+    classes, solo, raised = tables().classes, False, -1
+    out: list[str] = []
+    for char in text:
+        kind = classes[ord(char)]
+        folded = fold_character(char)
+        if kind == NOTHING:
             continue
-        classes[point] = _class(point, char, kind)
-        # Few have a fold; the tests are cheaper than looking for it.
-        if char.lower() != char or char.casefold() != char or decomposition(char):
-            folds[point] = _fold(char)
-    classes[0xE0000:0xE1000] = NOTHING
-    classes[0xF0000:] = WORD  # private use
-    return classes, folds
+        if char in _RAISED and raised == len(out):
+            folded = folded[1:]
+        for part in folded:
+            mine = classes[ord(part)]
+            alone = ord(part) >= 0x80 and mine in (SOLO, SIGN)
+            if mine in (MARK, ORDERED, JOINING):
+                out.append(part)
+                continue
+            if solo or alone:
+                out.append("\0")
+            solo = alone
+            out.append(part)
+        if char in _RAISED:
+            raised = len(out)
+    return "".join(_apart(part) for part in normalize("NFC", "".join(out)))
 
 
-def class_reference(char: str) -> int:
-    """The class of one character."""
+def fold_character(char: str) -> str:
+    """The fold of one character; empty where it is not there."""
+    tabled = tables()
     point = ord(char)
-    if point < _DENSE:
-        return _class(point, char, category(char))
-    return NOTHING if 0xE0000 <= point < 0xE1000 else WORD if point >= 0xF0000 else PARTS
+    kind, fold = tabled.classes[point], int(tabled.folds[point])
+    if kind == NOTHING:
+        return ""
+    if kind != EXPANDS:
+        return chr(fold)
+    size = int(tabled.expansions[fold])
+    return "".join(map(chr, tabled.expansions[fold + 1 : fold + 1 + size].tolist()))
 
 
-def fold_reference(char: str) -> str:
-    """The fold of one character."""
-    return chr(_fold(char)) if ord(char) < _DENSE else char
+def _classes() -> np.ndarray:
+    import regex
+
+    points = np.concatenate([np.arange(0xD800), np.arange(0xE000, LIMIT)]).astype("<u4")
+    every = points.tobytes().decode("utf-32-le")
+    classes = np.full(LIMIT, PARTS, np.uint8)
+
+    def be(kind: int, pattern: str) -> None:
+        for found in regex.finditer(f"(?V1){pattern}+", every):
+            a, b = ord(every[found.start()]), ord(every[found.end() - 1])
+            classes[a : b + 1] = kind
+
+    be(SIGN, rf"[\p{{S}}{_ALWAYS_SIGNS}]")
+    be(SOLO, r"[\p{L}\p{N}]")
+    be(WORD, r"[\p{WB=ALetter}\p{WB=Hebrew_Letter}\p{WB=Numeric}\p{Co}]")
+    be(SOLO, rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]]")
+    be(MARK, r"\p{WB=Extend}")
+    be(SOLO, r"[[\p{LB=SA}&&\p{M}]--[\u0e00-\u0eff]]")
+    be(NOTHING, r"[\p{WB=Format}\p{Cf}\p{Variation_Selector}\p{Default_Ignorable_Code_Point}]")
+    be(NOTHING, r"\u0640")  # stretches Arabic words
+    be(SPACE, r"[\p{White_Space}\u001c-\u001f\u180e\u200b]")
+    classes[0xD800:0xE000] = PARTS
+    classes[:0x80] = [WORD if chr(k).isalnum() else PARTS for k in range(0x80)]
+    return classes
 
 
-def _fold(char: str) -> int:
-    for folded in (
-        normalize("NFKC", char).casefold(),
-        char.casefold(),
-        char.lower(),
-    ):
-        # A space, or what a kernel takes for the end of a word, is no fold of anything else.
-        if len(folded) == 1 and folded not in "\0 ":
-            return ord(folded)
-    return ord(char)
+def _changing() -> list[int]:
+    """Code points that may have a fold or parts; Hangul and Han have none, or by arithmetic."""
+    skipped = np.zeros(_DENSE, np.bool_)
+    for first, last in ((0xD800, 0xDFFF), *_UNCHANGED):
+        skipped[first : last + 1] = True
+    return [point for point in np.flatnonzero(~skipped).tolist() if category(chr(point)) != "Cn"]
 
 
-def _class(point: int, char: str, kind: str) -> int:
-    if kind in ("Lo", "Nd", "No", "Nl", "Lm", "Co") and point >= _UNSPACED[0][0]:
-        # An unspaced script's entry is the last that does not start above the character.
-        at = bisect_right(_UNSPACED, (point, LIMIT)) - 1
-        return SOLO if point <= _UNSPACED[at][1] else WORD
-    if kind[0] in "LN" or kind == "Co":
-        return WORD
-    if kind[0] == "M":
-        return NOTHING if 0xFE00 <= point <= 0xFE0F else MARK
-    if kind == "So" or _SKIN_TONES[0] <= point <= _SKIN_TONES[1]:
-        return SOLO
-    if kind == "Cf":
-        return PARTS if point == _ZERO_WIDTH_SPACE else NOTHING
-    return SPACE if char.isspace() else PARTS
+def _fold(char: str) -> str:
+    point = ord(char)
+    if point in _SPELLED:
+        return _SPELLED[point]
+    if char in _RAISED:
+        return "^" + _fold(normalize("NFKC", char))
+    digit = decimal(char, None)
+    if digit is not None:
+        return str(digit)
+    if not (char.lower() != char or char.casefold() != char or decomposition(char)):
+        return char
+    compat = normalize("NFKC", char)
+    folded = char
+    for _ in range(2):  # what is folded once may have a fold
+        parts = normalize("NFKD", folded)
+        folded = normalize("NFKC", "".join(c if c == _IOTA_BELOW else c.casefold() for c in parts))
+    folded = "".join(_SPELLED.get(ord(c), c) for c in folded)
+    if compat[0].isspace() and len(compat) > 1:  # an accent by itself
+        return '"'
+    if "/" in folded and category(char) == "No":
+        folded = " " + folded
+    # The parts of a word by itself are parted by a byte each.
+    if len(folded) > 1 and len(folded.encode()) + len(folded) > GROWTH * len(char.encode()):
+        return char
+    return "".join(map(_apart, folded))
+
+
+@cache
+def _apart(char: str) -> str:
+    """A character that is ASCII punctuation with a mark on it, as those two."""
+    parts = normalize("NFD", char)
+    return parts if parts[0].isascii() and not parts[0].isalnum() else char
+
+
+def _composes(char: str) -> int:
+    """The two that compose to a character, as one number; 0 where none do."""
+    parts = decomposition(char).split()
+    if len(parts) != 2 or normalize("NFC", char) != char or _apart(char) != char:
+        return 0
+    return int(parts[0], 16) << 32 | int(parts[1], 16)

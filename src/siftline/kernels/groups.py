@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from siftline.kernels.machine import Kernel
 
 _RANGE = 1 << 13
 _MOST_RANGES = 1 << 12
+_among = Kernel("siftline.kernels.group_loops", "among")
+_shared = Kernel("siftline.kernels.group_loops", "shared")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def grouped(
     numbers = np.empty(lists[-1], np.int32)
     ends, base, last = lists[:-1].copy(), 0, 0
     for k, (rows, groups, count) in enumerate(found):
-        memberships(place[rows], groups, base, ends, numbers)
+        mine = place[rows]  # distinct, so that no list grows twice
+        numbers[ends[mine]] = base + groups
+        ends[mine] += 1
         last, base = base, base + count
         found[k] = (rows[:0], groups[:0], 0)  # the memory is wanted for the next
     return Groups(candidates.astype(np.int64), lists, numbers, base, last)
@@ -92,8 +97,20 @@ def shared(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     bits = 0
     while (len(keys) >> bits) > _RANGE and (1 << bits) < _MOST_RANGES:
         bits += 1
-    rows, groups, found = _shared(np.ascontiguousarray(keys), bits)
-    return rows, groups, int(found)
+    n = len(keys)
+    size = 2
+    while size < 2 * n:
+        size *= 2
+    # Room for the worst case; what is not needed is never touched, and costs nothing.
+    parted, held = np.empty(n, np.uint64), np.empty(size, np.uint64)
+    order, place, group_of = (np.empty(n, np.int32) for _ in range(3))
+    starts = np.zeros((1 << bits) + 2, np.int64)
+    count = np.empty(size, np.int32)
+    rows, groups, sizes = np.empty(n, np.int32), np.empty(n, np.int32), np.zeros(2, np.int64)
+    keys = np.ascontiguousarray(keys)
+    _shared(keys, bits, parted, order, starts, held, count, place, group_of, rows, groups, sizes)
+    m, found = sizes.tolist()
+    return rows[:m].copy(), groups[:m].copy(), found
 
 
 def shared_reference(keys: list[int]) -> set[frozenset[int]]:
@@ -122,127 +139,3 @@ def among(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     out = np.empty(len(keys), np.bool_)
     _among(np.ascontiguousarray(keys), np.ascontiguousarray(wanted), table, out)
     return out
-
-
-@njit(cache=True, nogil=True)
-def _among(keys: np.ndarray, wanted: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    last = len(table) - 1
-    for key in wanted:
-        slot = np.int64(key & np.uint64(last))
-        while table[slot] != 0 and table[slot] != key:
-            slot = (slot + 1) & last
-        table[slot] = key
-    for i in range(len(keys)):
-        key = keys[i]
-        slot = np.int64(key & np.uint64(last))
-        while table[slot] != 0 and table[slot] != key:
-            slot = (slot + 1) & last
-        out[i] = key != 0 and table[slot] == key
-
-
-@njit(cache=True, nogil=True)
-def memberships(
-    rows: np.ndarray, groups: np.ndarray, base: int, ends: np.ndarray, out: np.ndarray
-) -> None:
-    """Appends the groups of one band to each row's list.
-
-    Args:
-        rows: int32, shape (m,), as of `shared`.
-        groups: int32, shape (m,).
-        base: Number of the band's first group.
-        ends: int64, shape (n,): where each row's list ends; moved on.
-        out: int32 lists.
-    """
-    for k in range(len(rows)):
-        row = rows[k]
-        out[ends[row]] = base + groups[k]
-        ends[row] += 1
-
-
-@njit(cache=True, nogil=True)
-def _shared(keys: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int]:
-    parted, order, starts = _partition(keys, bits)
-    largest = 1
-    for r in range(1 << bits):
-        largest = max(largest, starts[r + 1] - starts[r])
-    size = 2
-    while size < 2 * largest:
-        size *= 2
-    held = np.zeros(size, np.uint64)
-    count = np.zeros(size, np.int32)
-    place = np.empty(largest, np.int32)
-    group_of = np.zeros(len(keys), np.int32)  # from 1
-    found = 0
-    for r in range(1 << bits):
-        first, last = starts[r], starts[r + 1]
-        # The table is as large as this range asks for, so that clearing it costs no more.
-        span = 2
-        while span < 2 * (last - first):
-            span *= 2
-        held[:span] = 0
-        count[:span] = 0
-        for p in range(first, last):
-            key = parted[p]
-            slot = np.int64(key & np.uint64(span - 1))
-            while held[slot] != 0 and held[slot] != key:
-                slot = (slot + 1) & (span - 1)
-            held[slot] = key
-            count[slot] += 1
-            place[p - first] = slot
-        for p in range(first, last):
-            slot = place[p - first]
-            if count[slot] > 1:
-                found += 1
-                count[slot] = -found  # from now on the group's number, below zero
-            if count[slot] < 0:
-                group_of[order[p]] = -count[slot]
-    rows, groups = _in_order(group_of, found)
-    return rows, groups, found
-
-
-@njit(cache=True, nogil=True)
-def _in_order(group_of: np.ndarray, found: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that have a group, and these numbered from 0 by their first rows."""
-    size = 0
-    for group in group_of:
-        size += group > 0
-    rows, groups = np.empty(size, np.int32), np.empty(size, np.int32)
-    number = np.full(found + 1, -1, np.int32)
-    written, known = 0, 0
-    for i in range(len(group_of)):
-        group = group_of[i]
-        if group > 0:
-            if number[group] < 0:
-                number[group] = known
-                known += 1
-            rows[written] = i
-            groups[written] = number[group]
-            written += 1
-    return rows, groups
-
-
-@njit(cache=True, nogil=True)
-def _partition(keys: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The keys that are not 0 ordered by their top bits, their rows, and where ranges start."""
-    starts = np.zeros((1 << bits) + 2, np.int64)
-    for key in keys:
-        if key != 0:
-            starts[_range(key, bits) + 2] += 1
-    for r in range(1 << bits):
-        starts[r + 2] += starts[r + 1]
-    parted = np.empty(starts[-1], np.uint64)
-    order = np.empty(starts[-1], np.int32)
-    for i in range(len(keys)):
-        key = keys[i]
-        if key != 0:
-            r = _range(key, bits)
-            p = starts[r + 1]
-            parted[p] = key
-            order[p] = i
-            starts[r + 1] = p + 1
-    return parted, order, starts[:-1]
-
-
-@njit(cache=True, nogil=True)
-def _range(key: np.uint64, bits: int) -> np.int64:
-    return np.int64(key >> np.uint64(64 - bits)) if bits else np.int64(0)

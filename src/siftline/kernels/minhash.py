@@ -10,19 +10,10 @@ import numpy as np
 from numba import njit
 
 from siftline.kernels.shingles import Sets
+from siftline.kernels.texts import permutations
 
 EMPTY = np.uint32(0xFFFFFFFF)
 """What every slot of the signature of an empty set holds."""
-
-
-def permutations(num_perm: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The multipliers and offsets of datasketch's affine32, uint32, shape (num_perm,) each.
-
-    A fixed table, not a draw: it depends on nothing but `num_perm` and `seed`.
-    """
-    table = np.random.RandomState(seed)  # the generator datasketch uses
-    a = table.randint(0, 2**31, num_perm, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    return a, table.randint(0, 2**32, num_perm, dtype=np.uint32)
 
 
 def signatures(sets: Sets, num_perm: int, seed: int = 1) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit
 
 from siftline.kernels.lsh import Banding
-from siftline.kernels.rows import ALONE
 from siftline.kernels.spill import Stored
+from siftline.kernels.texts import ALONE
 
 GAP, BLOCK = 1 << 12, 1 << 22
 """Of hashes: a smaller gap is read rather than skipped, and no more are read at once."""

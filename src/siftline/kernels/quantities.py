@@ -1,109 +1,203 @@
-"""`text.numbers` of many texts: first all that can be no quantity is cut out, then it is asked.
+"""One hash for the quantities of a text, `text.numbers`, of many texts in compiled code."""
 
-The plain function looks at every word of a text in turn, and few of them are number words. Compiled
-code drops the words that can't be one, by first letter, last letter and length, and the punctuation
-that no quantity has; a line end stands in for what was dropped, and none of the patterns crosses
-that. What is not ASCII stays, and so do the words it touches. So the quantities of what is left are
-those of the text, however few of the dropped words compiled code knew.
-"""
-
-from collections.abc import Sequence
-from itertools import pairwise
+from functools import cache
 
 import numpy as np
 from numba import njit
 
-from siftline.kernels.shingles import code_points
-from siftline.kernels.text import _NUMBER_WORDS as NUMBER_WORDS
-from siftline.kernels.text import numbers
+from siftline.kernels.folding import decode
+from siftline.kernels.text import NUMBER_WORDS, WordTexts
+from siftline.kernels.textgrams import text_hash
+from siftline.kernels.tokens import hashed
 
-_CUT, _LETTER, _KEPT, _DIGIT = range(4)
-_LONGEST = max(map(len, NUMBER_WORDS))
-
-
-def _kinds() -> np.ndarray:
-    """What each ASCII character of a folded text is to a quantity, uint8, shape (128,)."""
-    kinds = np.full(128, _CUT, np.uint8)
-    for chars, kind in (("abcdefghijklmnopqrstuvwxyz", _LETTER), (" ,.%-+*/^<>=", _KEPT)):
-        kinds[[ord(c) for c in chars]] = kind
-    kinds[[ord(c) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]] = _LETTER
-    kinds[[ord(c) for c in "0123456789"]] = _DIGIT
-    return kinds
+_BETWEEN = 0x1F
+_WORD, _NUMBER, _SIGN, _QUANTITY = range(4)
 
 
-def _shapes() -> np.ndarray:
-    """Whether a number word has this first letter, last letter and length."""
-    shapes = np.zeros((128, 128, _LONGEST + 1), np.bool_)
+def guards(texts: WordTexts) -> np.ndarray:
+    """A hash of the quantities of each text, uint64; texts of the same quantities have the same."""
+    return _guards(texts.data, texts.offsets, *_shapes())
+
+
+def quantities(texts: WordTexts) -> list[tuple[str, ...]]:
+    """What `guards` hashes of each text: `text.numbers`."""
+    found = []
+    for a, b in zip(texts.offsets[:-1], texts.offsets[1:], strict=True):
+        out = np.empty(2 * (b - a) + 8, np.uint8)
+        size = _kept(texts.data, a, b, *_shapes(), out)
+        parts = bytes(out[:size]).decode().split(chr(_BETWEEN))
+        found.append(tuple(parts[:-1]))
+    return found
+
+
+@cache
+def _shapes() -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the number words, ascending; whether one has this first letter and length."""
+    known = [np.frombuffer(word.encode() + b"\0" * 16, np.uint8) for word in NUMBER_WORDS]
+    hashes = np.array([hashed(word, 0, len(word) - 16) for word in known], np.uint64)
+    shapes = np.zeros((256, 16), np.bool_)
     for word in NUMBER_WORDS:
-        shapes[ord(word[0]), ord(word[-1]), len(word)] = True
-    return shapes
-
-
-_KINDS, _SHAPES = _kinds(), _shapes()
-
-
-def quantities(plain_texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """What `text.numbers` finds in each text.
-
-    Args:
-        plain_texts: Outputs of `text.plain`.
-    """
-    left = condensed(plain_texts)
-    return [numbers(text) if text else () for text in left]
-
-
-def condensed(plain_texts: Sequence[str]) -> list[str]:
-    """The texts without what can be no part of a quantity; see above."""
-    units, offsets = code_points(plain_texts)
-    out, ends = _condensed(units, offsets, _KINDS, _SHAPES)
-    whole = out.tobytes().decode("utf-32-le", "surrogatepass")
-    starts = [0, *ends.tolist()]
-    return [whole[a:b] for a, b in pairwise(starts)]
+        shapes[ord(word[0]), len(word)] = True
+    return np.sort(hashes), shapes
 
 
 @njit(cache=True, nogil=True)
-def _condensed(
-    units: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, shapes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    n = len(offsets) - 1
-    out = np.empty(len(units) + n, np.uint32)
-    ends = np.empty(n, np.int64)
-    size = 0
+def _guards(
+    data: np.ndarray, offsets: np.ndarray, known: np.ndarray, shapes: np.ndarray
+) -> np.ndarray:
+    n, longest = len(offsets) - 1, np.int64(0)
     for i in range(n):
-        begin, stop = offsets[i], offsets[i + 1]
-        first, wanted = size, False  # is there a digit, a number word, or what nobody knows?
-        k = begin
-        while k < stop:
-            kind = kinds[units[k]] if units[k] < 128 else _KEPT
-            end = k + 1
-            keep = kind != _CUT
-            if units[k] >= 128 or kind == _DIGIT:
-                wanted = True
-            if kind == _LETTER:
-                while end < stop and units[end] < 128 and kinds[units[end]] == _LETTER:
-                    end += 1
-                keep = _perhaps(units, begin, k, end, stop, shapes)
-                wanted = wanted or keep
-            if keep:
-                for p in range(k, end):
-                    out[size] = units[p]
-                    size += 1
-            elif size == first or out[size - 1] != 10:
-                out[size] = 10
-                size += 1
-            k = end
-        if not wanted:
-            size = first
-        ends[i] = size
-    return out[:size].copy(), ends
+        longest = max(longest, offsets[i + 1] - offsets[i])
+    out, hashes = np.empty(2 * longest + 8, np.uint8), np.empty(n, np.uint64)
+    for i in range(n):
+        size = _kept(data, offsets[i], offsets[i + 1], known, shapes, out)
+        hashes[i] = text_hash(out, 0, size)
+    return hashes
 
 
 @njit(cache=True, nogil=True)
-def _perhaps(
-    units: np.ndarray, begin: int, k: int, end: int, stop: int, shapes: np.ndarray
+def _kept(
+    data: np.ndarray,
+    begin: int,
+    end: int,
+    known: np.ndarray,
+    shapes: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Writes the quantities of data[begin:end], each with _BETWEEN behind it; returns the bytes."""
+    at, k = 0, begin
+    last, letter = _WORD, False  # what the word before was
+    while k < end:
+        stop, digits = k, False
+        while stop < end and data[stop] != 32:
+            digits |= 48 <= data[stop] <= 57
+            stop += 1
+        kind = _NUMBER if digits else _kind(data, k, end)
+        if digits:
+            at = _write_numbers(data, k, stop, out, at)
+        else:
+            after = _letter(data, stop + 1, end)
+            ends = stop >= end
+            sure = _sure(data, k, stop, kind, last, letter, after, ends, known, shapes)
+            if sure or (kind >= _SIGN and _leads(data, stop + 1, end)):
+                for p in range(k, stop):
+                    out[at] = data[p]
+                    at += 1
+                out[at] = _BETWEEN
+                at += 1
+        last, letter = kind, _letter(data, k, end)
+        k = stop + 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _sure(
+    data: np.ndarray,
+    k: int,
+    stop: int,
+    kind: int,
+    last: int,
+    before: bool,
+    after: bool,
+    ends: bool,
+    known: np.ndarray,
+    shapes: np.ndarray,
 ) -> bool:
-    """Whether units[k:end], of a text from begin to stop, may be part of a quantity."""
-    if (k > begin and units[k - 1] >= 128) or (end < stop and units[end] >= 128):
+    """Whether a word without digits is kept, whatever is behind it but a single letter."""
+    char, size = data[k], stop - k
+    if 97 <= char <= 122:
+        if size > 15 or not shapes[char, size]:
+            return False
+        return _among(data, k, stop, known)
+    if char == 33:  # ! at the end is one of prose
+        return not ends
+    if char in (60, 62, 61, 94, 43, 46):  # < > = ^ + .
         return True
-    length = end - k
-    return length < shapes.shape[2] and shapes[units[k], units[end - 1], length]
+    if last == _NUMBER and (char == 37 or kind == _QUANTITY):
+        return True
+    if char == 35:
+        return before
+    if char in (45, 42, 47, 126, 124, 38):  # - * / ~ | &
+        double = size == 2 and (char == 38 or char == 124)
+        return double or before or after
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _kind(data: np.ndarray, k: int, end: int) -> int:
+    char = data[k]
+    if char >= 0x80:
+        point, _ = decode(data, k, end)
+        near = 0xA2 <= point <= 0xA5 or 0xB0 <= point <= 0xB1 or 0x2030 <= point <= 0x2031
+        if near or 0x20A0 <= point <= 0x20CF or 0x2200 <= point <= 0x22FF:
+            return _QUANTITY
+        return _WORD
+    if char in (43, 45, 42, 47, 94, 60, 62, 61, 126, 36, 40, 91, 123, 41, 93, 125):
+        return _SIGN
+    return _WORD
+
+
+@njit(cache=True, nogil=True)
+def _leads(data: np.ndarray, k: int, end: int) -> bool:
+    """Whether signs alone stand from k on before a number."""
+    while k < end:
+        stop, digits = k, False
+        while stop < end and data[stop] != 32:
+            digits |= 48 <= data[stop] <= 57
+            stop += 1
+        if digits:
+            return True
+        if _kind(data, k, end) < _SIGN:
+            return False
+        k = stop + 1
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _write_numbers(data: np.ndarray, k: int, stop: int, out: np.ndarray, at: int) -> int:
+    """Writes the numbers of the word data[k:stop]; returns where they end."""
+    while k < stop:
+        if not 48 <= data[k] <= 57:
+            k += 1
+            continue
+        while k < stop:
+            char = data[k]
+            if 48 <= char <= 57:
+                out[at] = char
+                at += 1
+            elif char in (46, 44, 59, 39) and k + 1 < stop and 48 <= data[k + 1] <= 57:
+                if char != 44 or not _thousand(data, k + 1, stop):
+                    out[at] = char
+                    at += 1
+            else:
+                break
+            k += 1
+        out[at] = _BETWEEN
+        at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _thousand(data: np.ndarray, k: int, stop: int) -> bool:
+    """Whether exactly three digits are at k."""
+    size = 0
+    while k + size < stop and size < 4 and 48 <= data[k + size] <= 57:
+        size += 1
+    return size == 3
+
+
+@njit(cache=True, nogil=True)
+def _letter(data: np.ndarray, k: int, end: int) -> bool:
+    """Whether the word at k is a single small letter."""
+    return k < end and 97 <= data[k] <= 122 and (k + 1 == end or data[k + 1] == 32)
+
+
+@njit(cache=True, nogil=True)
+def _among(data: np.ndarray, k: int, stop: int, known: np.ndarray) -> bool:
+    """Whether the word data[k:stop], of at most 15 bytes, is one of those hashed."""
+    word = np.zeros(32, np.uint8)
+    for p in range(stop - k):
+        word[p] = data[k + p]
+    h = hashed(word, 0, stop - k)
+    place = np.searchsorted(known, h)
+    return place < len(known) and known[place] == h

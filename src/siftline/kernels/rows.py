@@ -4,97 +4,24 @@ The bytes of all rows and their offsets go in, arrays come out; between them a r
 of its own. Signatures are datasketch 2.0's `affine32` (see `minhash`), bit for bit, and are only
 written where they are asked for: what deduplication keeps of a row is one 64-bit key a band.
 
-The functions release Python's lock, so threads run them side by side over ranges of rows.
+The functions release Python's lock, so threads run them side by side over ranges of rows. They
+allocate nothing, so that they can be kept compiled (`machine`); `texts` is where they are called.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
+from siftline.kernels.folding import fold
 from siftline.kernels.minhash import EMPTY
 from siftline.kernels.shingles import write_distinct
-from siftline.kernels.textgrams import (
-    ROOM,
-    fold_characters,
-    fold_words,
-    text_hash,
-    windows,
-    word_units,
-)
-
-ALONE = np.uint64(0)
-"""The key of a row that shares no band with any other."""
+from siftline.kernels.textgrams import character_units, text_hash, windows
+from siftline.kernels.texts import ALONE, LANES, Buffers, Held, Rows, Shingling, Texts
+from siftline.kernels.tokens import word_units, write_words
 
 _G = np.uint64(0x9E3779B97F4A7C15)
 _F = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(29)
 _HALF = np.uint64(32)
-_LANES = 8
-
-
-class Texts(NamedTuple):
-    """n rows of UTF-8.
-
-    Attributes:
-        data: uint8, all bytes.
-        offsets: int64, shape (n + 1,): row i is data[offsets[i]:offsets[i + 1]].
-        null: bool, shape (n,): rows that hold nothing.
-    """
-
-    data: np.ndarray
-    offsets: np.ndarray
-    null: np.ndarray
-
-
-class Shingling(NamedTuple):
-    """How a text becomes shingles.
-
-    Attributes:
-        n: Units in a shingle.
-        characters: Units are characters; else words.
-        classes: `codepoints.tables`.
-        folds: `codepoints.tables`.
-    """
-
-    n: int
-    characters: bool
-    classes: np.ndarray
-    folds: np.ndarray
-
-
-class Rows(NamedTuple):
-    """What is known of n rows after one reading.
-
-    Attributes:
-        keys: uint64, shape (bands, n): one key a band, ALONE where the row has no text.
-        hashes: uint64, shape (n,): of the bytes of the text.
-        counts: int32, shape (n,): shingles, repeats included; -1 where the row has no text.
-    """
-
-    keys: np.ndarray
-    hashes: np.ndarray
-    counts: np.ndarray
-
-
-class Held(NamedTuple):
-    """Shingles of n rows, kept from the first reading where there is room.
-
-    Attributes:
-        values: uint32; empty if nothing is kept.
-        starts: int64, shape (n,): where those of each row start; -1 where they were not kept.
-    """
-
-    values: np.ndarray
-    starts: np.ndarray
-
-
-class Buffers(NamedTuple):
-    """Room for one row: its folded text, units and shingles."""
-
-    folded: np.ndarray
-    units: np.ndarray
-    shingles: np.ndarray
 
 
 @njit(cache=True, nogil=True)
@@ -111,6 +38,8 @@ def summarise(
     held: Held,
     free: int,
     end: int,
+    buffers: Buffers,
+    slots: np.ndarray,
 ) -> None:
     """Writes keys, hashes and counts of the rows start to stop, and keeps their shingles.
 
@@ -127,10 +56,10 @@ def summarise(
         held: Where shingles are kept, if at all.
         free: Where room for these rows starts in it.
         end: Where it ends.
+        buffers: Room for the longest row.
+        slots: Room for a signature, uint32, shape (slots,).
     """
-    buffers = _buffers(texts, start, stop)
     holds = len(held.starts) > 0
-    slots = np.empty(len(a), np.uint32)
     for i in range(start, stop):
         k = at + i - start
         if texts.null[i]:
@@ -147,7 +76,8 @@ def summarise(
         if holds:
             held.starts[i] = free if free + count <= end else -1
             if free + count <= end:
-                held.values[free : free + count] = buffers.shingles[:count]
+                for p in range(count):
+                    held.values[free + p] = buffers.shingles[p]
                 free += count
         if count == 0:
             # Nothing to sign: such a text can only be the same as another.
@@ -159,11 +89,16 @@ def summarise(
 
 
 @njit(cache=True, nogil=True)
-def sign(texts: Texts, shingling: Shingling, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+def sign(
+    texts: Texts,
+    shingling: Shingling,
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
+    buffers: Buffers,
+) -> None:
     """Writes the signature of every row to `out`, uint32, shape (n, slots)."""
-    n = len(texts.offsets) - 1
-    buffers = _buffers(texts, 0, n)
-    for i in range(n):
+    for i in range(len(texts.offsets) - 1):
         count = 0
         if not texts.null[i]:
             begin, end = texts.offsets[i], texts.offsets[i + 1]
@@ -181,6 +116,7 @@ def collect(
     sizes: np.ndarray,
     held: Held,
     counts: np.ndarray,
+    buffers: Buffers,
 ) -> None:
     """Writes the sorted distinct shingle hashes of some rows; those that were not kept anew.
 
@@ -193,14 +129,9 @@ def collect(
         sizes: int32, shape (m,): written, how many distinct ones there are.
         held: Shingles of the rows that are kept, if any.
         counts: int32, how many each row has; read where they are kept.
+        buffers: Room for the longest of them.
     """
-    if len(wanted) == 0:
-        return
-    longest = np.int64(0)
-    for i in wanted:
-        longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
-    buffers = _room(longest)
-    ends = np.empty(2 * longest + 8, np.int32)
+    ends = buffers.ends
     for k in range(len(wanted)):
         i = wanted[k]
         if len(held.starts) > 0 and held.starts[i] >= 0:
@@ -213,29 +144,13 @@ def collect(
 
 
 @njit(cache=True, nogil=True)
-def _room(longest: int) -> Buffers:
-    return Buffers(
-        np.empty(2 * longest + ROOM, np.uint8),
-        np.empty(longest + 2, np.uint64),
-        np.empty(longest + 2 + _LANES, np.uint32),
-    )
-
-
-@njit(cache=True, nogil=True)
-def _buffers(texts: Texts, start: int, stop: int) -> Buffers:
-    longest = np.int64(0)
-    for i in range(start, stop):
-        longest = max(longest, texts.offsets[i + 1] - texts.offsets[i])
-    return _room(longest)
-
-
-@njit(cache=True, nogil=True)
 def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+    stop = fold(data, begin, end, buffers.folded, how.tables, buffers.points)
     if how.characters:
-        count = fold_characters(data, begin, end, buffers.units, how.classes, how.folds)
+        written = write_words(buffers.folded, stop, buffers.words, 0)
+        count = character_units(buffers.words, 0, written, buffers.units)
     else:
-        length = fold_words(data, begin, end, buffers.folded, how.classes, how.folds)
-        count = word_units(buffers.folded, length, buffers.units)
+        count = word_units(buffers.folded, stop, buffers.units)
     return windows(buffers.units, count, how.n, buffers.shingles)
 
 
@@ -254,10 +169,10 @@ def _sign(
         shingles[p] = h ^ (h >> np.uint32(16))
     # Eight at a time, so that a slot is loaded and stored once for eight hashes; the last is
     # repeated to fill up, which changes no minimum.
-    full = -(-count // _LANES) * _LANES
+    full = -(-count // LANES) * LANES
     for p in range(count, full):
         shingles[p] = shingles[count - 1]
-    for p in range(0, full, _LANES):
+    for p in range(0, full, LANES):
         h0, h1, h2, h3 = shingles[p], shingles[p + 1], shingles[p + 2], shingles[p + 3]
         h4, h5, h6, h7 = shingles[p + 4], shingles[p + 5], shingles[p + 6], shingles[p + 7]
         for k in range(len(a)):

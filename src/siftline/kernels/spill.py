@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from siftline.kernels.rows import Rows
+from siftline.kernels.texts import Rows
 
 KEYS_IN_MEMORY = 512 << 20
 """Bytes of band keys above which they go to disk."""

@@ -1,8 +1,7 @@
-"""Runs a recipe's job from the command line: the same assets, instance and slots as the UI.
+"""Runs a recipe's job from the command line: the same job, executor and slots as the UI.
 
-Every asset runs in a process of its own (Dagster's multiprocess executor), so a model step gives
-its memory back when it ends. Runs are tagged with this process, so that the next run can tell a
-dead one from a live one without a daemon.
+Runs are tagged with this process, so that the next run can tell a dead one from a live one without
+a daemon.
 """
 
 import os
@@ -18,32 +17,14 @@ from typing import Any
 
 import dagster as dg
 
+from siftline.disk import ROOT_BYTES, check_folder, need, writing
+from siftline.locks import held, warn_if_shared
 from siftline.recipe import Recipe
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
 NAME_TAG = "siftline/run"
 POLL_SECONDS = 0.5
-STEP_ENVIRONMENT = {
-    "TQDM_DISABLE": "1",  # progress comes from the log, not from libraries' bars
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_OFFLINE": "1",  # nothing is fetched at run time
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads would eat the cores of the other steps
-}
-
-
-def _start_method(recipe: Recipe, select: str | None) -> dict[str, Any]:
-    """How step processes start: forked from one that has imported what most of them need.
-
-    It dies with the run. None inherits a thread, a CUDA context or a loaded model, only modules: of
-    a whole run, those of the model steps too, which cost each of them 5 to 10 s of a core.
-    """
-    modules = ["siftline.definitions"]
-    if select is None:
-        modules.append("transformers.generation")
-        if recipe.training is not None:
-            modules.append("trl.trainer.sft_trainer")
-    return {"forkserver": {"preload_modules": modules}}
 
 
 @dataclass(frozen=True)
@@ -71,9 +52,18 @@ def instance_settings() -> Path:
 def prepare_home(workspace: Workspace) -> Path:
     """Makes the instance folder, with the settings file where there is none yet."""
     home = workspace.dagster_home
-    home.mkdir(parents=True, exist_ok=True)
-    if not (home / "dagster.yaml").exists():
-        shutil.copyfile(instance_settings(), home / "dagster.yaml")
+    check_folder(home)
+    need(workspace.root, ROOT_BYTES, "a run")
+    warn_if_shared(home)
+    settings, made = home / "dagster.yaml", home / ".made"
+    if made.exists() and settings.exists():
+        return home
+    # Two first runs at once would both create the databases' tables.
+    with held(home / ".lock", str(home), wait=True), writing(home):
+        if not settings.exists():
+            shutil.copyfile(instance_settings(), settings)
+        with dg.DagsterInstance.from_config(str(home)):
+            made.touch()
     return home
 
 
@@ -128,23 +118,19 @@ def run_recipe(
         recipe: The recipe, overrides applied.
         overrides: What `--set` changed; handed to every step.
         say: Takes lines of progress.
-        workers: Steps at a time; model steps wait for a slot of their pool besides.
+        workers: Model steps at a time; each waits for a slot of its pool besides.
         select: Dagster asset selection, such as `+key:"demo/duplicates"`; None is everything.
     """
     from dagster._core.definitions.reconstruct import build_reconstructable_job
 
     os.environ["DAGSTER_HOME"] = str(prepare_home(workspace))
     os.environ[ROOT_VARIABLE] = str(workspace.root)
-    for name, value in STEP_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    job = build_reconstructable_job("siftline.definitions", "job_of", (recipe.name,))
+    job = build_reconstructable_job("siftline.pipelines.compose", "job_of", (recipe.name,))
     config = {
         "resources": {
             "siftline": {"config": {"root": str(workspace.root), "overrides": list(overrides)}}
         },
-        "execution": {
-            "config": {"max_concurrent": workers, "start_method": _start_method(recipe, select)}
-        },
+        "execution": {"config": {"max_concurrent": workers}},
         "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
     }
     tags = {
@@ -153,7 +139,12 @@ def run_recipe(
         BORN_TAG: _born(os.getpid()) or "unknown",
         NAME_TAG: uuid.uuid4().hex,
     }
-    with dg.DagsterInstance.get() as instance:
+    home = workspace.dagster_home
+    with (
+        writing(home),
+        held(home / f".{recipe.name}.lock", f"recipe {recipe.name}", wait=True, say=say),
+        dg.DagsterInstance.get() as instance,
+    ):
         for dead in bury_dead_runs(instance):
             say(f"run {dead[:8]} was killed: marked failed, its slots freed")
         watcher = _Watcher(instance, tags, say)
@@ -172,9 +163,9 @@ def run_recipe(
 def _keys(recipe: Recipe, select: str | None) -> list[dg.AssetKey] | None:
     if select is None:
         return None
-    from siftline.definitions import defs
+    from siftline.pipelines.compose import compose
 
-    graph = defs.resolve_asset_graph()
+    graph = compose([recipe]).resolve_asset_graph()
     return sorted(dg.AssetSelection.from_string(select).resolve(graph))
 
 
@@ -225,6 +216,16 @@ class _Watcher:
             self.error = f"{event.step_key}: {root_message(event.event_specific_data.error)}"
         elif event.event_type_value == "ASSET_CHECK_EVALUATION":
             self._check(event.event_specific_data)
+        elif event.is_engine_event and "pool" in event.engine_event_data.metadata:
+            self._waits(event.step_key, event.engine_event_data.metadata["pool"].value)
+
+    def _waits(self, step: str, pool: str) -> None:
+        """Says what a step waits for, and who holds it."""
+        slots = self._instance.event_log_storage.get_concurrency_info(pool).claimed_slots
+        held = ", ".join(f"{slot.step_key} of run {slot.run_id[:8]}" for slot in slots)
+        self._say(
+            f"{step}: waits for a slot of pool {pool}" + (f", held by {held}" if held else "")
+        )
 
     def _check(self, evaluation: Any) -> None:
         if evaluation.passed:

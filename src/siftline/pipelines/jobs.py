@@ -10,6 +10,12 @@ from siftline.recipe import Recipe, expand_pool
 from siftline.shards import content_hash
 from siftline.workspace import Workspace
 
+RETRIES = {
+    "dagster/max_retries": "2",
+    "dagster/retry_on_asset_or_op_failure": "false",  # a failed stage says why
+}
+"""A run whose process crashed is tried again, whatever instance it runs on."""
+
 
 def recipe_job(recipe: Recipe) -> UnresolvedAssetJobDefinition:
     """Materializes everything a recipe says, upstream assets included."""
@@ -17,6 +23,7 @@ def recipe_job(recipe: Recipe) -> UnresolvedAssetJobDefinition:
     return dg.define_asset_job(
         recipe.name,
         selection=dg.AssetSelection.assets(*last).upstream(),
+        tags=RETRIES,
         description=recipe.card.description or f"The whole chain of recipe {recipe.name}.",
     )
 

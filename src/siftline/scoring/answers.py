@@ -1,260 +1,357 @@
-r"""Final answers: finding them in a response, and a key under which equal answers are equal.
+r"""Finding the final answer of a response: which span it is. What it is worth is judged elsewhere.
 
-Extraction reads marks that a writer puts on purpose: `#### x` (GSM8K), the last brace-balanced
-`\boxed{x}` (MATH), then phrases such as "the answer is x". Strict mode stops there. The usual
-fall-back, the last number in the text, calls a truncated or a wrong chain of thought an answer, so
-it is there only for reading and is never used to make or to judge data (dart-math ends with it by
-default; see its strict switch).
+Only what a writer marks on purpose counts: `\boxed{x}`, `#### x`, `<answer>x</answer>`, "the answer
+is x", a heading "Final Answer" with the answer on the next line. The usual fall-back, the last
+number in the text, calls a truncated or a wrong chain of thought an answer, so it is there only for
+reading and never used to make or to judge data (dart-math ends with it by default; see its strict
+switch).
 
-`answer_key` is exact: numbers become reduced fractions, so 1,000 = 1000 = 1000.0 and 0.5 = 1/2,
-while -5 and 5, 1/2 and 12 stay apart. Nothing is evaluated and nothing is rounded.
+Reasoning is left out first. Boxes that stand in one list are one answer, which is the list. Marks
+that give several answers are all candidates: nobody can tell which of them is meant, so a judge
+may say right only where all of them are. Every function is linear in the length of the text.
 """
 
 import re
-import unicodedata
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
-LONGEST_NUMBER = 200
-"""Digits and signs beyond which a text is compared as text: an answer is never that long."""
+from siftline.scoring.quantities import NUMBER, answer_key, parse_quantity
+from siftline.scoring.reasoning import without_reasoning
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
-_QUANTITY = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:(?:US|A|C)?[$€£¥₹]|USD|EUR|GBP|Rs\.?)?\s*(?P<inner>[-+]?)\s*"
-    rf"(?:(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<of>\d+)"
-    rf"|(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?)"
-    rf"(?P<rest>[^\d].*)?"
+__all__ = [
+    "Candidate",
+    "answer_key",
+    "extract_answer",
+    "find_answers",
+    "is_value",
+    "parse_quantity",
+]
+
+MOST_CANDIDATES = 8
+"""Different answers beyond which a response has none."""
+MOST_PHRASES = 200
+"""Phrases of a response that are looked at, the last ones: who says it more often says nothing."""
+LONGEST_ANSWER = 1000
+"""Characters of a marked answer beyond which it is cut: what is longer is no answer."""
+
+_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"<(answer|final_answer)>", re.IGNORECASE)
+_BARE_BOX = re.compile(r"\\boxed\s+(-?\d[\d.,/]*)")
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_CRY = re.compile(r"(\d)!+$")
+"""Behind #### stands a plain number, so a mark behind it is no factorial."""
+_NAME = re.compile(r"(?<![A-Za-z])answers?(?![A-Za-z])|答案", re.IGNORECASE)
+_MARKUP = r"(?:\*{1,3}|_{1,3}|`|\})?"
+_LINK = re.compile(
+    rf"{_MARKUP}[ \t]*"
+    r"(?:(?:to|of|for|in) (?:the|this|that|your|our|part|question|problem)\b[^.:=\n]{0,80}?[ \t]+)?"
+    r"(?:(?P<verb>(?:is|are|was|be|equals|becomes)\b|(?:must|should|would|will) be\b|=|是|为)"
+    rf"[ \t]*{_MARKUP}[ \t]*[:\uff1a]?|[:\uff1a])[ \t]*{_MARKUP}[ \t]*[:\uff1a]?[ \t]*",
+    re.IGNORECASE,
 )
-_UNIT_WORD = r"(?:[A-Za-z]{2,}|(?<=/)[hs]|(?<= )a(?= ))"
-_UNIT_WORDS = re.compile(
-    rf"(?:[A-Za-z]{{2,}}|m(?=/))[.]?(?:\^?[23²³])?(?:[\s/-]+{_UNIT_WORD}(?:\^?[23²³])?){{0,7}}"
+_ALONE = re.compile(rf"{_MARKUP}[ \t]*[:\uff1a.]?[ \t]*{_MARKUP}[ \t]*(?=\n|$)")
+"""Behind a heading: nothing more on its line."""
+_HEADING = re.compile(
+    r"[\s#>*_`\-=\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]*(?:\d+[.)]\s*)?(?:\\text(?:bf)?\{)?"
+    r"(?:(?:so|and|thus|therefore|hence|the|my|our|your|final|correct|short|numerical)[,\s]*)*",
+    re.IGNORECASE,
 )
-_ATTACHED = frozenset(["mm", "cm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mph", "cents"])
-SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# Words after a number that change its value or join it to something else.
-NOT_UNITS = frozenset(
-    re.split(
-        r"\s+",
-        """pi sqrt or and mod log ln exp sin cos tan times plus minus over to of by from per cent
-        dozen dozens pair pairs hundred half halves third thirds quarter quarters squared cubed
-        am pm noon infinity choose is are equals remainder not if
-        one two three four five six seven eight nine ten eleven twelve twenty""",
-    )
+_UNSURE = re.compile(
+    r"\b(?:if|suppose|supposing|whether|assume|assuming|unless|maybe|perhaps|possibly|imagine|"
+    r"say|would|might|could)\b[^.!?\n]*$|\bnot (?:sure|certain)\b[^.!?\n]*$",
+    re.IGNORECASE,
 )
-_JOINING = frozenset(["per", "of", "are", "by", "from"])
-"""Fine inside a unit (miles per hour, apples are left), not at its start."""
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}"), r" \1/\2 "),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
-    (re.compile(r"\\boxed\s*\{(.*)\}"), r"\1"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]"), ""),
-    (re.compile(r"\^\s*\{?\\circ\}?"), " degrees"),
-    (re.compile(r"\\([$%&#_])"), r"\1"),
+"""In front of a phrase: what follows is supposed, not said."""
+_LINE_A = re.compile(r"^[ \t]*A:[ \t]*", re.IGNORECASE | re.M)
+_LINE_B = re.compile(r"^[ \t]*B[:.)]", re.M)
+"""A line of a second choice: then "A:" begins the first one, and no answer."""
+_SENTENCE_END = re.compile(r"[.?](?=\s|$|</\w+>)|</\w+>|(?<=[A-Za-z]{2})!(?=\s|$)|。")
+_BOLD = re.compile(r"(?<![\w)])\*{2,3}|\*{2,3}(?![\w(])")
+_FILLER = re.compile(
+    r"(?:therefore|thus|then|simply|just|hence|indeed|clearly|exactly|also|still|actually|now|"
+    r"equal to|given by|found to be|as follows|that|[:\uff1a,])[\s:\uff1a,]+",
+    re.IGNORECASE,
 )
-_PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)[ \t]*|^[ \t]*A:[ \t]*", re.IGNORECASE | re.M)
 _SUBJECT = re.compile(
     r"^(?:the|he|she|it|they|there|we|you|[A-Z][a-z]+)\b[a-z ]{0,40}?"
-    r"(?:is|are|was|has|have|had|gets|pays|needs|costs|earns|makes|takes):? (?=[-+$€£¥₹]?\d)",
+    r"(?:is|are|was|has|have|had|gets|pays|needs|costs|earns|makes|takes):? "
+    r"(?=(?:\$|\\\(|\*\*)?[-+$€£¥₹]?\d)",
     re.IGNORECASE,
 )
 """What an answer in a sentence begins with, before its number: the total is 18."""
-_VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
-_SPACED = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])")
-_REMARK = re.compile(r"(?<=[\w%]) \((?=[^()]*[A-Za-z]{4})[^()]*\)$")
-"""Words in brackets behind an answer: 18 (since 3 * 6 = 18); not 3 (mod 5) or 2 (x + 1)."""
-_CHOICES = re.compile(r"^[ \t]*B[:.)]", re.M)
-"""A line of a second choice: then "A:" begins the first one, and no answer."""
-_MINUSES = str.maketrans(
-    {"\u2044": "/", "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"}
+_COMPUTED = re.compile(r"(?=[(\s]*[-$€£¥₹]{0,2}\d)(?![^=]*\d[A-Za-z])(?![^=]*\\)[^=]*=.*?([^=<>]+)")
+"""A computation with its result: 12 * 3 = 36."""
+_DISPLAYS = {"\\[": "\\]", "$$": "$$", "\\(": "\\)", "$": "$"}
+_ENVIRONMENT = re.compile(r"\\begin\{(equation|align|gather|displaymath)(\*?)\}")
+_GAP = re.compile(
+    r"\\(?:text|mbox|textrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:q?quad|[()\[\],;: ])|\$+|\*+"
+    r"|\b(?:and|or|as well as)\b|(?:\\(?:theta|alpha|beta|lambda)|\b[A-Za-z](?:_\{?\w\}?)?)\s*="
+    r"|[\s,;&\-\u2022]"
 )
-_NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{_DECIMAL})(?:/\d+)?")
+"""What may stand between the boxes of one list."""
+_LONGEST_GAP = 80
+_NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{NUMBER})(?:/\d+)?")
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """An exact number as it was written.
+class Candidate:
+    """One span that a response gives as its final answer.
 
     Attributes:
-        value: The number; of `50%` it is 50.
-        percent: Whether a percent sign or the word followed it.
+        start: Where its mark begins, in the response without its reasoning.
+        end: Where it ends.
+        text: The answer as written, without its mark.
+        parts: The answers that it is a list of, or may be read as; empty for a single one.
     """
 
-    value: Fraction
-    percent: bool = False
+    start: int
+    end: int
+    text: str
+    parts: tuple[str, ...] = ()
 
 
-def tidy(text: str) -> str:
-    """Strips LaTeX shells, math and bold marks, and the full stop at the end of an answer."""
-    text = _VULGAR.sub(" ", text)  # or 2½ would become 21/2
-    text = unicodedata.normalize("NFKC", text).translate(_MINUSES)
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-    text = " ".join(text.split()).strip("* ")
-    if len(text) > 1 and text.startswith("$") and text.endswith("$"):
-        text = text[1:-1].strip()
-    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
-        if text.startswith(opening) and text.endswith(closing):
-            text = text[2:-2].strip()
-    text = re.sub(r"^[A-Za-z]\s*=\s*(?=\S)", "", text)
-    return re.sub(r"[\s.,;:!]+$", "", text)
+def find_answers(response: str) -> tuple[Candidate, ...]:
+    r"""Finds every answer that a response may mean as its final one, in the order of the text.
 
-
-def parse_quantity(text: str) -> Quantity | None:
-    r"""Reads one exact number with its currency sign, unit or percent; None if it is not just that.
-
-    Accepts integers, decimals, thousands in groups of three, simple and mixed fractions, and
-    exponents of at most two digits. Words after the number are a unit unless they change its value
-    ("5 or 6", "2 pi", "5 pm"); thousand to trillion multiply.
+    Boxes, `####` lines, tags and "final answer" marks count alike, and so do plain phrases ("the
+    answer is x", "answer: x", a line "A: x") behind the last of those, or where there is none. A
+    `####` line counts when nothing follows it or when it holds a bare number, since `####` is a
+    Markdown heading too. A phrase counts when what it names looks like a value, or is the last.
 
     Args:
-        text: An extracted answer, e.g. `-$1,000.50`, `3 1/2 cups`, `\frac{1}{2}`, `50%`.
-    """
-    text = _REMARK.sub("", tidy(text))
-    text = _SPACED.sub(lambda number: number[0].replace(" ", ""), text)
-    if len(text) > LONGEST_NUMBER:
-        return None
-    match = _QUANTITY.fullmatch(text)
-    if match is None or (match["sign"] and match["inner"]):
-        return None
-    scale = _unit(match["rest"] or "")
-    if scale is None:
-        return None
-    value = _fraction(match)
-    if value is None:
-        return None
-    negative = "-" in (match["sign"], match["inner"])
-    is_percent = (match["rest"] or "").strip().lower() in ("%", "percent", "per cent")
-    return Quantity((-value if negative else value) * scale, is_percent)
-
-
-def leading_quantity(text: str) -> tuple[Quantity, str] | None:
-    """The number that an answer begins with, and what stands behind it, neither judged nor read.
-
-    Args:
-        text: An extracted answer, e.g. `18, since 3 * 6 = 18`.
+        response: The response's text.
 
     Returns:
-        None where it does not begin with a number, or is too long.
+        Candidates with different texts; empty where nothing is marked, or far too much is.
     """
-    text = tidy(text)
-    match = _QUANTITY.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
-    value = _fraction(match) if match and not (match["sign"] and match["inner"]) else None
-    if match is None or value is None:
-        return None
-    return Quantity(-value if "-" in (match["sign"], match["inner"]) else value), match[
-        "rest"
-    ] or ""
-
-
-def _fraction(match: re.Match[str]) -> Fraction | None:
-    if match["whole"]:
-        top, bottom = Fraction(match["part"]), Fraction(match["of"])
-        return Fraction(match["whole"]) + top / bottom if bottom else None
-    value = Fraction(match["top"].replace(",", "").rstrip("."))
-    if match["bottom"] is None:
-        return value
-    bottom = Fraction(match["bottom"].replace(",", "").rstrip("."))
-    return value / bottom if bottom else None
-
-
-def _unit(rest: str) -> int | None:
-    """The factor of what follows a number: 1 for a unit, 10**6 for million; None if not a unit."""
-    words = rest.strip().lower()
-    if words in ("", "%", "percent", "per cent", "$", "€", "£", "¥", "₹", "°", "-"):
-        return 1 if words != "-" else None
-    spaced = rest[0].isspace()
-    first, _, others = words.partition(" ")
-    if first in SCALES and (spaced and (not others or _unit(" " + others) == 1)):
-        return SCALES[first]
-    if not _UNIT_WORDS.fullmatch(words):
-        return None
-    parts = re.split(r"[\s/-]+", words)
-    if not spaced and not rest.startswith("-") and parts[0] not in _ATTACHED:
-        return None
-    # At the start only "of" with words behind it: 18 of them, and not the fraction 3 of four.
-    joined = {
-        part
-        for i, part in enumerate(parts)
-        if not (part in _JOINING and (i or (part == "of" and len(parts) > 1)))
-    }
-    return None if joined & (NOT_UNITS | set(SCALES)) else 1
-
-
-def answer_key(text: str) -> str:
-    """Returns the canonical key of an answer: equal keys are equal answers.
-
-    Numbers become reduced fractions ("1,000.0" and "$1000" are "1000", "0.5" is "1/2"); units,
-    currency and percent signs are dropped. Everything else is compared as text, without case,
-    white space or LaTeX shells.
-
-    Args:
-        text: An extracted answer or a reference answer.
-    """
-    quantity = parse_quantity(text)
-    return str(quantity.value) if quantity is not None else tidy(text).casefold()
+    text = without_reasoning(response)
+    phrases = [p for p in _phrases(text) if "\\boxed" not in p[0].text]
+    valued = [(found, final) for found, final in phrases if is_value(found.text)]
+    strong = list(_lists(_boxes(text), text)) + list(_after_hashes(text))
+    strong += [found for found, final in valued if final] + list(_tagged(text))
+    edge = max((found.start for found in strong), default=-1)
+    weak = [found for found, final in valued if not final and found.start > edge]
+    if not strong and phrases:
+        weak.append(max(phrases, key=lambda phrase: phrase[0].start)[0])
+    distinct: dict[str, Candidate] = {}
+    for found in sorted(strong + weak, key=lambda found: found.start):
+        distinct.pop(found.text, None)  # the last place of an answer counts
+        distinct[found.text] = found
+    return tuple(distinct.values()) if len(distinct) <= MOST_CANDIDATES else ()
 
 
 def extract_answer(response: str, strict: bool = True) -> str | None:
-    r"""Finds the final answer of a response.
-
-    In order: the later of the last `#### x` and the last balanced `\boxed{x}`; the last phrase
-    ("the answer is x", "answer: x", or a line "A: x"). A `####` line counts when
-    nothing follows it or when it holds a bare number, because `####` is also a Markdown heading.
+    """The last answer that a response marks as its final one, as written; None without one.
 
     Args:
         response: The response's text.
         strict: Only marked answers. False falls back to the last number in the text, which is
             right for display and wrong for judging (see the module's docstring).
-
-    Returns:
-        The answer as written, without its mark, or None.
     """
-    marked = max(_after_hashes(response), _boxed(response))
-    if marked[0] >= 0:
-        return marked[1]
-    phrase = _after_phrase(response)
-    if phrase is not None or strict:
-        return phrase
-    numbers = _NUMBER_IN_TEXT.findall(response)
+    found = find_answers(response)
+    if found or strict:
+        return found[-1].text if found else None
+    numbers = _NUMBER_IN_TEXT.findall(without_reasoning(response))
     return numbers[-1] if numbers else None
 
 
-def _after_hashes(response: str) -> tuple[int, str]:
-    for match in reversed(list(re.finditer(r"(?<!#)####(?!#)[ \t]*([^\n]*)", response))):
-        payload = match[1].strip()
-        last = not response[match.end() :].strip()
-        if payload and (parse_quantity(payload) is not None or last):
-            return match.start(), payload
-    return -1, ""
+def is_value(text: str) -> bool:
+    """Whether an answer looks like a value rather than the beginning of a sentence."""
+    if len(text) > 200:
+        return False
+    if parse_quantity(text) is not None or re.match(r"[-+]?[$€£¥₹]?\d", text.strip("*_ ")):
+        return True
+    bare = re.sub(r"\\[A-Za-z]+|\\(?:text|mathrm)\{[^{}]*\}|\$[^$]*\$|\\\(.*?\\\)", " ", text)
+    words = re.findall(r"[A-Za-z]{2,}", bare)
+    return not [w for w in words if w not in ("and", "or", "sin", "cos", "pi", "sqrt", "log", "ln")]
 
 
-def _boxed(response: str) -> tuple[int, str]:
-    end = len(response)
-    while (start := response.rfind("\\boxed{", 0, end)) >= 0:
-        depth, opening = 0, start + len("\\boxed")
-        for position in range(opening, len(response)):
-            depth += {"{": 1, "}": -1}.get(response[position], 0)
-            if depth == 0:
-                payload = response[opening + 1 : position].strip()
-                if payload:
-                    return start, payload
-                break
-        end = start
-    return -1, ""
+def _after_hashes(text: str) -> Iterator[Candidate]:
+    last = len(text.rstrip())
+    for match in deque(_HASHES.finditer(text), MOST_PHRASES):
+        payload = _CRY.sub(r"\1", match[1].strip())
+        if not payload or "\\boxed" in payload or _NAME.search(payload):
+            continue  # what stands in it is a mark of its own
+        if match.end() >= last or parse_quantity(payload) is not None:
+            yield Candidate(match.start(), match.end(), payload[:LONGEST_ANSWER])
 
 
-def _after_phrase(response: str) -> str | None:
-    listed = _CHOICES.search(response) is not None
-    for match in reversed(list(_PHRASE.finditer(response))):
-        if listed and match[0].strip().upper() == "A:":
+def _tagged(text: str) -> Iterator[Candidate]:
+    """Answers between tags: <answer>12</answer>. Marks inside of one are marks of their own."""
+    for match in deque(_TAG.finditer(text), MOST_PHRASES):
+        inside = text[match.end() : match.end() + LONGEST_ANSWER]
+        payload, closing, _ = inside.partition(f"</{match[1]}>")
+        marked = "\\boxed" in payload or "####" in payload or _NAME.search(payload)
+        if closing and payload.strip() and not marked and "\n" not in payload.strip():
+            yield Candidate(match.start(), match.end() + len(payload), payload.strip())
+
+
+def _boxes(text: str) -> list[Candidate]:
+    """The outermost balanced boxes, in order. One pass: every brace is looked at once."""
+    stack: list[tuple[int, int] | None] = []
+    found: list[tuple[int, int, int]] = []
+    for match in _BRACES.finditer(text):
+        mark = match[0]
+        if mark == "{":
+            stack.append(None)
+        elif mark[0] == "\\" and mark[-1] == "{" and len(mark) > 2:
+            stack.append((match.start(), match.end()))
+        elif mark == "}" and stack:
+            opened = stack.pop()
+            if opened is not None:
+                found.append((opened[0], opened[1], match.start()))
+    found += [(m.start(), m.start(1), m.end()) for m in _BARE_BOX.finditer(text)]
+    boxes: list[Candidate] = []
+    edge = -1
+    for start, inside, end in sorted(found, key=lambda box: (box[0], -box[2])):
+        payload = _unwrapped(text[inside : min(end, inside + LONGEST_ANSWER)])
+        if start >= edge and payload:
+            minus = re.search(r"[=$(]\s*[-\u2212]\s*$", text[max(0, start - 8) : start])
+            payload = f"-({payload})" if minus else payload
+            boxes.append(Candidate(start, end + 1, payload))
+            edge = end
+    return boxes
+
+
+def _unwrapped(payload: str) -> str:
+    r"""A box's content without boxes inside it and without braces around all of it."""
+    payload = re.sub(r"\\(?:boxed|fbox|framebox)\s*\{", "{", payload).strip()
+    while payload.startswith("{") and payload.endswith("}"):
+        depth = 0
+        for place, mark in enumerate(payload):
+            depth += {"{": 1, "}": -1}.get(mark, 0)
+            if not depth and place < len(payload) - 1:
+                return payload
+        payload = payload[1:-1].strip()
+    return payload
+
+
+def _lists(boxes: Iterable[Candidate], text: str) -> Iterator[Candidate]:
+    """Joins boxes with nothing but a comma, an "and" or the like between them."""
+    group: list[Candidate] = []
+    for box in boxes:
+        gap = text[group[-1].end : box.start] if group else ""
+        joined = len(gap) <= _LONGEST_GAP and not _GAP.sub("", gap)
+        if group and not (joined and _element(box.text) and _element(group[-1].text)):
+            yield _joined(group)
+            group = []
+        group.append(box)
+    if group:
+        yield _joined(group)
+
+
+def _element(text: str) -> bool:
+    """Whether a box can be one of a list: a value or a word, no sentence."""
+    words = re.findall(r"[A-Za-z]+", re.sub(r"\\[A-Za-z]+", " ", text))
+    return len(words) < 3 or ("\\text" not in text and is_value(text))
+
+
+def _joined(group: list[Candidate]) -> Candidate:
+    parts = tuple(dict.fromkeys(box.text for box in group))
+    if len(parts) == 1:
+        return Candidate(group[0].start, group[-1].end, parts[0])
+    return Candidate(group[0].start, group[-1].end, ", ".join(parts), parts)
+
+
+def _phrases(text: str) -> Iterator[tuple[Candidate, bool]]:
+    """Answers that a phrase or a heading announces, and whether it says that they are final."""
+    last = len(text.rstrip())
+    for match in deque(_NAME.finditer(text), MOST_PHRASES):
+        before = text[max(0, match.start() - 60) : match.start()]
+        line = before.rpartition("\n")[2]
+        final = re.search(r"(?i)\bfinal\s*$", line) is not None
+        link = _LINK.match(text, match.end())
+        heading = _ALONE.match(text, match.end()) and _HEADING.fullmatch(line)
+        if heading or (link and link.end() < last and text[link.end()] == "\n"):
+            place = link.end() if link else match.end()
+            found = _next_block(text, place, last)
+        elif link and not _UNSURE.search(line):
+            found = _inline(text, link.end())
+            plural = match[0].lower() == "answers"
+            found = None if found and plural and not is_value(found[0]) else found
+        else:
             continue
-        line = response[match.end() :].split("\n", 1)[0]
-        opens = match[0].strip().upper() == "A:" and response[match.end() + len(line) :].strip()
-        if opens and parse_quantity(line) is None:
+        if found:
+            yield _worded(match.start(), *found), final
+    yield from ((found, False) for found in _lines_a(text))
+
+
+def _worded(start: int, payload: str, end: int) -> Candidate:
+    """A payload as a candidate: "5!" in prose is a factorial, or 5; "- 5" may be an item."""
+    cried = re.fullmatch(r"(.*\d)!+", payload)
+    other = cried[1] if cried else payload[1:].strip() if payload.startswith("- ") else ""
+    return Candidate(start, end, payload, (payload, other) if other else ())
+
+
+def _inline(text: str, place: int) -> tuple[str, int] | None:
+    """The answer that begins at a place: a display, or the rest of the sentence."""
+    display = _display(text, place)
+    if display and not display[0].startswith("$"):
+        return display
+    line = text[place : place + LONGEST_ANSWER].split("\n", 1)[0]
+    end = place + len(line)
+    payload = _sentence(line)
+    payload = _SUBJECT.sub("", _FILLER.sub("", payload, count=1))
+    computed = _COMPUTED.fullmatch(payload)
+    payload = computed[1].strip() if computed else payload
+    return (payload, end) if payload else None
+
+
+def _sentence(line: str) -> str:
+    """A line up to the end of its first sentence outside of formulas, without bold marks."""
+    for match in _SENTENCE_END.finditer(line):
+        head = line[: match.start()]
+        if head.count("$") % 2 == 0 and head.count("\\(") <= head.count("\\)"):
+            line = head
+            break
+    return _BOLD.sub("", line.strip()).strip(" \t_`*")
+
+
+def _next_block(text: str, place: int, last: int) -> tuple[str, int] | None:
+    """The answer on the next line that is not empty, or in the display there.
+
+    A line that looks like no value counts only if the text ends with it.
+    """
+    start = place
+    while start < len(text) and text[start] in " \t\r\n*_`":
+        start += 1
+    found = _display(text, start) or _inline(text, start)
+    if found is None:
+        return None
+    bulleted = re.match(r"(?:[\u2022>*]|\d+[.)])\s+(?=\S)", found[0])
+    payload = found[0][bulleted.end() :] if bulleted else found[0]
+    return (payload, found[1]) if is_value(payload) or found[1] >= last else None
+
+
+def _display(text: str, place: int) -> tuple[str, int] | None:
+    """The display formula that begins at a place, and where it ends."""
+    environment = _ENVIRONMENT.match(text, place)
+    opening = next((mark for mark in ("\\[", "$$") if text.startswith(mark, place)), None)
+    if environment:
+        closing, start = f"\\end{{{environment[1]}{environment[2]}}}", environment.end()
+    elif opening:
+        closing, start = _DISPLAYS[opening], place + len(opening)
+    else:
+        return None
+    end = text.find(closing, start, start + LONGEST_ANSWER)
+    payload = text[start:end].strip().rstrip(".,;") if end >= 0 else ""
+    return (payload, end + len(closing)) if payload else None
+
+
+def _lines_a(text: str) -> Iterator[Candidate]:
+    """Lines "A: x". One that opens the reasoning, or a list of choices, gives no answer."""
+    if _LINE_B.search(text):
+        return
+    last = len(text.rstrip())
+    for match in deque(_LINE_A.finditer(text), MOST_PHRASES):
+        end = text.find("\n", match.end())
+        end = len(text) if end < 0 else end
+        line = text[match.end() : min(end, match.end() + LONGEST_ANSWER)]
+        if end < last and parse_quantity(line) is None:
             continue  # what follows is the reasoning: the prefix opens it
-        # A sentence ends at a full stop that no digit follows.
-        payload = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0].strip("* ")
+        if _NAME.search(line) or "\\boxed" in line or "####" in line:
+            continue
+        payload = _SUBJECT.sub("", _sentence(line))
         if payload:
-            return _SUBJECT.sub("", payload)
-    return None
+            yield Candidate(match.start(), end, payload)

@@ -17,9 +17,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.answers import answer_key, extract_answer
+from siftline.scoring.answers import extract_answer
 from siftline.scoring.choices import ask_choices
 from siftline.scoring.engines import Sampling
+from siftline.scoring.quantities import answer_key
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.selectors.confidence import BSDETECTOR, ConfidenceGate, reflection_from_choices

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from siftline.kernels.normalization import normalized
 from siftline.scoring.fences import blocks
 
 Reason = Literal["truncated", "repetitive", "wrong_language"]
@@ -34,6 +35,9 @@ DOMINANT = 0.7
 """Share of the letters that makes a script the text's own."""
 FAMILIAR = 0.1
 """Share of the prompt's letters in the response's script above which it is expected."""
+
+LAST_CHARACTERS = 1000
+"""Characters at the end of a line in which emphasis is looked for: its end is all that counts."""
 
 _WORD = re.compile(r"\w+(?:['.,]\w+)*|[^\w\s]+")
 _ENDING = re.compile(
@@ -92,7 +96,7 @@ def _truncated(response: str) -> bool:
     words = last.split()
     if len(words) < 2 or last.startswith(("#", "|")):
         return False
-    if _DANGLING.search(_EMPHASIS.sub(r"\2", last)):
+    if _DANGLING.search(_EMPHASIS.sub(r"\2", last[-LAST_CHARACTERS:])):
         return True
     if words[-1] in _OPEN_WORDS and len(words) > 3 and not _NAMED.search(last):
         return True
@@ -190,12 +194,22 @@ def _foreign(response: str, prompt: str) -> bool:
     return count / letters >= DOMINANT and asked[script] / wanted < FAMILIAR
 
 
+def _without_blocks(text: str) -> str:
+    """What stands outside fenced code, each block found behind the one before it."""
+    parts, at = [], 0
+    for block in blocks(text):
+        start = text.find(block.text, at) if block.text.strip() else -1
+        if start >= 0:
+            parts.append(text[at:start])
+            at = start + len(block.text)
+    return " ".join([*parts, text[at:]])
+
+
 def _scripts(text: str) -> Counter[str]:
     """Letters by script, outside fenced code, formulas, inline code and addresses."""
-    for block in blocks(text):
-        text = text.replace(block.text, " ") if block.text.strip() else text
     counts: Counter[str] = Counter()
-    for character, times in Counter(unicodedata.normalize("NFKC", _FORMULA.sub(" ", text))).items():
+    prose = _FORMULA.sub(" ", _without_blocks(text))
+    for character, times in Counter(normalized("NFKC", prose)).items():
         if character.isalpha():
             script = unicodedata.name(character, "UNKNOWN").partition(" ")[0].partition("-")[0]
             counts[_SAME_SCRIPT.get(script, script)] += times

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from siftline.scoring.weights import refuse_pickles
+
 EngineName = Literal["transformers", "vllm", "server", "sentence-transformers"]
 ENGINES: tuple[EngineName, ...] = ("transformers", "vllm", "server", "sentence-transformers")
 
@@ -50,6 +52,13 @@ class Server:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {self.url!r}: give it as http://HOST:PORT/v1")
+        rest = self.url.partition("://")[2]
+        if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
+            # Not shown: it may hold a password, and a recipe's hash and report hold the url.
+            raise ValueError(
+                "url holds a user, a password or a query: give it as http://HOST:PORT/v1, and the "
+                "API key in the environment variable that key_variable names"
+            )
         for name in ("concurrency", "tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -339,7 +348,8 @@ def check_directory(spec: ModelSpec) -> Path:
     """Returns the model directory of `spec`.
 
     Raises:
-        ValueError: if it, or the adapter's, is not a local directory with its config file.
+        ValueError: if it, or the adapter's, is not a local directory with its config file, or has
+            its weights as a pickle.
     """
     needed = {"sentence-transformers": "modules.json", "server": "tokenizer.json"}
     wanted = [(spec.path, needed.get(spec.engine, "config.json"))]
@@ -353,6 +363,7 @@ def check_directory(spec: ModelSpec) -> Path:
             )
         if not (Path(path).expanduser() / config).is_file():
             raise ValueError(f"{path!r} has no {config}: name the folder that holds that file")
+        refuse_pickles(Path(path).expanduser())
     return Path(spec.path).expanduser()
 
 

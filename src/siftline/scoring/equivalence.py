@@ -1,9 +1,13 @@
-"""Equality of mathematical expressions by math-verify, in a process that may be killed.
+"""Equality of mathematical expressions in a process that may be killed.
 
 math-verify limits its own time with SIGALRM, which works only on the main thread and only between
 Python instructions: a huge power inside SymPy never returns. So the comparison runs in a child
-process that arms its own alarm with the default action. The kernel then ends the child whatever it
-is doing, on any thread of the caller, and a child whose parent is gone reads end of file and ends.
+process that arms a timer of its own with the default action. The kernel then ends the child
+whatever it is doing, on any thread of the caller, and a child whose parent is gone reads end of
+file and ends.
+
+The timer counts processor time, so that a busy machine changes no verdict; one of the clock stands
+behind it, for a child that waits.
 
 Only math-verify's LaTeX reader is used (a grammar). Its plain-expression reader calls SymPy's
 `parse_expr`, which is Python's `eval`.
@@ -16,9 +20,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 MEMORY = 4 << 30  # bytes of address space for the child: an exploding expression, not the machine
+PATIENCE = 20
+"""Seconds of the clock that a child may take for each second of processor time."""
 
 
 class EquivalenceError(RuntimeError):
@@ -31,7 +39,7 @@ class Equivalence:
     Safe to call from several threads; calls run one after another.
 
     Attributes:
-        timeout: Seconds one comparison may take.
+        timeout: Seconds of processor time that one comparison may take.
         command: What the interpreter of the child is told to run.
     """
 
@@ -43,8 +51,8 @@ class Equivalence:
         self._child: subprocess.Popen[str] | None = None
         self._owner = 0
 
-    def __call__(self, gold: str, target: str) -> bool:
-        """Whether two LaTeX expressions are equal; unparsable ones are not.
+    def __call__(self, gold: str, target: str) -> bool | None:
+        """Whether two expressions are equal; None where nobody can tell, as of unreadable ones.
 
         Raises:
             EquivalenceError: when the comparison timed out, ran out of memory or failed.
@@ -64,7 +72,8 @@ class Equivalence:
         reply = json.loads(line)
         if "error" in reply:
             raise EquivalenceError(reply["error"])
-        return bool(reply["equal"])
+        equal = reply["equal"]
+        return None if equal is None else bool(equal)
 
     def _start(self) -> "subprocess.Popen[str]":
         # After a fork the pipes belong to the parent too: a new process takes a child of its own.
@@ -82,8 +91,10 @@ class Equivalence:
     def _reap(self, child: "subprocess.Popen[str]") -> str:
         code = child.wait()
         self._discard(child)
-        if code == -signal.SIGALRM:
+        if code == -signal.SIGPROF:
             return f"timeout after {self.timeout:g} s"
+        if code == -signal.SIGALRM:
+            return f"no reply after {PATIENCE * self.timeout:g} s of the clock"
         return f"comparison process ended with code {code}"
 
     def _discard(self, child: "subprocess.Popen[str]") -> None:
@@ -104,52 +115,47 @@ class Equivalence:
                 child.wait()
 
 
-def equal(gold: str, target: str) -> bool:
-    """Compares two expressions with math-verify, here and without a limit on time.
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Ends this process if what stands inside takes more processor time; see `prepare`."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
-    Raises:
-        Exception: whatever SymPy raises; `serve` reports it.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
 
-    parsed = [
-        parse(
-            f"${text.replace('$', '')}$",
-            extraction_config=[LatexExtractionConfig()],
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
-            raise_on_error=True,
-        )
-        for text in (gold, target)
-    ]
-    if not all(parsed):
-        return False
-    return bool(verify(*parsed, timeout_seconds=None, raise_on_error=True))
+def prepare() -> None:
+    """Makes this process one that its timers end, and that ends with its parent."""
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        # Neither an ignored nor a blocked signal may be inherited from the parent.
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end we read
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answers one JSON line `[seconds, gold, target]` with one JSON line, until end of file."""
-    import logging
+    from siftline.scoring.value_equality import compare  # SymPy, which only the child needs
+    from siftline.scoring.values import Unreadable
 
-    logging.disable(logging.WARNING)  # math-verify warns that its timeouts are off; ours are on
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    equal("1", "1")  # imports SymPy outside the first request's time
+    compare("1", "1")  # what SymPy does once is outside the first request's time
     for line in requests:
         seconds, gold, target = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            reply: dict[str, object] = {"equal": equal(gold, target)}
-        except (Exception, MemoryError) as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:200]}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        with limited(seconds):
+            try:
+                reply: dict[str, object] = {"equal": compare(gold, target)}
+            except Unreadable:
+                reply = {"equal": None}
+            except (Exception, MemoryError) as error:
+                reply = {"error": f"{type(error).__name__}: {error}"[:200]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 if __name__ == "__main__":
-    # Neither an ignored nor a blocked alarm may be inherited from the parent.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end we read
+    prepare()
     serve(sys.stdin, sys.stdout)

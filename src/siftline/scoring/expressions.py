@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
-from siftline.scoring.answers import parse_quantity
+from siftline.scoring.quantities import parse_quantity
 
 _quantity = lru_cache(maxsize=4096)(parse_quantity)  # the same numbers come again and again
 _MOST_WORDS = 3

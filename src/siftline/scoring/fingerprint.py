@@ -3,16 +3,21 @@
 Two copies of a model in different folders share their scores in the store; one changed weight makes
 every score new. Only files that decide the numbers are read: model cards, optimizer states and logs
 that lie beside them do not count, nor do paths that Hugging Face writes into its JSON files.
+
+A model that was trained here lists the hashes of its files (`record_files`). There a changed weight
+is no other model but a damaged one, and an error. A model from elsewhere has no such list.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.shards import write_json
+from siftline.verified import confirm, file_hash, read_hashed, with_hash
 
 PATTERNS = (
     "config.json",
@@ -42,7 +47,11 @@ FREE_KEYS = (
     "base_model_name_or_path",
     "transformers_version",
 )
-CHUNK = 1 << 22
+LISTED = "siftline-files.json"
+"""Holds the hashes of a trained model's files, and its own."""
+RECORDS = ("training.json", "curve.csv", "skipped.csv", "warmup.json")
+"""What training writes beside a model and reads back."""
+RETRAIN = "remove the folder and run again: it is trained again"
 
 
 def _digest_json(path: Path) -> str | None:
@@ -59,47 +68,72 @@ def _digest_file(path: Path) -> str:
         digest = _digest_json(path)
         if digest is not None:
             return digest
+    return file_hash(path)
+
+
+def record_files(folder: Path) -> None:
+    """Lists the hashes of a trained model's files; the last step of training.
+
+    Files that a later hand may add or change (a card, a log) are not listed.
+    """
+    names = (*(name for name in PATTERNS if "/" not in name), *RECORDS)
+    listed = {}
+    for path in sorted(folder.rglob("*")):
+        within = path.relative_to(folder)
+        passing = any(part.startswith((".", "checkpoint")) for part in within.parts)
+        if path.is_file() and not passing and any(fnmatch(path.name, name) for name in names):
+            listed[within.as_posix()] = file_hash(path)
+    write_json(folder / LISTED, with_hash({"files": listed}))
+
+
+def confirm_files(folder: Path) -> None:
+    """Compares a model's files with the list of their hashes, where it has one.
+
+    Raises:
+        AlteredError: if the list or a file is not what training wrote.
+    """
+    path = folder / LISTED
+    if not path.exists():
+        return
+    files = read_hashed(path, "a list of a model's files", RETRAIN)["files"]
+    for name, sha256 in files.items():
+        confirm(folder / name, sha256, RETRAIN)
+
+
+def _digest_files(folder: Path, files: Sequence[str]) -> str:
+    """Hash of the files' names within the folder and contents."""
     running = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            running.update(chunk)
+    for name in files:
+        running.update(f"{name}\x1f{_digest_file(folder / name)}\x1e".encode())
     return running.hexdigest()
 
 
-@lru_cache(maxsize=64)
-def _digest_files(folder: str, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash of the files' names within the folder and contents; times and sizes key the cache."""
-    running = hashlib.sha256()
-    for name, _, _ in files:
-        running.update(f"{name}\x1f{_digest_file(Path(folder) / name)}\x1e".encode())
-    return running.hexdigest()
-
-
-def _model_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of the files in `folder` that decide numbers."""
+def _model_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that decide numbers."""
     found = []
     for path in sorted(folder.glob("*")) + sorted(folder.glob("[0-9]_*/*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and any(fnmatch(name, pattern) for pattern in PATTERNS):
-            status = path.stat()
-            found.append((name, status.st_mtime_ns, status.st_size))
-    return tuple(sorted(found))
+            found.append(name)
+    return sorted(found)
 
 
-def _has_weights(files: tuple[tuple[str, int, int], ...]) -> bool:
-    return any(name.endswith((".safetensors", ".bin")) for name, _, _ in files)
+def _has_weights(files: Sequence[str]) -> bool:
+    return any(name.endswith((".safetensors", ".bin")) for name in files)
 
 
 def directory_digest(folder: Path) -> str:
-    """sha256 of the model files in `folder`, read in chunks, cached until a file changes.
+    """sha256 of the model files in `folder`, cached until a file changes.
 
     Raises:
         ValueError: if the folder holds no weights.
+        AlteredError: if it was trained here and is not what training wrote.
     """
+    confirm_files(folder)
     files = _model_files(folder)
     if not _has_weights(files):
-        raise ValueError(f"{str(folder)!r} has no weights: expected a .safetensors or .bin file")
-    return _digest_files(str(folder.resolve()), files)
+        raise ValueError(f"{str(folder)!r} has no weights: expected a .safetensors file")
+    return _digest_files(folder, files)
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -116,12 +150,13 @@ def model_digest(spec: ModelSpec) -> str:
     files = _model_files(folder)
     if spec.engine != "server" or _has_weights(files):
         return directory_digest(folder)
+    confirm_files(folder)
     if not spec.revision:
         raise ValueError(
             f"{spec.path!r} has no weights, so nothing tells which model the server runs: set the "
             "model's revision (say, a commit) or give a path with the weights"
         )
-    return _digest_files(str(folder.resolve()), files)
+    return _digest_files(folder, files)
 
 
 def model_fingerprint(spec: ModelSpec, backend: str, version: str) -> str:

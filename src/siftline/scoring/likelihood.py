@@ -9,7 +9,7 @@ IFD goes by one name for two numbers in the literature, which rank rows differen
 over unconditional.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.schema import bucket_of
 from siftline.scoring.engines import (
     DETAILS,
     Detail,
@@ -28,9 +29,9 @@ from siftline.scoring.engines import (
 )
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import Turns, UnscorableRow, response_span, unconditional
-from siftline.store import score_key
+from siftline.store import BUCKETS, score_key
 
-VERSION = 1
+NAME, VERSION = "likelihood", 1
 RECORD = pa.schema([("key", pa.string()), ("n_tokens", pa.int32()), ("logprob_sum", pa.float64())])
 DETAIL_FIELDS = {
     "entropy": pa.field("entropy_sum", pa.float64()),
@@ -89,12 +90,32 @@ class Likelihood:
 
 PLAIN = Likelihood()
 Question = tuple[list[int], Span]
+Reasons = dict[str, str]
+GIVEN: dict[str, Any] = {
+    "id": pl.String,
+    "key": pl.String,
+    "alone": pl.String,
+    "n_tokens": pl.Int32,
+    "logprob_sum": pl.Float64,
+    "entropy_sum": pl.Float64,
+    "top1_count": pl.Int32,
+    "pooled": pl.Binary,
+    "reason": pl.String,
+    "n_alone": pl.Int32,
+    "logprob_alone": pl.Float64,
+}
+"""Columns of `score_given`: the key of the response alone and, where it was found already, its
+tokens and log-probability. `reason` says why a row has no score with its prompt."""
+ALONE: dict[str, Any] = {"key": pl.String, "n_tokens": pl.Int32, "logprob_sum": pl.Float64}
 
 
 def score_likelihood(
     recorder: Recorder, bucket: int, rows: pa.Table, asked: Likelihood = PLAIN
-) -> tuple[pl.DataFrame, dict[str, str]]:
+) -> tuple[pl.DataFrame, Reasons]:
     """Scores the responses of one store bucket.
+
+    Equal responses of several buckets are one question when they are asked without their prompts;
+    who scores a whole pool asks it once (`stages.responses`).
 
     Args:
         recorder: The target model.
@@ -109,13 +130,43 @@ def score_likelihood(
     Raises:
         ValueError: if the engine gives no such details, or refuses all rows of a batch.
     """
+    given, failed, alone = score_given(recorder, bucket, rows, asked)
+    answers = [pl.DataFrame(schema=ALONE)]
+    lacking: Reasons = {}
+    for home in sorted({alone_bucket(key) for key in alone}):
+        here = {key: question for key, question in alone.items() if alone_bucket(key) == home}
+        found, reasons = score_alone(recorder, home, here)
+        answers.append(found)
+        lacking |= reasons
+    lines, lost = joined(given, pl.concat(answers), lacking)
+    return lines, failed | lost
+
+
+def alone_bucket(key: str) -> int:
+    """Store bucket of a response without its prompt: by its own key, whatever row it is of."""
+    return bucket_of(key, BUCKETS)
+
+
+def score_given(
+    recorder: Recorder, bucket: int, rows: pa.Table, asked: Likelihood = PLAIN
+) -> tuple[pl.DataFrame, Reasons, dict[str, Question]]:
+    """Scores the responses of one store bucket behind their prompts.
+
+    Returns:
+        Columns of `GIVEN`, sorted by id; by id the reasons of rows that can't be asked; and by key
+        the questions without prompts that are still to be asked. Earlier versions recorded those in
+        the bucket of the row: what lies there is found.
+
+    Raises:
+        ValueError: as `score_likelihood`.
+    """
     # Before any row is asked: the engine's refusal would else be taken for that of single rows.
     if asked.details:
         check_details(recorder.spec.engine, asked.details, recorder.engine.details)
     given: dict[str, tuple[int, Question]] = {}
-    alone: dict[str, tuple[int, Question]] = {}
+    alone: dict[str, Question] = {}
     keys: dict[str, tuple[str, str]] = {}
-    failed: dict[str, str] = {}
+    failed: Reasons = {}
     for row in rows.select(["id", "messages", "tools"]).to_pylist():
         try:
             question = _question(recorder, row, asked)
@@ -125,19 +176,69 @@ def score_likelihood(
         twin = unconditional(recorder.engine.tokenizer, *question)
         pair = score_key(question[0], *question[1]), score_key(twin[0], *twin[1])
         given[pair[0]] = (len(question[0]), question)
-        alone[pair[1]] = (len(twin[0]), twin)
+        alone[pair[1]] = twin
         keys[row["id"]] = pair
-    passes = _passes(recorder, bucket, given, alone, asked)
+    found, lacking = _ask(recorder, bucket, given, asked)
+    known = recorder.known(NAME, VERSION, PLAIN.parameters, PLAIN.record, bucket, alone)
+    if not asked.details:
+        # A text without a prompt is the same question both ways.
+        known |= {key: found[key] for key in alone.keys() & found.keys()}
     lines = []
-    for identity, pair in sorted(keys.items()):
-        found = [records.get(key) for key, (records, _) in zip(pair, passes, strict=True)]
-        lacking = [
-            reasons[key] for key, (_, reasons) in zip(pair, passes, strict=True) if key in reasons
-        ]
-        if found[0] is None or found[1] is None:
-            failed[identity] = lacking[0]
-            continue
-        lines.append(_line(identity, found[0], found[1]))
+    for identity, (key, free) in sorted(keys.items()):
+        line = {"id": identity, "key": key, "alone": free, "reason": lacking.get(key)}
+        line |= {n: v for n, v in found.get(key, {}).items() if n != "key"}
+        if free in known:
+            twice = {
+                "n_alone": known[free]["n_tokens"],
+                "logprob_alone": known[free]["logprob_sum"],
+            }
+            line |= twice
+        lines.append(line)
+    left = {key: question for key, question in alone.items() if key not in known}
+    if not asked.details:
+        left = {key: question for key, question in left.items() if key not in lacking}
+    return pl.DataFrame(lines, schema=GIVEN), failed, left
+
+
+def score_alone(
+    recorder: Recorder, bucket: int, questions: Mapping[str, Question]
+) -> tuple[pl.DataFrame, Reasons]:
+    """Scores responses without their prompts.
+
+    Args:
+        recorder: The target model.
+        bucket: Their `alone_bucket`.
+        questions: By key.
+
+    Returns:
+        Columns of `ALONE`, and reasons by key of those without an answer.
+    """
+    sized = {key: (len(question[0]), question) for key, question in questions.items()}
+    found, reasons = _ask(recorder, bucket, sized, PLAIN)
+    lines = [found[key] for key in sorted(found)]
+    return pl.DataFrame(lines, schema=ALONE), reasons
+
+
+def joined(
+    given: pl.DataFrame, alone: pl.DataFrame, lacking: Mapping[str, str]
+) -> tuple[pl.DataFrame, Reasons]:
+    """Lines of `COLUMNS` from both halves, and reasons by id of rows that lack one.
+
+    Args:
+        given: Columns of `GIVEN`.
+        alone: Columns of `ALONE`, keys distinct.
+        lacking: Reasons by key of responses without an answer.
+    """
+    records = {key: (tokens, total) for key, tokens, total in alone.rows()}
+    lines, failed = [], {}
+    for row in given.sort("id").to_dicts():
+        free = (row["n_alone"], row["logprob_alone"])
+        if free[0] is None:
+            free = records.get(row["alone"], free)
+        if row["n_tokens"] is None or free[0] is None:
+            failed[row["id"]] = row["reason"] or lacking[row["alone"]]
+        else:
+            lines.append(_line(row, free[1] / free[0]))
     return pl.DataFrame(lines, schema=COLUMNS), failed
 
 
@@ -152,51 +253,32 @@ def _question(recorder: Recorder, row: dict[str, Any], asked: Likelihood) -> Que
     )
 
 
-Pass = tuple[dict[str, dict[str, Any]], dict[str, str]]
-"""Records by key, and reasons by key of questions without one."""
+def _ask(
+    recorder: Recorder, bucket: int, questions: Mapping[str, tuple[int, Question]], of: Likelihood
+) -> tuple[dict[str, dict[str, Any]], Reasons]:
+    """Records by key, and reasons by key of questions without one."""
+    found, lacking = recorder.ask(
+        NAME,
+        VERSION,
+        of.parameters,
+        of.record,
+        bucket,
+        questions,
+        _scorer(recorder.engine, tuple(sorted(set(of.details)))),
+    )
+    return {record["key"]: record for record in found.to_dicts()}, lacking
 
 
-def _passes(
-    recorder: Recorder,
-    bucket: int,
-    given: dict[str, tuple[int, Question]],
-    alone: dict[str, tuple[int, Question]],
-    asked: Likelihood,
-) -> tuple[Pass, Pass]:
-    """The pass with prompts and the one without; one call does both unless details are asked for.
-
-    Details cost a namespace of their own. There a plain text is asked twice under one key, so the
-    answers of the two passes must not be mixed.
-    """
-
-    def ask(of: Likelihood, questions: dict[str, tuple[int, Question]]) -> Pass:
-        found, lacking = recorder.ask(
-            "likelihood",
-            VERSION,
-            of.parameters,
-            of.record,
-            bucket,
-            questions,
-            _scorer(recorder.engine, tuple(sorted(set(of.details)))),
-        )
-        return {record["key"]: record for record in found.to_dicts()}, lacking
-
-    if not asked.details:
-        both = ask(PLAIN, given | alone)
-        return both, both
-    without = ask(PLAIN, alone)
-    return ask(asked, given), without
-
-
-def _line(identity: str, given: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
-    tokens = given["n_tokens"]
-    mean, free = given["logprob_sum"] / tokens, alone["logprob_sum"] / alone["n_tokens"]
-    entropy, top1 = given.get("entropy_sum"), given.get("top1_count")
+def _line(row: dict[str, Any], free: float) -> dict[str, Any]:
+    """One line of `COLUMNS`; `free` is the mean log-probability without the prompt."""
+    tokens = row["n_tokens"]
+    mean = row["logprob_sum"] / tokens
+    entropy, top1 = row["entropy_sum"], row["top1_count"]
     return {
-        "id": identity,
-        "key": given["key"],
+        "id": row["id"],
+        "key": row["key"],
         "n_tokens": tokens,
-        "logprob_sum": given["logprob_sum"],
+        "logprob_sum": row["logprob_sum"],
         "logprob_mean": mean,
         "logprob_mean_unconditional": free,
         "perplexity": _exp(-mean),
@@ -205,7 +287,7 @@ def _line(identity: str, given: dict[str, Any], alone: dict[str, Any]) -> dict[s
         "ifd_perplexity_ratio": _exp(free - mean),
         "entropy_mean": None if entropy is None else entropy / tokens,
         "top1_rate": None if top1 is None else top1 / tokens,
-        "pooled": given.get("pooled"),
+        "pooled": row["pooled"],
     }
 
 

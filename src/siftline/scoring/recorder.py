@@ -5,7 +5,7 @@ batches by length before anything runs, committed batch by batch, and never aske
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +119,23 @@ class Recorder:
         self.tally.found += got.found
         self.tally.failed += len(got.failed)
         return got.records, got.failed
+
+    def known(
+        self,
+        scorer: str,
+        version: int,
+        parameters: dict[str, Any],
+        schema: pa.Schema,
+        bucket: int,
+        keys: Collection[str],
+    ) -> dict[str, dict[str, Any]]:
+        """Those of some answers that a bucket of the store has, by key: found, nothing is asked."""
+        namespace = Namespace(scorer, version, self.engine.fingerprint(), parameters)
+        records = Store(self.root, namespace, schema).read(bucket)
+        found = records.filter(pl.col("key").is_in(list(keys))).to_dicts()
+        self.tally.found += len(found)
+        self.progress(len(found), 0)
+        return {record["key"]: record for record in found}
 
 
 def accepted(

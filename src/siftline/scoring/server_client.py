@@ -25,50 +25,37 @@ from urllib.parse import urlsplit
 import httpx
 
 from siftline.scoring.engines import Failed, Server
+from siftline.scoring.server_http import (
+    BAD_REPLY,
+    LONGEST_WAIT_S,
+    PAGE_BYTES,
+    REFUSED,
+    NoAnswer,
+    Reply,
+    Unusable,
+    answer_limit,
+    one_line,
+    read_reply,
+)
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 BACKOFF_S = 0.5
 """Longest wait before the second try; it doubles with every further one."""
-LONGEST_WAIT_S = 30.0
 START_S = 10.0
 """Patience when a server is met for the first time: a wrong address must not cost minutes."""
 CONNECT_S = 10.0
-REFUSED = "refused"
-BAD_REPLY = "bad_reply"
-UNUSABLE = (401, 403, 404)
-"""Statuses that speak of the key or the model, not of a row: no other row would fare better."""
-NO_PAGE = 404
-AGAIN = (408, 425)
-"""Statuses below 500 that ask to come again."""
 BUSY = (429, 502, 503, 504)
 """Statuses of a server that is overloaded or starts, or of a gateway without one behind it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class NoAnswer(Exception):
-    """A try that gave nothing usable.
-
-    Attributes:
-        reason: What the ledger records if no further try does better.
-        said: What the server said about it.
-        final: Whether another try would be the same.
-        wait_s: Least seconds to wait before another try, as the server asked.
-    """
-
-    def __init__(
-        self, reason: str, said: str = "", *, final: bool = False, wait_s: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.said, self.final, self.wait_s = reason, said, final, wait_s
 
 
 class Busy(NoAnswer):
     """The server had no time for this request for as long as patience lasts."""
 
 
-class Unreachable(RuntimeError):
+class Unreachable(Unusable):
     """The server took no connection, or had no time, for as long as patience lasts."""
 
 
@@ -140,9 +127,12 @@ class Client:
             ) from error
         self.server = server
         self.url = server.url.rstrip("/")
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request as info
+        for library in ("httpx", "httpcore"):  # they log every request, with headers at last
+            logging.getLogger(library).setLevel(logging.WARNING)
+        self._key = key
+        packed = {"Accept-Encoding": "gzip"}
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={**packed, "Authorization": f"Bearer {key}"} if key else packed,
             # A request's whole time is bounded in _send; httpx would bound every read alone.
             timeout=httpx.Timeout(None, connect=min(CONNECT_S, server.timeout_s / 2)),
             limits=httpx.Limits(
@@ -287,9 +277,9 @@ class Client:
             return False
         try:
             async with asyncio.timeout(self.server.timeout_s):
-                url = f"{self.url}/completions"
-                return (await self._http.request("POST", url, json=self.proof)).status_code == 200
-        except (httpx.HTTPError, TimeoutError):
+                reply = await self._request("POST", f"{self.url}/completions", self.proof)
+                return reply.status == 200
+        except (httpx.HTTPError, TimeoutError, NoAnswer):
             return False
 
     async def _send(self, method: str, url: str, body: Any, call: Call, salt: int = 0) -> Any:
@@ -298,7 +288,7 @@ class Client:
         while True:
             try:
                 async with asyncio.timeout(self.server.timeout_s):
-                    response = await self._http.request(method, url, json=body)
+                    reply = await self._request(method, url, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 waited += 1
                 await self._wait_for_server(call, waited, error)
@@ -307,30 +297,36 @@ class Client:
                 call.counts.requests += 1
                 call.down_since = None  # it was there: connecting has a shorter limit of its own
                 raise NoAnswer("timeout") from None
-            except (httpx.TransportError, httpx.DecodingError) as error:
+            except NoAnswer:  # it was there, and what it sent was not read to its end
                 call.counts.requests += 1
                 call.down_since = None
-                raise NoAnswer("connection_lost", str(error)) from error
+                raise
+            except httpx.TransportError as error:
+                call.counts.requests += 1
+                call.down_since = None
+                raise NoAnswer("connection_lost", one_line(str(error))) from error
             call.counts.requests += 1
             call.down_since = None
-            if response.status_code not in BUSY:
-                return _parsed(response)
+            if reply.status not in BUSY:
+                return reply.parsed()
             waited += 1
             busy_since = time.monotonic() if busy_since is None else busy_since
-            await self._wait_while_busy(call, busy_since, delay(waited, salt), response)
+            await self._wait_while_busy(call, busy_since, delay(waited, salt), reply)
 
-    async def _wait_while_busy(
-        self, call: Call, since: float, wait_s: float, response: httpx.Response
-    ) -> None:
+    async def _request(self, method: str, url: str, body: Any) -> Reply:
+        async with self._http.stream(method, url, json=body) as response:
+            limit = PAGE_BYTES if body is None else answer_limit(body)
+            return await read_reply(response, limit, self._key)
+
+    async def _wait_while_busy(self, call: Call, since: float, wait_s: float, reply: Reply) -> None:
         left = call.patience_s - (time.monotonic() - since)
         if left <= 0:
-            reason = f"server_error_{response.status_code}"
-            raise Busy(reason, _said(response), final=True)
+            raise Busy(f"server_error_{reply.status}", reply.said(), final=True)
         if not call.warned:
             call.warned = True
-            logger.warning("%s answers %d: waiting for it", self.url, response.status_code)
+            logger.warning("%s answers %d: waiting for it", self.url, reply.status)
         call.counts.retries += 1
-        await asyncio.sleep(min(max(wait_s, _retry_after(response)), left))
+        await asyncio.sleep(min(max(wait_s, reply.wait_s), left))
 
     async def _wait_for_server(self, call: Call, waited: int, error: Exception) -> None:
         now = time.monotonic()
@@ -340,48 +336,7 @@ class Client:
         left = call.patience_s - (now - call.down_since)
         if left <= 0:
             raise Unreachable(
-                f"no connection to {self.url} for {call.patience_s:g} s ({_line(str(error))}): "
+                f"no connection to {self.url} for {call.patience_s:g} s ({one_line(str(error))}): "
                 "start the server and run again; what was committed is kept"
             )
         await asyncio.sleep(min(delay(waited, 0), left))
-
-
-def _parsed(response: httpx.Response) -> Any:
-    """The JSON of a good answer.
-
-    Raises:
-        NoAnswer: for an answer of the row.
-        RuntimeError: for one that all rows would get.
-    """
-    status = response.status_code
-    if status in AGAIN or status >= 500:
-        raise NoAnswer(f"server_error_{status}", _said(response), wait_s=_retry_after(response))
-    if status in UNUSABLE and (status != NO_PAGE or response.request.method == "POST"):
-        raise RuntimeError(
-            f"{response.request.url} answers {status} ({_said(response)}): check the server's "
-            "model and key_variable, and run again"
-        )
-    if status != 200:
-        raise NoAnswer(REFUSED, _said(response), final=True)
-    try:
-        return response.json()
-    except ValueError as error:
-        raise NoAnswer(BAD_REPLY, _line(response.text)) from error
-
-
-def _said(response: httpx.Response) -> str:
-    """The server's own words about an error: OpenAI's error.message, else the start of its text."""
-    try:
-        return _line(str(response.json()["error"]["message"]))
-    except (ValueError, KeyError, TypeError):
-        return _line(response.text)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    asked = response.headers.get("Retry-After", "")
-    return min(float(asked), LONGEST_WAIT_S) if asked.isdecimal() else 0.0
-
-
-def _line(text: str, longest: int = 200) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= longest else line[: longest - 4] + " ..."

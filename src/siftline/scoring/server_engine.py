@@ -39,17 +39,8 @@ from siftline.scoring.engines import (
     score_options,
 )
 from siftline.scoring.fingerprint import model_digest, model_fingerprint
-from siftline.scoring.server_client import (
-    BAD_REPLY,
-    REFUSED,
-    START_S,
-    Answer,
-    Client,
-    Counts,
-    Job,
-    NoAnswer,
-    Unreachable,
-)
+from siftline.scoring.server_client import START_S, Answer, Client, Counts, Job, Unreachable
+from siftline.scoring.server_http import BAD_REPLY, REFUSED, NoAnswer, one_line
 from siftline.scoring.server_replies import (
     ROADS,
     Draw,
@@ -224,9 +215,10 @@ class ServerEngine:
     def _draw_job(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Job[Generation]:
         room = self.max_length - len(prompt)
         body = draw_body(sampling, int(seed), self._ends, room)
+        sent, most = list(map(int, prompt)), body["max_tokens"]
         return Job(
-            {"model": self.model, "prompt": list(map(int, prompt)), **body},
-            lambda reply: self._generation(read_draw(reply), sampling.stop),
+            {"model": self.model, "prompt": sent, **body},
+            lambda reply: self._generation(read_draw(reply, len(sent), most), sampling.stop),
         )
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
@@ -266,20 +258,23 @@ class ServerEngine:
         """Finds the model's name and window, the kind of server, and the open road."""
         url = self._client.url
         found = _listed(self._client.get(f"{url}/models"), server)
-        self.model = str(found["id"])
+        self.model = found["id"]
         if found.get("parent") and not self.spec.revision:
             raise RuntimeError(
                 f"model {self.model!r} is an adapter on {found['parent']!r}, which the weights at "
                 "path don't tell: name base and adapter in the model's revision"
             )
         window = found.get("max_model_len")
+        if window is not None and not (type(window) is int and window > 2):
+            raise RuntimeError(f"it says that {self.model!r} takes {window!r} tokens: check it")
         limit = self.spec.max_length
         # One token is always generated, so a row must leave room for it.
-        self.max_length = min(limit, window - 1) if isinstance(window, int) else limit
+        self.max_length = limit if window is None else min(limit, window - 1)
         said = self._client.get(f"{url.removesuffix('/v1')}/version")
         version = said.get("version") if isinstance(said, dict) else None
         release = ".".join(str(version).split(".")[:2]) if version else "of unknown version"
-        self._kind = f"{found.get('owned_by') or 'server'} {release}"
+        self._kind = f"{one_line(str(found.get('owned_by') or 'server'))} {one_line(release)}"
+        self._ranks = False  # until it is known whether they come
         self.road, self._ranks = self._open_road()
 
     def _open_road(self) -> tuple[Road, bool]:
@@ -313,6 +308,8 @@ class ServerEngine:
     ) -> Inspection:
         scores = road.read(reply, row, self._spell)
         ranks = scores.ranks if top1 else None
+        if top1 and self._ranks and ranks is None:
+            raise NoAnswer(BAD_REPLY, "ranks are missing, which came before")
         return Inspection(
             scores.logprobs[inside], top1=None if ranks is None else ranks[inside] == 1
         )
@@ -357,6 +354,11 @@ def _key(server: Server) -> str | None:
     key = os.environ.get(server.key_variable)
     if not key:
         raise ValueError(f"{server.key_variable} is not set: put the server's API key there")
+    if not all("!" <= letter <= "~" for letter in key):  # said here, for httpx would quote it
+        raise ValueError(
+            f"{server.key_variable} holds what no API key has (a space, a line break, a letter "
+            "beyond ASCII): set it again"
+        )
     return key
 
 
@@ -367,9 +369,11 @@ def _listed(said: Any, server: Server) -> Mapping[str, Any]:
         RuntimeError: if the answer is no list of models, or does not hold the wanted one.
     """
     data = said.get("data") if isinstance(said, dict) else None
-    if not isinstance(data, list) or not all(isinstance(x, dict) and "id" in x for x in data):
+    if not isinstance(data, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in data
+    ):
         raise RuntimeError("it lists no models; the address must end before /models, say in /v1")
-    names = ", ".join(str(entry["id"]) for entry in data[:8])
+    names = ", ".join(one_line(entry["id"]) for entry in data[:8])
     fitting = [entry for entry in data if server.model in (None, entry["id"])]
     if len(fitting) != 1:
         wanted = "no model named" if server.model is None else f"model {server.model!r} not there"

@@ -3,7 +3,8 @@
 Log-probabilities of prompt tokens come by one of two roads: vLLM's `prompt_logprobs`, keyed by
 token id, or the older `echo` with `logprobs`, which spells the tokens out. Both are read with
 suspicion, because a list that is off by one place is full of plausible numbers: there must be an
-entry for every token, none for the first (nothing predicts it), and entry i must be about token i.
+entry for every token, none for the first (nothing predicts it), entry i must be about token i, no
+log-probability is above 0, no rank below 1, and counts of tokens are those of what was sent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from siftline.scoring.engines import NO_SCORES, Sampling
-from siftline.scoring.server_client import BAD_REPLY, NoAnswer
+from siftline.scoring.server_http import BAD_REPLY, NoAnswer, one_line
 
-"""Reason of a row that the server answers without scores however often it is asked."""
 FLOOR = -9999.0
 """What vLLM writes for minus infinity, which JSON lacks."""
+ROUNDING = 1e-4
+"""A log-probability may come out so much above 0 by rounding; it is 0 then."""
+MOST_RANK = 2**31 - 1
 Spell = Callable[[int], str]
 """Text of one token."""
 
@@ -68,6 +71,7 @@ def read_prompt_logprobs(reply: Any, row: Sequence[int], spell: Spell) -> Scores
         NoAnswer: `no_scores` where they are missing, `bad_reply` where they are of other tokens.
     """
     entries = _choice(reply).get("prompt_logprobs")
+    _check_count(reply, "prompt_tokens", len(row))
     if not entries:
         raise NoAnswer(NO_SCORES)
     if not isinstance(entries, list) or len(entries) != len(row) or entries[0] is not None:
@@ -81,8 +85,7 @@ def read_prompt_logprobs(reply: Any, row: Sequence[int], spell: Spell) -> Scores
         if not isinstance(found, dict):
             raise NoAnswer(BAD_REPLY, f"entry {i} is not about token {row[i]}")
         logprobs[i] = _number(found.get("logprob"))
-        rank = found.get("rank")
-        ranks[i] = rank if isinstance(rank, int) else -1
+        ranks[i] = _rank(found.get("rank"))
     return Scores(logprobs, ranks if (ranks >= 0).all() else None)
 
 
@@ -93,6 +96,7 @@ def read_echo(reply: Any, row: Sequence[int], spell: Spell) -> Scores:
         NoAnswer: `no_scores` where they are missing, `bad_reply` where they are of other tokens.
     """
     given = _choice(reply).get("logprobs")
+    _check_count(reply, "prompt_tokens", len(row))
     if not isinstance(given, dict) or not given.get("token_logprobs"):
         raise NoAnswer(NO_SCORES)
     values, names = given["token_logprobs"], given.get("tokens")
@@ -103,7 +107,7 @@ def read_echo(reply: Any, row: Sequence[int], spell: Spell) -> Scores:
     logprobs = np.full(len(row), np.nan, np.float32)
     for i, token in enumerate(row):
         if not _names(names[i], token, spell):
-            raise NoAnswer(BAD_REPLY, f"entry {i} is {names[i]!r}, not token {token}")
+            raise NoAnswer(BAD_REPLY, f"entry {i} is {_shown(names[i])}, not token {token}")
         if i and values[i] is None:
             raise NoAnswer(NO_SCORES)
         if i:
@@ -144,23 +148,40 @@ def draw_body(sampling: Sampling, seed: int, ends: Sequence[int], room: int) -> 
     }
 
 
-def read_draw(reply: Any) -> Draw:
+def read_draw(reply: Any, prompt: int, most: int) -> Draw:
     """Reads one generated text, with its tokens where the server gives them.
 
+    Args:
+        reply: What came.
+        prompt: Tokens that were sent.
+        most: Most tokens that were asked for.
+
     Raises:
-        NoAnswer: `bad_reply` if the text, its length or a known reason to end is missing.
+        NoAnswer: `bad_reply` if the text, its length or a known reason to end is missing, or the
+            counts of tokens do not fit what was asked for or each other.
     """
     choice = _choice(reply)
     text, tokens, finish = choice.get("text"), choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(text, str) or finish not in ("stop", "length"):
-        raise NoAnswer(BAD_REPLY, f"no text that ended by stop or length, but {finish!r}")
-    if isinstance(tokens, list) and all(type(token) is int for token in tokens):
-        return Draw(text, tokens, len(tokens), finish)
-    usage = reply.get("usage")
-    drawn = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if type(drawn) is not int:
-        raise NoAnswer(BAD_REPLY, "neither token_ids nor usage.completion_tokens")
-    return Draw(text, None, drawn, finish)
+        raise NoAnswer(BAD_REPLY, f"no text that ended by stop or length, but {_shown(finish)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise NoAnswer(BAD_REPLY, "half a surrogate pair in the text") from error
+    _check_count(reply, "prompt_tokens", prompt)
+    if tokens is None:
+        drawn = _usage(reply).get("completion_tokens")
+        if type(drawn) is not int:
+            raise NoAnswer(BAD_REPLY, "neither token_ids nor usage.completion_tokens")
+    else:
+        if not isinstance(tokens, list) or not all(map(_is_token, tokens)):
+            raise NoAnswer(BAD_REPLY, "token_ids are not a list of token ids")
+        drawn = len(tokens)
+        _check_count(reply, "completion_tokens", drawn)
+    # One more, for servers that do not count the end of sequence as one of those asked for.
+    if not 0 <= drawn <= most + 1 or (text and not drawn):
+        raise NoAnswer(BAD_REPLY, f"{drawn} tokens drawn where at most {most} were asked for")
+    return Draw(text, tokens, drawn, finish)
 
 
 def _choice(reply: Any) -> dict[str, Any]:
@@ -171,10 +192,44 @@ def _choice(reply: Any) -> dict[str, Any]:
     return choices[0]
 
 
+def _usage(reply: dict[str, Any]) -> dict[str, Any]:
+    usage = reply.get("usage")
+    return usage if isinstance(usage, dict) else {}
+
+
+def _check_count(reply: dict[str, Any], name: str, wanted: int) -> None:
+    """Refuses an answer that counted other tokens than there are; not all servers count."""
+    counted = _usage(reply).get(name)
+    if counted is not None and (type(counted) is not int or counted != wanted):
+        raise NoAnswer(BAD_REPLY, f"{name} are {_shown(counted)}, not {wanted}")
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST_RANK
+
+
 def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise NoAnswer(NO_SCORES if value is None else BAD_REPLY, f"{value!r} is no score")
-    return float("-inf") if value <= FLOOR else float(value)
+    if value is None:
+        raise NoAnswer(NO_SCORES, "null is no score")
+    # NaN fails the comparison, too.
+    if type(value) not in (int, float) or not value <= ROUNDING:
+        raise NoAnswer(BAD_REPLY, f"{_shown(value)} is no log-probability")
+    return float("-inf") if value <= FLOOR else min(float(value), 0.0)
+
+
+def _rank(value: Any) -> int:
+    """A rank from 1, or -1 where the server tells none."""
+    if value is None:
+        return -1
+    if type(value) is not int or not 1 <= value <= MOST_RANK:
+        raise NoAnswer(BAD_REPLY, f"{_shown(value)} is no rank")
+    return int(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, whatever a server sent in its place."""
+    kinds = (str, int, float, bool, type(None))
+    return one_line(repr(value)) if type(value) in kinds else f"a {type(value).__name__}"
 
 
 def _names(name: Any, token: int, spell: Spell) -> bool:

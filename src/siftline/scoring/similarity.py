@@ -8,13 +8,13 @@ texts are asked once, and every answer is a recorded fact.
 
 import json
 import re
-import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from siftline.kernels.normalization import normalized
 from siftline.schema import digest
 from siftline.scoring.classifiers import ask_logits, softmax
 from siftline.scoring.embedding import embed_texts
@@ -46,7 +46,7 @@ def word_overlap(left: str, right: str) -> float:
 
 
 def _words(text: str) -> set[str]:
-    return set(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return set(_WORD.findall(normalized("NFKC", text).casefold()))
 
 
 def overlaps(held: Mapping[str, Held]) -> dict[str, float]:

@@ -11,29 +11,55 @@ from itertools import takewhile
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import jinja2
-
 from siftline.native import native_message
 from siftline.scoring.engines import Span, positions
 from siftline.scoring.omissions import OMISSIONS, omission
 from siftline.scoring.templates import chat_template_of, render
+from siftline.scoring.token_bounds import least_tokens
 
 Turns = Literal["last", "all"]
 """Which assistant turns are the response."""
-FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a template's own code raises about a row that it was not written for."""
+MOST_TURNS = 1 << 25
+"""Most turns times tokens of a row whose turns are all the response: each of them is templated with
+all that comes before it. As many as 2,000 turns of 16,000 tokens in all."""
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What a template's own code raises about a row that it was not written for."""
+    import jinja2
+
+    return (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    )
 
 
 class UnscorableRow(ValueError):
-    """A row no engine can score; `reason` is what the ledger records."""
+    """A row no engine can score.
 
-    def __init__(self, reason: str, detail: str) -> None:
+    Attributes:
+        reason: What the ledger records.
+        tokens: How many it has, where they are too many and were counted.
+    """
+
+    def __init__(self, reason: str, detail: str, tokens: int | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.tokens = reason, tokens
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` alone; templates write their own special tokens."""
+def encode(tokenizer: Any, text: str, max_length: int | None = None) -> list[int]:
+    """Token ids of `text` alone; templates write their own special tokens.
+
+    Raises:
+        UnscorableRow: `too_long` if it must have more than `max_length` tokens, which is told from
+            its length before it is cut into any. Space at its end does not count.
+    """
+    if max_length is not None and least_tokens(tokenizer, text.rstrip()) > max_length:
+        raise UnscorableRow("too_long", f"{len(text):,} characters, above {max_length} tokens")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -51,7 +77,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: A
     """
     try:
         return render(tokenizer, messages, **options)
-    except FAULTS as error:
+    except _faults() as error:
         raise UnscorableRow("template_error", f"{type(error).__name__}: {error}") from error
 
 
@@ -82,7 +108,7 @@ def complete(
         options: dict[str, Any] = {"template": template, "tools": tools}
         try:
             return render(tokenizer, messages, generation_prompt=begin is None, **options)
-        except FAULTS:
+        except _faults():
             return None
 
     inforce = chat_template_of(tokenizer, template)
@@ -118,8 +144,9 @@ def _turn_end(tokenizer: Any, tokens: list[int], start: int) -> int | None:
     return None
 
 
-def _text_span(tokenizer: Any, text: str) -> tuple[list[int], Span]:
-    tokens = [start_token(tokenizer), *encode(tokenizer, text), int(tokenizer.eos_token_id)]
+def _text_span(tokenizer: Any, text: str, max_length: int | None) -> tuple[list[int], Span]:
+    inside = encode(tokenizer, text, max_length)
+    tokens = [start_token(tokenizer), *inside, int(tokenizer.eos_token_id)]
     return tokens, (1, len(tokens))
 
 
@@ -158,13 +185,14 @@ def response_span(
         message = native_message(messages[0])
         if "reasoning_content" in message or "tool_calls" in message:
             raise UnscorableRow("template_error", "reasoning or tool calls without a prompt")
-        tokens, span = _text_span(tokenizer, message["content"])
+        tokens, span = _text_span(tokenizer, message["content"], max_length)
     else:
-        tokens, span = _turn_span(tokenizer, messages, template, tools)
-        if turns == "all":
-            span = (*_earlier_turns(tokenizer, messages, tokens, template, tools), *span)
+        tokens, span = _turn_span(tokenizer, messages, template, tools, max_length)
     if max_length is not None and len(tokens) > max_length:
-        raise UnscorableRow("too_long", f"{len(tokens)} tokens, the model takes {max_length}")
+        detail = f"{len(tokens)} tokens, the model takes {max_length}"
+        raise UnscorableRow("too_long", detail, len(tokens))
+    if turns == "all" and len(messages) > 2:
+        span = (*_earlier_turns(tokenizer, messages, tokens, template, tools), *span)
     return tokens, span
 
 
@@ -178,7 +206,7 @@ def trimmed(
     probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": content}]
     try:
         return content not in render(tokenizer, probe, template)
-    except FAULTS:
+    except _faults():
         return False
 
 
@@ -201,9 +229,13 @@ def _earlier_turns(
 
     Raises:
         UnscorableRow: if the template shows an earlier turn otherwise once others follow (some drop
-            its reasoning): what the model saw there is then not what the turn said.
+            its reasoning): what the model saw there is then not what the turn said. Or if there is
+            more to template than `MOST_TURNS`.
     """
     span: list[int] = []
+    work = len(messages) * len(tokens)
+    if work > MOST_TURNS:
+        raise UnscorableRow("too_long", f"{len(messages)} turns of {len(tokens)} tokens in all")
     for i, message in enumerate(messages[:-1]):
         if message["role"] != "assistant" or message.get("weight") == 0:
             continue
@@ -230,6 +262,7 @@ def _turn_span(
     messages: Sequence[Mapping[str, Any]],
     template: str | None,
     tools: str | None,
+    max_length: int | None = None,
 ) -> tuple[list[int], tuple[int, int]]:
     """Tokens of a conversation up to the end of its last turn, and that turn's span.
 
@@ -251,8 +284,8 @@ def _turn_span(
         if begin < _shared(history, prompt):
             raise UnscorableRow("template_error", "the template rewrites the prompt of a response")
         begin = _shared(text, history)
+    tokens = encode(tokenizer, text, max_length)
     complete(tokenizer, messages, text, begin if before else 0, **options)
-    tokens = encode(tokenizer, text)
     start = _shared(tokens, encode(tokenizer, prompt))
     start = max(start, 1)  # nothing predicts the first token
     end = _turn_end(tokenizer, tokens, start)
@@ -291,8 +324,8 @@ def prompt_tokens(
         return [start_token(tokenizer)]
     options: dict[str, Any] = {"template": template, "tools": tools}
     text = rendered(tokenizer, prompt, **options, generation_prompt=True)
+    tokens = encode(tokenizer, text, max_length)
     complete(tokenizer, prompt, text, None, **options)
-    tokens = encode(tokenizer, text)
     if max_length is not None and len(tokens) >= max_length:
         raise UnscorableRow("too_long", f"{len(tokens)} tokens, the model takes {max_length}")
     return tokens

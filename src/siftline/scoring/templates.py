@@ -12,6 +12,7 @@ from typing import Any
 
 from siftline.native import native_message, native_tools, text_calls
 from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.scoring.template_limits import apply_chat_template
 
 QUESTION_ANSWER = (
     "{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
@@ -112,18 +113,18 @@ def render(
 
     Raises:
         jinja2.TemplateError: if the template refuses the conversation (say, roles that do not
-            alternate).
+            alternate), or takes more steps than `template_limits.STEPS`.
     """
     source = chat_template_of(tokenizer, template)
     told = [_template_message(message, "function" in source) for message in messages]
 
-    def templated(conversation: list[dict[str, Any]]) -> Any:
-        return tokenizer.apply_chat_template(
+    def templated(conversation: list[dict[str, Any]]) -> str:
+        return apply_chat_template(
+            tokenizer,
             conversation,
             tools=native_tools(tools),
             chat_template=source,
             add_generation_prompt=generation_prompt,
-            tokenize=False,
         )
 
     try:

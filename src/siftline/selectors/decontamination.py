@@ -3,12 +3,15 @@
 A pool row overlaps an evaluation row if any of these holds:
 
 - `prompt`: they have the same prompt_id;
-- `whole`: its prompt, or prompt and response together, is the evaluation text word for word. This
-  also covers evaluation texts shorter than one n-gram;
+- `whole`: its prompt, or prompt and response together, is the evaluation text word for word and
+  sign for sign. This also covers evaluation texts shorter than one n-gram;
 - `near`: their prompts are near duplicates with the same numbers (see selectors/duplicates.py);
 - `ngram`: at least `min_share` of the n-grams of the evaluation text occur in its prompt or
-  response. Words are compared without case and punctuation; numbers are words, so instances of one
-  template with different numbers share only what stands between the numbers.
+  response. Numbers are words, so instances of one template with different numbers share only what
+  stands between the numbers.
+
+What a word or a sign is says `kernels.tokens`: case, punctuation and typography make no difference,
+"x > 5" and "x < 5" are two texts.
 
 N-grams that more than `common` evaluation prompts of one set share are boilerplate (task
 definitions, few-shot headers) and are not counted: they say which set a row resembles, not which
@@ -21,9 +24,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import hash64
+from siftline.kernels.draws import hash64_each
 from siftline.kernels.lsh import band_keys, banding_for
-from siftline.kernels.text import numbers, plain, words
+from siftline.kernels.text import WordTexts, words_of
 from siftline.schema import HALF_ID
 from siftline.selectors.selection import Selection, decisions
 
@@ -111,16 +114,17 @@ class Decontamination:
                 f"role {line['role']!r} of set {line['set']!r} must be one of {', '.join(ROLES)}"
             )
         rows, texts = _evaluation_rows(reference)
-        folded = [words(text) for text in texts]
+        worded = words_of(texts)
+        folded = worded.strings()
         grams = _long(word_grams(folded, self.ngram), "gram", "row")
         grams = grams.join(rows.select("row", "set"), on="row")
         rare = pl.len().over("set", "gram") <= self.common
         postings = grams.filter(rare).select("gram", "row")
         counts = postings.group_by("row").agg(grams=pl.len())
-        rows = rows.with_columns(pl.Series("whole", _whole(folded), pl.UInt64)).join(
+        rows = rows.with_columns(_whole(folded)).join(
             counts, on="row", how="left", maintain_order="left"
         )
-        shingles, bands = self._near(texts)
+        shingles, bands = self._near(folded, worded)
         return ContaminationIndex(rows, postings, bands, shingles)
 
     def apply(self, bucket: pl.DataFrame, index: ContaminationIndex) -> Selection:
@@ -130,12 +134,15 @@ class Decontamination:
             A selection whose reasons are overlaps_target, overlaps_dev and overlaps_test, and whose
             table `overlaps` names the evaluation row for each removed row and set.
         """
+        texts = [_pool_texts(*line) for line in bucket.select("prompt", "response").rows()]
+        prompts = words_of([prompt for prompt, _ in texts])
+        folded, everything = prompts.strings(), words_of([both for _, both in texts]).strings()
         found = pl.concat(
             [
                 self._same_prompt(bucket, index),
-                self._whole_text(bucket, index),
-                self._near_prompt(bucket, index),
-                self._shared_grams(bucket, index),
+                self._whole_text(bucket, index, [folded, everything]),
+                self._near_prompt(bucket, index, folded, prompts),
+                self._shared_grams(bucket, index, everything),
             ]
         )
         found = found.join(index.rows.rename({"id": "matched_id"}), on="row")
@@ -163,22 +170,24 @@ class Decontamination:
         )
         return _found(both, "prompt", 1.0)
 
-    def _whole_text(self, bucket: pl.DataFrame, index: ContaminationIndex) -> pl.DataFrame:
-        texts = [_pool_texts(*line) for line in bucket.select("prompt", "response").rows()]
-        wholes = [
-            pl.DataFrame({"id": bucket["id"], "whole": pl.Series(_whole(side), dtype=pl.UInt64)})
-            for side in ([words(a) for a, _ in texts], [words(b) for _, b in texts])
-        ]
+    def _whole_text(
+        self, bucket: pl.DataFrame, index: ContaminationIndex, sides: list[list[str]]
+    ) -> pl.DataFrame:
+        wholes = [pl.DataFrame({"id": bucket["id"], "whole": _whole(side)}) for side in sides]
         both = pl.concat(wholes).drop_nulls().join(index.rows.select("row", "whole"), on="whole")
         return _found(both.unique(["id", "row"]), "whole", 1.0)
 
-    def _near_prompt(self, bucket: pl.DataFrame, index: ContaminationIndex) -> pl.DataFrame:
+    def _near_prompt(
+        self,
+        bucket: pl.DataFrame,
+        index: ContaminationIndex,
+        folded: list[str],
+        worded: WordTexts,
+    ) -> pl.DataFrame:
         from siftline.kernels.jaccard import jaccard_pairs
         from siftline.kernels.shingles import concatenate
 
-        texts = [_pool_texts(*line)[0] for line in bucket.select("prompt", "response").rows()]
-        distinct = sorted(set(texts))
-        shingles, bands = self._near(distinct)
+        shingles, bands = self._near(folded, worded)
         pairs = bands.rename({"row": "pool"}).join(index.bands, on="key").select("pool", "row")
         pairs = pairs.unique().sort("pool", "row")
         sets = concatenate([index.shingles, shingles])
@@ -186,15 +195,14 @@ class Decontamination:
             sets, pairs["row"].to_numpy(), pairs["pool"].to_numpy() + len(index.shingles)
         )
         pairs = pairs.with_columns(value=value).filter(pl.col("value") >= self.near)
-        position = {text: i for i, text in enumerate(distinct)}
-        pool = pl.Series("pool", [position[text] for text in texts], pl.Int64)
+        pool = pl.Series("pool", np.arange(len(folded)), pl.Int64)
         return _found(bucket.select("id", pool).join(pairs, on="pool"), "near", self.near)
 
-    def _shared_grams(self, bucket: pl.DataFrame, index: ContaminationIndex) -> pl.DataFrame:
+    def _shared_grams(
+        self, bucket: pl.DataFrame, index: ContaminationIndex, folded: list[str]
+    ) -> pl.DataFrame:
         from siftline.kernels.shingles import word_grams
 
-        lines = bucket.select("prompt", "response").rows()
-        folded = [words(_pool_texts(*line)[1]) for line in lines]
         grams = _long(word_grams(folded, self.ngram), "gram", "line")
         ids = bucket.select("id").with_row_index("line").with_columns(pl.col("line").cast(pl.Int64))
         shared = (
@@ -207,17 +215,18 @@ class Decontamination:
         )
         return _found(shared.join(ids, on="line"), "ngram", self.min_share)
 
-    def _near(self, texts: list[str]) -> tuple[Any, pl.DataFrame]:
+    def _near(self, folded: list[str], worded: WordTexts) -> tuple[Any, pl.DataFrame]:
+        """Shingles of some texts, given as strings and as bytes, and their band keys."""
         from siftline.kernels.minhash import signatures
+        from siftline.kernels.quantities import guards
         from siftline.kernels.shingles import char_shingles
 
         banding = banding_for(self.near, self.num_perm)
-        folded = [plain(text) for text in texts]
         shingles = char_shingles(folded, self.shingle)
         # A key carries the numbers, so only prompts with the same numbers meet.
-        guard = np.array([hash64(*numbers(text)) for text in folded], np.uint64)
-        keys = band_keys(signatures(shingles, banding.slots, self.seed), banding, guard)
-        row = np.repeat(np.arange(len(texts)), banding.bands)
+        slots = signatures(shingles, banding.slots, self.seed)
+        keys = band_keys(slots, banding, guards(worded))
+        row = np.repeat(np.arange(len(folded)), banding.bands)
         bands = pl.DataFrame({"key": keys.ravel(), "row": row})
         filled = shingles.sizes[row] > 0  # two empty prompts have nothing in common
         return shingles, bands.filter(pl.Series(filled, dtype=pl.Boolean))
@@ -246,8 +255,10 @@ def _pool_texts(prompt: str | None, response: str | None) -> tuple[str, str]:
     return (prompt, f"{prompt}\n{response}") if prompt.strip() else (response, response)
 
 
-def _whole(folded: list[str]) -> list[int | None]:
-    return [hash64(text) if text else None for text in folded]
+def _whole(folded: list[str]) -> pl.Series:
+    """A hash of each text, null where it has no word."""
+    empty = pl.Series([not text for text in folded], dtype=pl.Boolean)
+    return pl.Series("whole", hash64_each(folded), pl.UInt64).set(empty, None)
 
 
 def _long(sets: Any, value: str, row: str) -> pl.DataFrame:

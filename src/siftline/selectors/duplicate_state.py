@@ -95,19 +95,23 @@ def summarised(
     """
     from siftline.kernels.minhash import signatures
     from siftline.kernels.pairs import pair_keys
-    from siftline.kernels.rows import ALONE
+    from siftline.kernels.quantities import guards
     from siftline.kernels.shingles import char_shingles, concatenate
+    from siftline.kernels.text import words_of
+    from siftline.kernels.texts import ALONE
 
     n = bucket.height
-    folded = [plain(t or "") for side in ("prompt", "response") for t in bucket[side].to_list()]
+    sides = [t or "" for side in ("prompt", "response") for t in bucket[side].to_list()]
+    worded = words_of(sides)
+    folded = worded.strings()
     hashed = hash64_each(folded)
     keys, first, inverse = np.unique(hashed, return_index=True, return_inverse=True)
     texts = np.ascontiguousarray(inverse.reshape(2, n).T)
     distinct = [folded[k] for k in first.tolist()]
     blocks = [distinct[k : k + _BLOCK] for k in range(0, max(len(distinct), 1), _BLOCK)]
     shingles = concatenate([char_shingles(block, ngram) for block in blocks])
-    guards = np.concatenate([_guards(block, guarded) for block in blocks])
-    guard = _mixed(guards[texts[:, 0]], guards[texts[:, 1]])
+    told = guards(worded) if guarded else np.zeros(2 * n, np.uint64)
+    guard = _mixed(told[:n], told[n:])
     # The division that verifies: a text that can't lose one shingle can only equal another.
     tiny = shingles.sizes / (shingles.sizes + 1) < threshold
     strict = guard
@@ -188,14 +192,6 @@ def normal_answer(answer: str) -> str:
         return str(Decimal(text.replace(",", "")).normalize())
     except InvalidOperation:
         return text
-
-
-def _guards(texts: Sequence[str], guarded: bool) -> np.ndarray:
-    from siftline.kernels.quantities import quantities
-
-    if not guarded:
-        return np.zeros(len(texts), np.uint64)
-    return hash64_each(["\x1f".join(found) for found in quantities(texts)])
 
 
 def _mixed(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -13,8 +13,12 @@ import polars as pl
 
 from siftline.selectors.selection import Selection, decisions
 
-VERIFIERS = ("math", "exact", "verbatim", "choice", "regex", "json_schema", "code")
+VERIFIERS = (
+    "math", "exact", "verbatim", "choice", "regex", "json_schema", "code", "instructions",
+)  # fmt: skip
 """Names that `siftline.scoring.verifiers.get_verifier` knows, beside import paths."""
+OPEN = ("unreadable", "verifier_error")
+"""Outcomes of open verdicts on a response that has a final answer."""
 
 
 def check_verifier(name: str, *more: str) -> None:
@@ -34,23 +38,32 @@ def check_verifier(name: str, *more: str) -> None:
 class Verify:
     """Removes responses that contradict, or never reach, their independent answer.
 
-    The frame has `id`, `answer`, `answer_from` (strings), `correct` (boolean, null where the
-    verifier could not decide) and `extracted` (string, null where no final answer was found).
+    A verdict is a match, a mismatch (a proof), or open: nobody can tell. The frame has `id`,
+    `answer`, `answer_from` (strings), `correct` (boolean, null where the verdict is open),
+    `extracted` (string, null where no final answer was found) and, where known, `said` (string,
+    the verdict's reason).
 
     Attributes:
         verifier: One of `VERIFIERS`, or an import path `package.module:attribute`.
         no_final_answer: Whether a row with an independent answer whose response has no final answer
             is removed (default) or kept. Strict extraction is DART-Math's setting for making data.
+        open: Whether a row is removed as `unreadable` (default) or kept where there is something
+            to compare and the verdict is still open: an answer or a reference that can't be read,
+            two answers, a library that is not there. The gate promises verified rows, and such a
+            row has proved nothing; keep it where losing a good row costs more than a bad one.
+            Where the verifier itself failed (`verifier_error`), a row that is not kept has failed
+            rather than gone: the next run tries it again.
     """
 
     verifier: str = "math"
     no_final_answer: Literal["remove", "keep"] = "remove"
+    open: Literal["remove", "keep"] = "remove"
 
     def __post_init__(self) -> None:
-        if self.no_final_answer not in ("remove", "keep"):
-            raise ValueError(
-                f"no_final_answer must be remove or keep, not {self.no_final_answer!r}"
-            )
+        for name in ("no_final_answer", "open"):
+            value = getattr(self, name)
+            if value not in ("remove", "keep"):
+                raise ValueError(f"{name} must be remove or keep, not {value!r}")
         check_verifier(self.verifier)
 
     def summarise(self, bucket: pl.DataFrame) -> None:
@@ -60,42 +73,56 @@ class Verify:
         return None
 
     def apply(self, bucket: pl.DataFrame, plan: None = None) -> Selection:
-        independent = (
-            pl.col("answer").is_not_null() & (pl.col("answer_from") == "independent")
-        ).fill_null(False)
-        unextracted = pl.col("correct").is_null() & pl.col("extracted").is_null()
-        # A verdict that is still open although there was something to compare is a failed check:
-        # such a row has proved nothing and goes no further.
-        reason = (
-            pl.when(~independent)
-            .then(None)
-            .when(pl.col("correct").eq_missing(False))
-            .then(pl.lit("wrong_answer"))
-            .when(unextracted)
-            .then(pl.lit("no_final_answer") if self.no_final_answer == "remove" else None)
-            .when(pl.col("correct").is_null())
-            .then(pl.lit("verifier_error"))
-        )
         judged = bucket.select(
             "id",
-            reason.alias("reason"),
-            independent.alias("independent"),
-            pl.when(independent).then(pl.col("correct").cast(pl.Float64)).alias("value"),
-        )
-        counts = judged["reason"].drop_nulls().value_counts()
+            _outcome("said" in bucket.columns).alias("outcome"),
+            pl.col("correct").cast(pl.Float64).alias("value"),
+        ).with_columns(pl.when(pl.col("outcome").is_not_null()).then(pl.col("value")))
+        kept = ["match"]
+        kept += ["no_final_answer"] if self.no_final_answer == "keep" else []
+        kept += list(OPEN) if self.open == "keep" else []
+        stays = judged["outcome"].is_null() | judged["outcome"].is_in(kept)
+        outcomes = dict(sorted(judged["outcome"].drop_nulls().value_counts().iter_rows()))
         return Selection(
             decisions(
                 judged["id"],
-                kept=judged["reason"].is_null(),
-                reason=judged["reason"],
+                kept=stays,
+                reason=judged["outcome"],
                 value=judged["value"],
                 threshold=1.0,
             ),
             facts={
                 "verifier": self.verifier,
-                "checked": int(judged["independent"].sum()),
-                "without_independent_answer": int((~judged["independent"]).sum()),
-                "removed": dict(sorted(counts.iter_rows())),
+                "checked": sum(outcomes.values()),
+                "without_independent_answer": int(judged["outcome"].is_null().sum()),
+                "removed": {name: n for name, n in outcomes.items() if name not in kept},
+                "kept_open": {
+                    name: n for name, n in outcomes.items() if name in kept and name != "match"
+                },
             },
-            vacuous=not judged["independent"].any(),
+            vacuous=not outcomes,
         )
+
+
+def _outcome(told: bool) -> pl.Expr:
+    """What came of each row's check; null where there was nothing to check it against."""
+    independent = (
+        pl.col("answer").is_not_null() & (pl.col("answer_from") == "independent")
+    ).fill_null(False)
+    missing, failed = "no_final_answer", "verifier_error"
+    if told:
+        kind = pl.col("said").str.split(":").list.first().fill_null(failed)
+    else:
+        unread = pl.col("extracted").is_null()
+        kind = pl.when(unread).then(pl.lit(missing)).otherwise(pl.lit(failed))
+    return (
+        pl.when(~independent)
+        .then(None)
+        .when(pl.col("correct").eq_missing(True))
+        .then(pl.lit("match"))
+        .when(pl.col("correct").eq_missing(False))
+        .then(pl.lit("wrong_answer"))
+        .when(kind.is_in([missing, failed]))
+        .then(kind)
+        .otherwise(pl.lit("unreadable"))
+    )

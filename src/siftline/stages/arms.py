@@ -3,7 +3,6 @@
 Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,17 +16,22 @@ from siftline import shards
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
+from siftline.published import read_config, read_version
 from siftline.recipe import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
-from siftline.stages.models import model_spec
+from siftline.stages.models import identity, model_spec, named_spec
 from siftline.stages.references import reference_scores
+from siftline.stages.run import outputs
 from siftline.training.budget import tokenize_rows
-from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune
+from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
 from siftline.training.material import with_source
+from siftline.verified import read_hashed, with_hash
 from siftline.workspace import Workspace
 
 BASE, CURATED = "base", "curated"
+VERSION = 1
+"""Raise it when the same settings train other arms; it names the list of those trained."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +46,30 @@ class Arm:
     steps: int
 
 
+def _newest(workspace: Workspace, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Folder of the newest version of these settings, and its manifest.
+
+    Raises:
+        ValueError: if nothing was published, or by other settings.
+    """
+    folder = resolve_latest(workspace.curated(recipe.name))
+    manifest = read_version(folder)
+    if manifest["identity"]["recipe_hash"] != recipe.hash:
+        raise ValueError(
+            f"{folder.name} of {recipe.name} was published by other settings: "
+            "materialize the curated version again"
+        )
+    return folder, manifest
+
+
 def curated_version(workspace: Workspace, recipe: Recipe) -> tuple[str, pa.Table]:
     """Name of the newest version of these settings, and its rows.
 
     Raises:
         ValueError: if nothing was published, or by other settings.
     """
-    folder = resolve_latest(workspace.curated(recipe.name))
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["identity"]["recipe_hash"] != recipe.hash:
-        raise ValueError(
-            f"{folder.name} of {recipe.name} was published by other settings: "
-            "materialize the curated version again"
-        )
-    files = sorted((folder / "data").glob("*.parquet"))
-    table = with_source(pa.concat_tables(shards.read_parquet(path) for path in files))
+    folder, manifest = _newest(workspace, recipe)
+    table = with_source(pa.concat_tables(read_config(folder, manifest)))
     return folder.name, table.select([name for name in COLUMNS if name in table.column_names])
 
 
@@ -76,8 +89,59 @@ def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
     return load_tokenizer(model_spec(workspace, recipe, "target"))
 
 
+def _record(workspace: Workspace, recipe: Recipe) -> Path:
+    """Where a recipe's trained arms are listed, named by everything that decides them."""
+    training = recipe.training
+    assert training is not None
+    folder, _ = _newest(workspace, recipe)
+    named = (recipe.roles["target"], recipe.roles.get("sampler", recipe.roles["target"]))
+    made_of = [
+        VERSION,
+        folder.name,
+        recipe.hash,
+        [output.manifest.version for _, output in outputs(workspace, recipe)],
+        Pool(workspace.pool(recipe.pool.name)).version,
+        [Pool(workspace.pool(spec.name)).version for spec in recipe.sets.dev],
+        [identity(named_spec(workspace, recipe, name)) for name in (*named, *training.reference)],
+    ]
+    return workspace.model(f"{recipe.name}-arms-{shards.content_hash(made_of)[:12]}.json")
+
+
+def found_arms(workspace: Workspace, recipe: Recipe) -> list[Arm] | None:
+    """The arms as they were trained before; None where one of them is to be trained.
+
+    Raises:
+        ValueError: if nothing was published with these settings.
+    """
+    record = _record(workspace, recipe)
+    if not record.exists():
+        return None
+    found = []
+    for line in read_hashed(record, "a list of trained arms")["arms"]:
+        result = finished(workspace.model(line["folder"]))
+        if result is None:
+            return None
+        found.append(_arm(line["arm"], line["seed"], result))
+    return found
+
+
+def arms_pending(workspace: Workspace, recipe: Recipe) -> bool:
+    """Whether `train_arms` has anything to train."""
+    return found_arms(workspace, recipe) is None
+
+
 def train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]) -> list[Arm]:
     """Trains every arm with every seed; what was trained before is found."""
+    found = found_arms(workspace, recipe)
+    if found is not None:
+        return found
+    trained = _train_arms(workspace, recipe, emit)
+    listed = [{"arm": a.arm, "seed": a.seed, "folder": a.folder.name} for a in trained]
+    shards.write_json(_record(workspace, recipe), with_hash({"arms": listed}))
+    return trained
+
+
+def _train_arms(workspace: Workspace, recipe: Recipe, emit: Callable[[str], None]) -> list[Arm]:
     training = recipe.training
     assert training is not None
     version, curated = curated_version(workspace, recipe)

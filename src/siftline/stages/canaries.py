@@ -21,6 +21,7 @@ from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, StageResult
 from siftline.recipe import Recipe, Stage
+from siftline.shards import no_rows
 from siftline.stages.context import Context, StageRun
 from siftline.stages.lane import Lane, first
 from siftline.stages.planting import DEFECTS, SOUND, Canary, Row
@@ -219,7 +220,7 @@ def _drawn(context: Context, known: Sequence[str], kept: Sequence[str]) -> dict[
         drawn[kind] = rows.take(pa.array(places, pa.int64()))
     if "leaked" in kinds:
         sets = [Pool(context.workspace.pool(spec.name)) for _, spec in context.recipe.sets.items()]
-        held = pa.concat_tables([schema.ROW.empty_table(), *(pool.all_rows() for pool in sets)])
+        held = pa.concat_tables([no_rows(schema.ROW), *(pool.all_rows() for pool in sets)])
         ids = held.column("id").to_pylist()
         drawn["leaked"] = held.take(pa.array(first(seed, ids, min(count, len(ids)))))
     return {kind: drawn[kind] for kind in kinds}

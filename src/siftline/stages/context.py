@@ -19,6 +19,7 @@ from siftline.recipe import Recipe, Stage
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.selection import DECISION, Selection
+from siftline.shards import no_rows
 from siftline.stages.lane import Lane
 from siftline.stages.models import Engines, model_spec
 from siftline.workspace import Workspace
@@ -100,7 +101,7 @@ class Context:
         buckets = sorted({schema.bucket_of(i, self.pool.buckets) for i in ids})
         found = [self.rows(b) for b in buckets]
         picked = [rows.filter(pa.compute.is_in(rows["id"], wanted)) for rows in found]
-        return pa.concat_tables([_ADDED.empty_table(), *picked])
+        return pa.concat_tables([no_rows(_ADDED), *picked])
 
     def judged(self, bucket: int) -> set[str] | None:
         """Ids this instance has to judge; None means all.

@@ -17,8 +17,9 @@ from siftline import shards
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
+from siftline.scoring.engines import ModelSpec
 from siftline.scoring.verifiers import get_verifier
-from siftline.stages.arms import BASE, Arm, train_arms
+from siftline.stages.arms import BASE, Arm, found_arms, train_arms
 from siftline.stages.models import engines, identity, model_spec
 from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
 from siftline.workspace import Workspace
@@ -193,8 +194,46 @@ def _retained(
     )
 
 
+def evaluation_pending(workspace: Workspace, recipe: Recipe) -> bool:
+    """Whether `evaluate_arms` has a model to train or to ask.
+
+    Raises:
+        ValueError: if nothing was published with these settings, or there is no test set.
+    """
+    settings = recipe.evaluation
+    assert settings is not None
+    folders = [Path(model_spec(workspace, recipe, "target").path)]
+    if recipe.training is not None:
+        arms = found_arms(workspace, recipe)
+        if arms is None:
+            return True
+        folders += [arm.folder for arm in arms]
+    questions = test_rows(workspace, recipe, settings.level_column)
+    named = [_answers(workspace, recipe, folder, questions) for folder in folders]
+    return any(shards.read_named(folder, name) is None for folder, name in named)
+
+
+def _spec(workspace: Workspace, recipe: Recipe, model: Path) -> ModelSpec:
+    return replace(model_spec(workspace, recipe, "target"), path=str(model))
+
+
+def _answers(
+    workspace: Workspace, recipe: Recipe, model: Path, questions: pl.DataFrame
+) -> tuple[Path, str]:
+    """Where a model's graded answers are: folder, and a name made of all that decides them."""
+    asked = shards.content_hash(
+        [
+            questions["id"].to_list(),
+            {k: v for k, v in vars(recipe.evaluation).items() if k != "retained"},
+            identity(_spec(workspace, recipe, model)),
+            GRADING,
+        ]
+    )
+    return workspace.root / "evaluations", asked[:16]
+
+
 def evaluated(
-    workspace: Workspace, recipe: Recipe, folder: Path, questions: pl.DataFrame, progress: Progress
+    workspace: Workspace, recipe: Recipe, model: Path, questions: pl.DataFrame, progress: Progress
 ) -> pl.DataFrame:
     """A model's graded answers to the test questions; asked once, by all that decides them.
 
@@ -202,27 +241,20 @@ def evaluated(
     """
     settings = recipe.evaluation
     assert settings is not None
-    spec = replace(model_spec(workspace, recipe, "target"), path=str(folder))
-    asked = shards.content_hash(
-        [
-            questions["id"].to_list(),
-            {k: v for k, v in vars(settings).items() if k != "retained"},
-            identity(spec),
-            GRADING,
-        ]
-    )
-    path = workspace.root / "evaluations" / f"{asked[:16]}.parquet"
-    if not path.exists():
+    folder, name = _answers(workspace, recipe, model, questions)
+    found = shards.read_named(folder, name)
+    if found is None:
         with engines() as opened:
             answered = evaluate(
-                opened.get(spec),
+                opened.get(_spec(workspace, recipe, model)),
                 questions,
                 get_verifier(settings.verifier),
                 settings,
                 progress.reach,
             )
-        shards.write_parquet(answered.to_arrow(), path)
-    frame = pl.from_arrow(shards.read_parquet(path))
+        found = answered.to_arrow()
+        shards.write_named(found, folder, name)
+    frame = pl.from_arrow(found)
     assert isinstance(frame, pl.DataFrame)
     levels = questions.select("id", pl.col(settings.level_column).cast(pl.String).alias("level"))
     fresh = frame.drop("level").join(levels, on="id", how="left", maintain_order="left")

@@ -14,6 +14,7 @@ from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Progress
 from siftline.scoring.columns import Column, attach_leftovers, score_column
 from siftline.scoring.verifiers import get_verifier, isolation_of
+from siftline.scoring.verifiers.instructions import not_followed
 from siftline.scratch import scratch_folder
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicate_state import Shelf
@@ -67,7 +68,7 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     shelf, ids, scored = Shelf(scratch), [], 0
     for bucket in context.buckets:
         rows = context.rows(bucket)
-        view = schema.text_view(rows, everything=True)
+        view = _compared(schema.text_view(rows, everything=True))
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
         shelf.add(options.summarise(view.with_columns(priority=order)))
@@ -83,12 +84,19 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     selections = [options.apply(frame, plan) for frame in ids]
 
     def judge(planted: pa.Table) -> Judged:
-        view = schema.text_view(planted, everything=True).with_columns(priority=pl.lit(LAST))
+        view = _compared(schema.text_view(planted, everything=True))
+        view = view.with_columns(priority=pl.lit(LAST))
         earlier = against(options.summarise(view), shelf.states, plan.removed["id"])
         decided = options.decide(earlier)
         return options.apply(view, decided).decisions, {}
 
     return measured(context, judge, gather(context, selections, plan.facts))
+
+
+def _compared(view: pl.DataFrame) -> pl.DataFrame:
+    """Texts as they are compared: a prompt without a response stands on both sides."""
+    alone = pl.col("response") == ""
+    return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
 
 
 def keep_order(
@@ -161,16 +169,21 @@ def verify(context: Context) -> StageRun:
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
 
+    broken = Counter()  # type: Counter[str]
+
     def checked(rows: pa.Table) -> Selection:
         view = schema.text_view(rows)
         verdicts = []
         for row in view.to_dicts():
             asked = row["answer"] is not None and row["answer_from"] == "independent"
             verdicts.append(check(row["response"], row["answer"]) if asked else None)
+            if options.verifier == "instructions" and verdicts[-1] is not None:
+                broken.update(not_followed(verdicts[-1]))
         return options.apply(
             view.select("id", "answer", "answer_from").with_columns(
                 pl.Series("correct", [v.correct if v else None for v in verdicts], pl.Boolean),
                 pl.Series("extracted", [v.extracted if v else None for v in verdicts], pl.String),
+                pl.Series("said", [v.reason if v else None for v in verdicts], pl.String),
             )
         )
 
@@ -180,14 +193,19 @@ def verify(context: Context) -> StageRun:
         progress.advance(selections[-1].decisions.height)
     progress.close()
     totals = Counter()  # type: Counter[str]
+    kept_open = Counter()  # type: Counter[str]
     for selection in selections:
         totals["checked"] += selection.facts["checked"]
         totals["without_independent_answer"] += selection.facts["without_independent_answer"]
         totals.update(selection.facts["removed"])
+        kept_open.update(selection.facts["kept_open"])
 
     def judge(planted: pa.Table) -> Judged:
         return without_undecided(checked(planted).decisions)
 
-    made = {"verifier": options.verifier, **isolation_of(options.verifier)}
+    made: dict[str, Any] = {"verifier": options.verifier, **isolation_of(options.verifier)}
+    made["kept_open"] = dict(sorted(kept_open.items()))
+    if broken:
+        made["not_followed"] = dict(sorted(broken.items()))
     run = gather(context, selections, {**made, **totals})
     return measured(context, judge, run)

@@ -9,7 +9,7 @@ from typing import Any
 from siftline.recipe import Model, Recipe, expand
 from siftline.scoring import versions
 from siftline.scoring.engines import EngineName, ModelSpec, open_engine
-from siftline.scoring.fingerprint import directory_digest, model_digest
+from siftline.scoring.fingerprint import confirm_files, directory_digest, model_digest
 from siftline.scoring.recorder import Recorder
 from siftline.shards import content_hash, file_hash
 from siftline.workspace import Workspace
@@ -60,6 +60,7 @@ def named_spec(workspace: Workspace, recipe: Recipe, name: str) -> ModelSpec:
         return replace(spec, path=expand(spec.path))
     folder = trained_folder(workspace, recipe, name)
     if not (folder / "config.json").is_file():
+        confirm_files(folder)  # it was trained, and lost the file
         raise ValueError(f"model {name!r} has not been trained: materialize models/{name} first")
     return replace(spec, path=str(folder))
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from siftline import schema
 from siftline.kernels.draws import hash64
-from siftline.kernels.text import plain
-from siftline.scoring.answers import answer_key
+from siftline.kernels.text import words
+from siftline.scoring.quantities import answer_key
 
 CLOSE = 0.85
 """Similarity that a near copy keeps in prompt and response: above the gates' usual 0.8."""
@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"\d{1,18}")
 _SHIFTS = (1, 2, 3, 5, 7, 10, 20)
 _LOOP_WORDS = 12
 _LOOPED_WORDS = 200
+_LOOP_CHARACTERS = 4000
 """Words of a loop: at most `_LOOP_WORDS` a turn, about `_LOOPED_WORDS` in all."""
 
 Row = Mapping[str, Any]
@@ -94,7 +95,7 @@ def swapped_answer(row: Row, partner: Row) -> dict[str, Any] | None:
     known = (row["answer"], partner["answer"])
     if None not in known and len({answer_key(answer) for answer in known}) == 1:
         return None
-    if plain(_response(partner)) == plain(_response(row)):
+    if words(_response(partner)) == words(_response(row)):
         return None
     return _with_response(row, _response(partner))
 
@@ -109,11 +110,16 @@ def truncated(row: Row, partner: Row) -> dict[str, Any] | None:
 
 
 def looped(row: Row, partner: Row) -> dict[str, Any] | None:
-    """The response with its last words over and over, as a sampler that finds no end writes it."""
+    """The response with its last words over and over, as a sampler that finds no end writes it.
+
+    None where they are no words: two hundred copies of a megabyte are no loop that anybody meets.
+    """
     words = _response(row).split()
     if not words:
         return None
     tail = words[-1 - _choice(_LOOP_WORDS, "looped", row) :]
+    if sum(map(len, tail)) > _LOOP_CHARACTERS:
+        return None
     times = -(-_LOOPED_WORDS // len(tail))
     return _with_response(row, " ".join([_response(row), *tail * times]))
 
@@ -189,7 +195,7 @@ def _close_edit(text: str, edits: tuple[str, ...], row: Row) -> str | None:
 
 def similarity(left: str, right: str) -> float:
     """Jaccard similarity of the 5-character shingles of two texts, case and spacing folded."""
-    a, b = (_shingles(plain(text)) for text in (left, right))
+    a, b = (_shingles(words(text)) for text in (left, right))
     return len(a & b) / len(a | b)
 
 

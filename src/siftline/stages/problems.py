@@ -87,7 +87,7 @@ def _reference(answer: str, verifier: str) -> str | None:
     """What makes two reference answers the same."""
     if verifier == "math":
         return final_answer(f"#### {answer}", "math")
-    if verifier == "json_schema":
+    if verifier in ("json_schema", "instructions"):
         try:
             return schema.digest(json.loads(answer))
         except ValueError:

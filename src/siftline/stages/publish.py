@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from siftline import __version__, schema
 from siftline.card import CardInfo, StageCount
-from siftline.curated import Published, publish
+from siftline.curated import Published, publish, published_before
 from siftline.ingest.pool import Pool
 from siftline.ledger import REMOVED, StageOutput, reasons
 from siftline.recipe import STAGE_ROLES, Recipe, Stage
@@ -57,6 +57,9 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         "scores": score_versions(workspace, recipe),
         "siftline": __version__,
     }
+    found = published_before(workspace.curated(recipe.name), identity)
+    if found is not None:
+        return found
     card = CardInfo(
         name=recipe.name,
         license=recipe.card.license,

@@ -8,7 +8,6 @@ score is its own.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -18,11 +17,11 @@ from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import Likelihood, score_likelihood
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.likelihood import Likelihood
+from siftline.shards import no_rows
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, named_spec
-from siftline.stages.spread import over_buckets
+from siftline.stages.responses import score_buckets
 from siftline.workspace import Workspace
 
 ASKED = Likelihood(turns="last")
@@ -68,7 +67,7 @@ def reference_scores(
 def _distinct(parts: Sequence[pa.Table]) -> pa.Table:
     """The rows of all parts, each id once, with the columns that scoring reads, sorted by id."""
     seen: set[str] = set()
-    found = [_READ.empty_table()]
+    found = [no_rows(_READ)]
     for part in parts:
         ids = part["id"].to_pylist()
         fresh = part.filter(pa.array([i not in seen for i in ids], pa.bool_()))
@@ -88,40 +87,34 @@ def _of_model(
     """Columns id and logprob_mean under one reference model, a line per row, sorted by id."""
     spec = named_spec(workspace, recipe, name)
     ids = rows["id"].to_pylist()
-    path = _file(workspace, spec, ids)
-    if not path.exists():
+    folder, stem = workspace.root / "references", _stem(spec, ids)
+    kept = shards.read_named(folder, stem)
+    if kept is None:
         progress = Progress(f"reference {name}", 2 * len(ids), emit, "forward rows")
         scored, failed = _asked(workspace, spec, rows, progress)
         progress.close()
         _check(name, failed, len(ids))
-        shards.write_parquet(scored.to_arrow(), path)
-    frame = pl.from_arrow(shards.read_parquet(path))
+        kept = scored.to_arrow()
+        shards.write_named(kept, folder, stem)
+    frame = pl.from_arrow(kept)
     assert isinstance(frame, pl.DataFrame)
     return frame
 
 
-def _file(workspace: Workspace, spec: ModelSpec, ids: Sequence[str]) -> Path:
+def _stem(spec: ModelSpec, ids: Sequence[str]) -> str:
     """Named by the model and the rows, whose ids are made of what they say."""
-    key = shards.content_hash([likelihood.VERSION, identity(spec), list(ids)])
-    return workspace.root / "references" / f"{key[:16]}.parquet"
+    return shards.content_hash([likelihood.VERSION, identity(spec), list(ids)])[:16]
 
 
 def _asked(
     workspace: Workspace, spec: ModelSpec, rows: pa.Table, progress: Progress
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Scores from the store, and from the model where it has none; reasons of the failed."""
-
-    def work(
-        recorder: Recorder, bucket: int, part: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        return score_likelihood(recorder, bucket, part, ASKED)
-
     frames, failed = [pl.DataFrame(schema=likelihood.COLUMNS)], {}
     with engines() as opened:
         recorders = opened.recorders(spec, workspace.store, progress.advance)
-        for _, (lines, reasons) in over_buckets(
-            recorders, by_store_bucket(lambda _: rows, 1), work
-        ):
+        buckets = by_store_bucket(lambda _: rows, 1)
+        for _, (lines, reasons) in score_buckets(recorders, buckets, ASKED, progress.advance):
             frames.append(lines)
             failed.update(reasons)
     return pl.concat(frames).select("id", "logprob_mean").sort("id"), failed

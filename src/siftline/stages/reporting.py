@@ -9,20 +9,25 @@ import pyarrow as pa
 
 from siftline import __version__, schema, shards
 from siftline.curated import resolve_latest
+from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe import Recipe, Stage
 from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
+from siftline.shards import content_hash
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
 from siftline.stages.models import role_engine
 from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.run import outputs
-from siftline.stages.scorers import quality
+from siftline.stages.scorers import quality, score_versions
+from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
+VERSION = 1
+"""Raise it when the page of equal facts changes: then it is drawn anew."""
 LEVELS = 5
 MAP_POINTS = 4000
 """Prompts drawn on the cluster map; more only cover each other."""
@@ -51,8 +56,26 @@ def write_report(
     """
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
+    page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
+    inputs = _inputs(workspace, recipe)
+    made_of = content_hash(
+        [
+            VERSION,
+            inputs,
+            __version__,
+            recipe.hash,
+            {stage.name: [output.manifest.version, output.facts] for stage, output in done},
+            score_versions(workspace, recipe),
+            accuracy.to_dicts() if accuracy is not None else None,
+            [arm.folder.name for arm in arms],
+            planted.to_dicts() if planted is not None else None,
+        ]
+    )
+    found = _written(page_file, made_of)
+    if found is not None:
+        return page_file, found
     context = final_context(workspace, recipe, done)
-    notes = _notes(done, accuracy)
+    notes = (*_inputs_said(inputs), *_notes(done, accuracy))
     page = render(
         Report(
             recipe=recipe.name,
@@ -73,18 +96,53 @@ def write_report(
             notes=notes,
         )
     )
-    folder = workspace.report(recipe.name)
-    shards.write_text(folder / f"{version}{suffix}.html", page)
+    shards.write_text(page_file, page)
     numbers: dict[str, Any] = {
         "recipe": recipe.name,
         "version": version,
+        "inputs": inputs,
         "rows": funnel(done),
         "facts": {stage.name: output.facts for stage, output in done},
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
         "notes": list(notes),
+        "made_of": made_of,
+        "page": shards.file_hash(page_file),
     }
-    shards.write_json(folder / f"{version}{suffix}.json", numbers)
-    return folder / f"{version}{suffix}.html", numbers
+    shards.write_json(page_file.with_suffix(".json"), with_hash(numbers))
+    return page_file, numbers
+
+
+def _written(page: Path, made_of: str) -> dict[str, Any] | None:
+    """The numbers of a page that was made of the same things; None where there is none.
+
+    A damaged one is no error: it is written again.
+    """
+    beside = page.with_suffix(".json")
+    if not (page.exists() and beside.exists()):
+        return None
+    try:
+        numbers = read_hashed(beside, "a report's numbers")
+    except (AlteredError, UnhashedError):
+        return None
+    page_hash = shards.file_hash(page)
+    return (
+        numbers if (numbers.get("made_of"), numbers.get("page")) == (made_of, page_hash) else None
+    )
+
+
+def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What became of the input rows of the pool and of each set, by its name."""
+    names = [recipe.pool.name, *(spec.name for _, spec in recipe.sets.items())]
+    found = {name: Pool(workspace.pool(name)).manifest.info for name in names}
+    return {
+        name: {key: info[key] for key in (*COUNTED, *READING) if key in info}
+        for name, info in found.items()
+    }
+
+
+def _inputs_said(inputs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """The same in words, as far as it is not plain."""
+    return tuple(f"pool {name}: {line}" for name, info in inputs.items() for line in notes_of(info))
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
@@ -125,6 +183,8 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
             notes.append(_reflection_note(stage.name, facts))
         if stage.kind == "correct":
             notes += _correct_notes(stage.name, facts)
+        if stage.kind == "verify":
+            notes += _open_notes(stage.name, facts)
         if stage.kind == "rejection_sampling":
             notes += _sampling_notes(stage.name, facts)
         if stage.kind == "s3ft":
@@ -149,6 +209,22 @@ def _left_notes(name: str, output: StageOutput) -> list[str]:
     if unanswered:
         notes.append(f"{name}: {unanswered} questions got no answer, asked again next run.")
     return notes
+
+
+def _open_notes(name: str, facts: dict[str, Any]) -> list[str]:
+    """Rows whose verdict is open: neither right nor wrong, and what became of them."""
+    said = []
+    for reason, words in (
+        ("unreadable", "can't be read"),
+        ("no_final_answer", "have no final answer"),
+        ("verifier_error", "made the verifier fail"),
+    ):
+        gone, kept = facts.get(reason, 0), facts.get("kept_open", {}).get(reason, 0)
+        if gone or kept:
+            fate = "kept" if kept else "failed" if reason == "verifier_error" else "removed"
+            said.append(f"{gone + kept} {words} ({fate})")
+    checked = facts.get("checked", 0)
+    return [f"{name}: of {checked} rows checked, {', '.join(said)}: open verdicts."] if said else []
 
 
 def _forgotten(accuracy: pl.DataFrame) -> list[str]:

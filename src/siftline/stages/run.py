@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from siftline.disk import writing
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
 from siftline.recipe import Recipe, Stage, scorers_read
@@ -32,11 +33,12 @@ from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
+from siftline.verified import RERUN, AlteredError, UnhashedError, plain
 from siftline.workspace import Workspace
 
 DRAWS = 2
 """Version of how canaries' rows are drawn; no other bytes depend on it."""
-VERSION = 4
+VERSION = 5
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
 RUN: dict[str, Callable[[Context], StageRun]] = {
@@ -159,21 +161,32 @@ def outputs_so_far(
         if stage.name == until:
             break
         try:
-            path = _path(workspace, recipe, stage, _inputs(workspace, recipe, stage, found))
+            inputs = _inputs(workspace, recipe, stage, found)
+        except AlteredError:
+            raise
         except ValueError:  # a model or a set that this stage needs is not there yet
             break
-        output = _written(path)
+        output = _written(_path(workspace, recipe, stage, inputs), inputs)
         if output is None:
             break
         found.append((stage, output))
     return found
 
 
-def _written(path: Path) -> StageOutput | None:
-    """The output at `path`, or None where it or one of its parts is not there."""
-    if not path.exists():
+def _written(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
+    """The output at `path`, or None where it or one of its parts is not there.
+
+    Raises:
+        ValueError: if the file is damaged, or holds the output of something else.
+    """
+    try:
+        output = StageOutput(path) if path.exists() else None
+    except UnhashedError:  # of an earlier version of Siftline: it is made again
         return None
-    output = StageOutput(path)
+    if output is None:
+        return None
+    if output.manifest.info.get("identity") != plain(inputs):
+        raise AlteredError(f"{path} was replaced by the output of another stage: {RERUN}")
     return None if output.manifest.missing(output.folder) else output
 
 
@@ -193,6 +206,36 @@ def outputs(
             "materialize it first"
         )
     return found
+
+
+def _reusable(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
+    """The output at `path` where nothing in it wants to be tried again; see `run_stage`."""
+    found = _written(path, inputs)
+    if found is None or found.accounting.failed or found.facts.get("unanswered"):
+        return None
+    return found
+
+
+def stage_asks(workspace: Workspace, recipe: Recipe, name: str) -> bool:
+    """Whether a stage will load a model when it is run now.
+
+    Not where its output is found, nor where it only reads likelihoods and every row it sees is in
+    the pool's score table.
+
+    Raises:
+        ValueError: if a stage before it, a model or a set is not there yet.
+    """
+    stage = recipe.stage(name)
+    if not models_used(recipe, stage):
+        return False
+    before = outputs(workspace, recipe, until=name)
+    inputs = _inputs(workspace, recipe, stage, before)
+    if _reusable(_path(workspace, recipe, stage, inputs), inputs) is not None:
+        return False
+    reads = stage.kind in ("likelihood", "allocate")
+    plants = stage.kind in PLANTED and stage.scope == "all" and recipe.canaries is not None
+    added = any(output.accounting.added for _, output in before)
+    return not reads or plants or added
 
 
 def run_stage(
@@ -216,11 +259,11 @@ def run_stage(
     before = outputs(workspace, recipe, until=name)
     inputs = _inputs(workspace, recipe, stage, before)
     path = _path(workspace, recipe, stage, inputs)
-    found = _written(path)
-    if found is not None and not found.accounting.failed and not found.facts.get("unanswered"):
+    found = _reusable(path, inputs)
+    if found is not None:
         return found, False
     pool = Pool(workspace.pool(recipe.pool.name))
-    with engines() as opened:
+    with engines() as opened, writing(workspace.stage(recipe.name, name)):
         context = Context(workspace, recipe, stage, pool, before, opened, emit)
         rows_in = sum(len(context.in_play(bucket)) for bucket in context.buckets)
         if not rows_in:

@@ -56,7 +56,10 @@ class _Piloted:
 
 
 def rejection_sampling(context: Context) -> StageRun:
-    """Adds the first k distinct verified draws of each prompt; every row in play stays."""
+    """Adds the first k distinct verified draws of each prompt; every row in play stays.
+
+    Of a pool of prompts only the draws go on: the last such stage removes the prompts themselves.
+    """
     progress = Progress(context.stage.name, 0, context.emit, "draws")
     found = _piloted(context, progress)
     sampler, campaign = found.sampler, found.campaign
@@ -204,11 +207,21 @@ def _targets(context: Context, options: RejectionSampling, rates: pl.DataFrame) 
     return dict(table.select("prompt_id", "target").iter_rows())
 
 
+UNANSWERED = "no_response"
+"""Reason of the prompts of a pool, which have gone into their draws."""
+
+
 def _results(context: Context, added: list[dict[str, Any]]) -> list[StageResult]:
     results = []
+    sampling = [s.name for s in context.recipe.stages if s.kind == context.stage.kind]
+    ends = context.recipe.pool.holds == "prompts" and context.stage.name == sampling[-1]
     for bucket in context.buckets:
         ids, known = context.in_play(bucket), context.known(bucket)
-        frame = decisions(ids, kept=[True] * len(ids))
+        prompts: set[str] = set()
+        if ends:
+            prompts = set(context.pool.rows(bucket, ["id"]).column("id").to_pylist())
+        kept = [i not in prompts for i in ids]
+        frame = decisions(ids, kept=kept, reason=[None if k else UNANSWERED for k in kept])
         here = [r for r in added if schema.bucket_of(r["id"], context.pool.buckets) == bucket]
         new = [r for r in here if r["id"] not in known]
         results.append(StageResult(frame, {}, pa.Table.from_pylist(new, schema=schema.ADDED)))

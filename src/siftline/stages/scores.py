@@ -17,14 +17,14 @@ from siftline.ledger import StageResult
 from siftline.progress import Progress
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.likelihood import COLUMNS, Likelihood
 from siftline.selectors.outliers import LikelihoodOutliers
 from siftline.shards import Manifest
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
 from siftline.stages.models import Engines, identity
-from siftline.stages.spread import counted, over_buckets, total
+from siftline.stages.responses import score_buckets
+from siftline.stages.spread import total
 from siftline.stages.tables import ScoreTable
 
 VERSION = 3
@@ -84,16 +84,12 @@ def score_pool(
     found = table.found()
     if found is not None and not found.info["failed"]:
         return found, False
-    progress = Progress("likelihood", 2 * pool.manifest.rows("rows"), emit, "forward rows")
+    prompts = pool.manifest.info.get("holds") == "prompts"  # which have nothing to score
+    total_rows = 0 if prompts else 2 * pool.manifest.rows("rows")
+    progress = Progress("likelihood", total_rows, emit, "forward rows")
     recorders = opened.recorders(spec, store, progress.advance)
-
-    def work(
-        recorder: Recorder, bucket: int, rows: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        with counted([recorder], 2 * rows.num_rows, progress.advance):
-            return score_likelihood(recorder, bucket, rows, asked)
-
-    scored = over_buckets(recorders, by_store_bucket(pool.rows, pool.buckets), work)
+    buckets = iter(()) if prompts else by_store_bucket(pool.rows, pool.buckets)
+    scored = score_buckets(recorders, buckets, asked, progress.advance)
     manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
     progress.close()
     return manifest, True
@@ -155,14 +151,8 @@ def score_rows(
     progress = Progress(context.stage.name, 2 * total, context.emit, "forward rows")
     recorders = context.recorders("target", progress)
     frames, failed = [pl.DataFrame(schema=COLUMNS)], {}
-
-    def work(
-        recorder: Recorder, bucket: int, found: pa.Table
-    ) -> tuple[pl.DataFrame, dict[str, str]]:
-        with counted([recorder], 2 * found.num_rows, progress.advance):
-            return score_likelihood(recorder, bucket, found, context.recipe.likelihood)
-
-    for _, (frame, reasons) in over_buckets(recorders, by_store_bucket(rows, buckets), work):
+    asked, found = context.recipe.likelihood, by_store_bucket(rows, buckets)
+    for _, (frame, reasons) in score_buckets(recorders, found, asked, progress.advance):
         frames.append(frame)
         failed.update(reasons)
     progress.close()

@@ -199,7 +199,9 @@ def _first(
 def _take(found: _Found, problem: Problem, text: str, route: str) -> None:
     row = problem.parent
     found.route[row["id"]] = route
-    if text != row["messages"][-1]["content"]:  # the model says what stands there
+    if text != schema.canonical_text(
+        row["messages"][-1]["content"]
+    ):  # the model says what stands there
         found.text[row["id"]] = text
 
 

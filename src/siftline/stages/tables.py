@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from siftline.ingest.pool import Pool
 from siftline.schema import bucket_of
-from siftline.shards import Manifest, PartWriter, RowHash, read_bucket
+from siftline.shards import Manifest, PartWriter, RowHash, no_rows, read_bucket
 from siftline.store import BUCKETS
 
 FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])
@@ -39,10 +39,9 @@ class ScoreTable:
 
     def found(self) -> Manifest | None:
         """The manifest, where the table is there and made of these inputs."""
-        path = self.folder / "manifest.json"
-        if not path.exists():
+        manifest = Manifest.found(self.folder / "manifest.json")
+        if manifest is None:
             return None
-        manifest = Manifest.load(path)
         made_of = json.loads(json.dumps(self.inputs))  # as the manifest holds them: no tuples
         fits = manifest.info["inputs"] == made_of and not manifest.missing(self.folder)
         return manifest if fits else None
@@ -86,7 +85,7 @@ class ScoreTable:
             nonlocal after, waiting
             lines = pl.concat(waiting) if waiting else None
             for bucket in range(after, until):
-                part = self.schema.empty_table()
+                part = no_rows(self.schema)
                 if lines is not None:
                     here = _of_bucket(lines, bucket, pool.buckets)
                     part = here.sort("id").to_arrow().select(self.schema.names).cast(self.schema)

@@ -116,12 +116,12 @@ def tokenize_rows(
             skipped.append(_skip(identity, "empty_response", None, None))
             continue
         try:
-            tokens, (start, _) = response_span(tokenizer, turns, template, tools=tool)
+            tokens, (start, _) = response_span(
+                tokenizer, turns, template, tools=tool, max_length=max_length
+            )
         except UnscorableRow as error:
-            skipped.append(_skip(identity, error.reason, None, None))
-            continue
-        if len(tokens) > max_length:
-            skipped.append(_skip(identity, "too_long", len(tokens), max_length))
+            limit = max_length if error.reason == "too_long" else None
+            skipped.append(_skip(identity, error.reason, error.tokens, limit))
             continue
         kept.append(identity)
         arrays.append(np.array(tokens, dtype=np.int32))

@@ -26,13 +26,16 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import check_folder, need, writing
 from siftline.schema import digest
+from siftline.scoring.fingerprint import RETRAIN, confirm_files, record_files
 from siftline.selectors.selection import DECISION
 from siftline.training.card import write_json, write_record
 from siftline.training.material import dev_passes, lay_out, read_rows, training_passes
 from siftline.training.passes import Passes
 from siftline.training.schedule import Schedule
 from siftline.training.sft import FineTune, check_sharding, last_checkpoint, sft_arguments
+from siftline.verified import AlteredError
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,24 @@ def _facts(
     }
 
 
-def _recorded(path: Path, run: str) -> dict[str, Any] | None:
-    """The facts in `path` if it exists and is of this run.
+def _recorded(path: Path, run: str | None = None) -> dict[str, Any] | None:
+    """The facts in `path` if it exists and is of this run; of any, where none is given.
 
     Raises:
         ValueError: if it is of another run.
     """
     if not path.exists():
         return None
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["facts"]
-    if facts["run"] != run:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["facts"]
+        theirs = facts["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlteredError(f"{path} is not the record of a run ({error}): {RETRAIN}") from error
+    if run not in (None, theirs):
+        assert run is not None
         raise ValueError(
             f"{str(path.parent)!r} holds a run with other data, configuration or seed "
-            f"({facts['run'][:12]}, this one is {run[:12]}): name a new folder or remove it"
+            f"({theirs[:12]}, this one is {run[:12]}): name a new folder or remove it"
         )
     return facts
 
@@ -156,6 +164,15 @@ def _result(out: Path, facts: dict[str, Any]) -> TrainResult:
         skipped=pl.read_csv(out / "skipped.csv", schema=DECISION),
         facts=facts,
     )
+
+
+def finished(out: Path) -> TrainResult | None:
+    """What a run left in `out`, whatever it was made of; None where none ended there."""
+    facts = _recorded(out / "training.json")
+    if facts is None:
+        return None
+    confirm_files(out)
+    return _result(out, facts)
 
 
 def finetune(
@@ -206,13 +223,17 @@ def finetune(
     watched = dev_passes(dev, tokenizer, config, schedule)
     whose = _whose_template(template, tokenizer)
     facts = _facts(base, whose, passes, watched, config, arguments, seed, dataset_version)
-    finished = _recorded(out / "training.json", facts["run"])
-    if finished is not None:
-        return _result(out, finished)
+    done = _recorded(out / "training.json", facts["run"])
+    if done is not None:
+        confirm_files(out)
+        return _result(out, done)
+    check_folder(out)
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    need(out, weights, "the trained model")
     checkpoints = out / "checkpoints"
     started_before = _recorded(checkpoints / "run.json", facts["run"]) is not None
     checkpoint = last_checkpoint(checkpoints)
-    with _memory_remedy(config, schedule):
+    with writing(out), _memory_remedy(config, schedule):
         trainer = _trainer(base, config, seed, arguments, tokenizer, passes, watched, progress)
         if config.report_to == "tensorboard" and trainer.is_world_process_zero():
             trainer.add_callback(_tensorboard(out / "runs"))
@@ -226,10 +247,12 @@ def finetune(
     facts["packed"] = trainer.unpacked_because or "yes"
     facts["kept_step"] = trainer.keep()
     trainer.accelerator.wait_for_everyone()  # the first process removes the checkpoints
-    export(trainer, tokenizer, base, out)
+    with writing(out):
+        export(trainer, tokenizer, base, out)
     if trainer.is_world_process_zero():
         curve = _curve(trainer.state.log_history, schedule)
         write_record(out, curve, schedule.rows.skipped, facts, config)
+        record_files(out)
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     return _result(out, facts)

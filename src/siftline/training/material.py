@@ -1,5 +1,6 @@
 """From rows to the forward passes of a run: reading, laying out, weighing."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from siftline.published import confirm_inputs
 from siftline.training.budget import tokenize_rows
 from siftline.training.passes import (
     Corruption,
@@ -24,38 +26,80 @@ from siftline.training.schedule import (
 )
 from siftline.training.sft import FineTune
 
+logger = logging.getLogger(__name__)
+
 PUBLISHED_SOURCE = "sift_source"
 """What a curated version calls a row's source."""
 
 
 def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
-    """The columns of the data that this configuration needs, from a table or Parquet shards.
+    """The columns of the data that this configuration needs, from a table or files.
+
+    Parquet with ids and messages is read as it is; whatever else there is, as a recipe's pool reads
+    it. Rows that are no conversation, or are labelled bad, are left out with a warning.
 
     Raises:
-        ValueError: if there is no shard, or one without ids or messages, or these are of another
-            type.
+        ValueError: if there is no file, one is of no known layout, or ids or messages are of
+            another type.
     """
     if isinstance(data, pa.Table):
         return _checked(data, "the data")
+    if not data:
+        raise ValueError("nothing to train on: give the files of a version's data folder")
+    confirm_inputs(data)
+    tables = [_published(path, config) for path in data]
+    others = [path for path, table in zip(data, tables, strict=True) if table is None]
+    found = [table for table in tables if table is not None]
+    # One version may have tools or reasoning that another has not.
+    if others:
+        found.append(_ingested(others))
+    table = pa.concat_tables(found, promote_options="permissive")
+    return table if "source" in table.column_names else with_source(table)
+
+
+def _published(path: Path, config: FineTune) -> pa.Table | None:
+    """The rows of a Parquet file with ids and messages, as a version has; None of any other."""
     import pyarrow.parquet as pq
 
-    if not data:
-        raise ValueError("no Parquet shard to train on: give the files of a version's data folder")
-    tables = []
-    for path in data:
-        try:
-            names = pq.read_schema(path).names
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not Parquet: give a curated version's folder") from error
-        missing = {"id", "messages"} - set(names)
-        if missing:
-            raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
-        known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
-        wanted = [name for name in known if name in names]
-        tables.append(_checked(pq.read_table(path, columns=wanted), str(path)))
-    # One version may have tools or reasoning that another has not.
-    table = pa.concat_tables(tables, promote_options="default")
-    return table if "source" in table.column_names else with_source(table)
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    try:
+        names = pq.read_schema(path).names
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not Parquet: give a curated version's folder") from error
+    known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
+    missing = {"id", "messages"} - set(names)
+    if missing and set(names) <= set(known) - {"messages"}:
+        raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
+    if missing:
+        return None
+    wanted = [name for name in known if name in names]
+    return _checked(pq.read_table(path, columns=wanted), str(path))
+
+
+def _ingested(paths: Sequence[Path]) -> pa.Table:
+    """Rows of files of any format, identical ones once."""
+    from siftline.ingest.pool import collapse
+    from siftline.ingest.readers import Source, read_sources
+
+    tables, aside, lost, bad = [], 0, 0, 0
+    for batch in read_sources([Source(str(path)) for path in paths]):
+        good = pa.array([not rejected for rejected in batch.rejected], pa.bool_())
+        tables.append(batch.rows.filter(good))
+        bad += sum(batch.rejected)
+        lost += batch.quarantine.num_rows
+        aside += sum(batch.aside.values())
+    rows = collapse(pa.concat_tables(tables))
+    if not rows.num_rows:
+        raise ValueError(f"{paths[0]}: none of its {lost + bad} rows can be trained on")
+    again = sum(table.num_rows for table in tables) - rows.num_rows
+    if lost or bad or aside or again:
+        logger.warning(
+            "%d rows to train on; left out: %d that are no conversation, %d labelled bad, %d "
+            "identical; %d values stand in columns that are not read",
+            rows.num_rows, lost, bad, again, aside,
+        )  # fmt: skip
+    return rows.select(["id", "messages", "tools", "source"])
 
 
 def _checked(table: pa.Table, name: str) -> pa.Table:

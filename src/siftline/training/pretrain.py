@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import hash64, uniforms
+from siftline.scoring.fingerprint import record_files
 from siftline.training.tokenizers import bpe_tokenizer, char_tokenizer
 
 ENCODE_BATCH = 4096
@@ -308,6 +309,7 @@ def pretrain(
     lines = _train(model, stream, config, progress)
     model.to("cpu").eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    record_files(out)
     tokens = config.steps * (config.batch_tokens // config.context) * config.context
     return PretrainResult(
         model_dir=out,

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from siftline.schema import digest
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.fingerprint import model_digest
+from siftline.scoring.fingerprint import RETRAIN, model_digest
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.less import Gradients
 from siftline.training.card import write_json
@@ -34,6 +34,14 @@ from siftline.training.objectives import Objective
 from siftline.training.passes import Passes
 from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
 from siftline.training.trainer import PlannedTrainer
+from siftline.verified import (
+    AlteredError,
+    UnhashedError,
+    confirm,
+    file_hash,
+    read_hashed,
+    with_hash,
+)
 
 FACTS = "warmup.json"
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
@@ -133,9 +141,14 @@ def _recorded(out: Path, run: str) -> dict[str, Any] | None:
     path = out / FACTS
     if not path.exists():
         return None
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = read_hashed(path, "the record of a warm-up", RETRAIN)
+    except UnhashedError:  # of an earlier version of Siftline: it is made again
+        return None
     if facts["run"] != run:
         raise ValueError(f"{str(out)!r} holds a warm-up of something else: name a new folder")
+    for name, sha256 in facts["files"].items():
+        confirm(out / name, sha256, RETRAIN)
     return facts
 
 
@@ -154,7 +167,7 @@ def _train(
     marks = [steps * (epoch + 1) // epochs for epoch in range(epochs)]
     checkpoints = out / "checkpoints"
     begun = checkpoints / "run.json"
-    if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["run"] != run:
+    if begun.exists() and _begun(begun) != run:
         shutil.rmtree(checkpoints)  # of another warm-up, which was never finished
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(begun, {"run": run})
@@ -180,13 +193,22 @@ def _train(
     facts = {
         "run": run,
         "snapshots": snapshots,
+        "files": {_file(mark): file_hash(out / _file(mark)) for mark in marks},
         "rows": len(passes.schedule.rows.ids),
         "skipped": passes.schedule.rows.skipped.height,
         "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
-    write_json(out / FACTS, facts)
+    write_json(out / FACTS, with_hash(facts))
     shutil.rmtree(checkpoints)
     return facts
+
+
+def _begun(path: Path) -> str:
+    """The warm-up that checkpoints are of."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlteredError(f"{path} is not the record of a warm-up ({error}): {RETRAIN}") from error
 
 
 def _file(step: int) -> str:

@@ -6,18 +6,25 @@ their success is reported with. It leaves by `os._exit`, so nothing that the tes
 code registered runs afterwards.
 """
 
+import __future__
+
 import ast
 import builtins
 import ctypes
 import errno
+import io
 import json
+import operator
 import os
 import platform
+import re
 import resource
+import signal
 import struct
 import sys
 import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 22, 38, 24
@@ -106,9 +113,8 @@ def call_filter(machine: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *line) for line in code)
 
 
-def idle(tests: str) -> bool:
+def idle(tree: ast.Module) -> bool:
     """Whether tests check nothing when they run: no assertion, or nothing but definitions."""
-    tree = ast.parse(tests)
     checks = any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree))
     quiet = (
         ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom,
@@ -120,6 +126,237 @@ def idle(tests: str) -> bool:
         for node in tree.body
     )
     return not (checks and runs)
+
+
+class Guarded(ast.NodeTransformer):
+    """Tests whose comparisons go through `Comparisons`; chained ones are evaluated whole."""
+
+    asserts = re.compile(r"assert(?:Not)?(?:In|\w*Equals?|Almost\w+|Count\w+|Greater\w*|Less\w*)")
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """Every comparison but `is`."""
+        self.generic_visit(node)
+        names = [type(op).__name__ for op in node.ops]
+        if any(name not in OPERATORS for name in names):
+            return node
+        return ast.copy_location(
+            ast.Call(
+                ast.Name("__compare__", ast.Load()),
+                [ast.Constant(" ".join(names)), node.left, *node.comparators],
+                [],
+            ),
+            node,
+        )
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Comparisons by methods of unittest."""
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and self.asserts.fullmatch(node.func.attr):
+            asserted = ast.Name("__asserted__", ast.Load())
+            call = ast.Call(asserted, [node.func, *node.args], node.keywords)
+            return ast.copy_location(call, node)
+        return node
+
+
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Eq": operator.eq,
+    "NotEq": operator.ne,
+    "Lt": operator.lt,
+    "LtE": operator.le,
+    "Gt": operator.gt,
+    "GtE": operator.ge,
+    "In": lambda left, right: left in right,
+    "NotIn": lambda left, right: left not in right,
+}
+_COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__")
+_MOST = 100_000
+"""Values inside a compared one that are looked at."""
+
+
+class Comparisons:
+    """Compares for the tests, and knows whether the response's own methods decided.
+
+    A class with an `__eq__` that is always true passes `assert f(1) == 2`. Where just one side
+    holds an object whose comparison the response wrote, and the comparison holds, the tests prove
+    nothing. Where both sides do, as in `P(1) == P(1)`, that method is what is tested.
+
+    Attributes:
+        decided: Whether such a comparison held.
+    """
+
+    def __init__(self) -> None:
+        """Binds what is needed, before the response's code can patch it."""
+        self.decided = False
+        self._mro = type.__dict__["__mro__"].__get__
+        self._names = type.__dict__["__dict__"].__get__
+        self._flags = type.__dict__["__flags__"].__get__
+        self._qualname = type.__dict__["__qualname__"].__get__
+        self._standard = frozenset(sys.stdlib_module_names)
+
+    def compare(self, names: str, left: Any, *others: Any) -> Any:
+        """The value of `left op other op other …`."""
+        result: Any = True
+        for name, right in zip(names.split(" "), others, strict=True):
+            result = OPERATORS[name](left, right)
+            if result is False:
+                return result
+            self.note(left, right)
+            if not result:
+                return result
+            left = right
+        return result
+
+    def asserted(self, method: Any, *given: Any, **named: Any) -> Any:
+        """Calls one of unittest's assertions."""
+        self.note(*given[:2])
+        return method(*given, **named)
+
+    def note(self, *sides: Any) -> None:
+        """Takes note of a comparison that held."""
+        if not self.decided and len({self._owns(side) for side in sides}) > 1:
+            self.decided = True
+
+    def _owns(self, value: Any) -> bool:
+        """Whether a value, or one inside it, is compared by a method that the response wrote."""
+        left: list[Any] = [value]
+        seen: set[int] = set()
+        while left and len(seen) < _MOST:
+            value = left.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            kinds = self._mro(type(value))
+            if any(self._wrote(kind) for kind in kinds):
+                return True
+            if dict in kinds:
+                left += [*dict.keys(value), *dict.values(value)]
+            for kind in (list, tuple, set, frozenset):
+                if kind in kinds:
+                    left += kind.__iter__(value)
+        return False
+
+    def _wrote(self, kind: type) -> bool:
+        names = self._names(kind)
+        if not self._flags(kind) & 1 << 9:  # no Python class: it is the interpreter's
+            return False
+        if not any(name in names for name in _COMPARING):
+            return False
+        module = names.get("__module__")
+        if not isinstance(module, str) or module.partition(".")[0] not in self._standard:
+            return True
+        found: Any = sys.modules.get(module)
+        for name in self._qualname(kind).split("."):
+            found = getattr(found, name, None)
+        return found is not kind
+
+
+class Absent:
+    """The last finder of modules: notes what the response, or its tests, import in vain.
+
+    Attributes:
+        names: Libraries that are not there.
+    """
+
+    def __init__(self) -> None:
+        """Knows of none yet."""
+        self.names: list[str] = []
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Notes a library, not a missing part of one that is there; finds nothing."""
+        frame: Any = sys._getframe(1)
+        while frame is not None and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if path is None and frame is not None and frame.f_code.co_filename in ("solution", "tests"):
+            self.names.append(name)
+
+
+class NoInput(io.StringIO):
+    """Standard input without a line; notes that somebody asked.
+
+    Attributes:
+        asked: Whether it was read.
+    """
+
+    asked = False
+
+    def read(self, size: int | None = -1, /) -> str:
+        """Nothing."""
+        self.asked = True
+        return ""
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        """Nothing."""
+        self.asked = True
+        return ""
+
+    def readlines(self, hint: int = -1, /) -> list[str]:  # type: ignore[override]
+        """Nothing."""
+        self.asked = True
+        return []
+
+    def __next__(self) -> str:  # type: ignore[override]
+        """Nothing."""
+        self.asked = True
+        raise StopIteration
+
+    def line(self, prompt: object = "", /) -> str:
+        """What `input` is."""
+        self.asked = True
+        raise EOFError("there is no input")
+
+
+class TimeUp(BaseException):
+    """An example has run for long enough."""
+
+
+def cut(*_: object) -> None:
+    """Ends an example."""
+    raise TimeUp
+
+
+Statement = tuple[types.CodeType, str]
+"""Compiled, and its kind. A failure of `program` fails the run; one of `setup` does not, but what
+it lacked may be why the tests fail; one of `tail` (behind the definitions) or `example` is nothing.
+"""
+
+
+def statements(parts: list[list[str]]) -> list[Statement]:
+    """Compiles the parts of a response, `[text, kind]`.
+
+    Of `program` and `setup`, calls and assertions anywhere and whatever stands behind the last
+    definition are `tail`. A part that is no Python is left out if another is.
+
+    Raises:
+        SyntaxError: if none of them is Python; of the last one.
+    """
+    found: list[Statement] = []
+    error: Exception | None = None
+    whole = 0
+    for text, kind in parts:
+        try:
+            found += _compiled(text, kind)
+            whole += kind == "program"
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+            error = problem if kind == "program" else error
+    if not whole:
+        raise SyntaxError(told(error) if error else "no program")
+    return found
+
+
+def _compiled(text: str, kind: str) -> list[Statement]:
+    tree = ast.parse(text)
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    places = [i for i, node in enumerate(tree.body) if isinstance(node, definitions)]
+    last, flags, found = places[-1] if places else len(tree.body), 0, []
+    for i, node in enumerate(tree.body):
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            for name in node.names:
+                feature = getattr(__future__, name.name, None)
+                flags |= feature.compiler_flag if feature else 0
+        shows = i > last or isinstance(node, ast.Expr | ast.Assert)
+        code = compile(ast.Module([node], []), "solution", "exec", flags, dont_inherit=True)
+        found.append((code, "tail" if shows and kind != "example" else kind))
+    return found
 
 
 # What runs behind the response's code is bound here as defaults, where patching modules does not
@@ -156,18 +393,74 @@ def told(error: BaseException) -> str:
         return "an exception that can't be told"
 
 
+def load(
+    program: list[Statement], names: dict[str, Any], absent: Absent, seconds: float, run: Any = exec
+) -> tuple[BaseException | None, list[str]]:
+    """Runs a program statement by statement.
+
+    Returns:
+        What it raised; and why a failure of the tests would prove nothing: `!` in front of what
+        counts in any case, the others only where the tests miss a name.
+    """
+    given, heard, out, doubts = NoInput(), sys.stdin, sys.stdout, []
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (the process leaves without closing)
+    builtins.input, sys.stdin = given.line, given
+    signal.signal(signal.SIGPROF, cut)
+    for code, kind in program:
+        given.asked, known = False, len(absent.names)
+        shows = kind in ("tail", "example")
+        mark = "" if shows else "!"
+        problem: BaseException | None = None
+        if shows:
+            sys.stdout = nowhere
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            run(code, names)
+        except TimeUp:
+            doubts.append(f"{'!' * (kind == 'tail')}an example ran too long")
+        except BaseException as error:
+            problem = error
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout = out
+        if given.asked:
+            doubts.append(mark + "the program reads input, and there is none")
+        doubts += [f"{mark}the library {name} is not there" for name in absent.names[known:]]
+        starved = any(d[0] == "!" and "input" in d for d in doubts)
+        if problem is not None and kind == "program" and not starved:
+            return problem, doubts
+    sys.stdin = heard
+    return None, doubts
+
+
+def lacks(error: BaseException) -> str | None:
+    """The module that an exception misses, if it is one of Python's that this machine lacks."""
+    name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    top = (name or "").partition(".")[0]
+    return f"the library {name} is not there" if top and top not in sys.modules else None
+
+
 def work(requests: int, report: int) -> None:
     """Runs the response's module, then the tests with its names."""
-    run, build, current, original = exec, compile, vars(builtins), dict(vars(builtins))
+    current, original = vars(builtins), dict(vars(builtins))
+    comparisons, absent = Comparisons(), Absent()
+    sys.meta_path.append(absent)
     solution = types.ModuleType("solution")
     sys.modules["solution"] = solution
     sys.argv[:] = ["solution"]
     say(report, "begun", True)
-    code = take(requests, int(take(requests, 10))).decode("utf-8", "surrogatepass")
+    job = json.loads(take(requests, int(take(requests, 10))))
+    run, build = exec, compile
     try:
-        run(build(code, "solution", "exec", dont_inherit=True), solution.__dict__)
+        if isinstance(job["code"], str):
+            program = [(build(job["code"], "solution", "exec", dont_inherit=True), "program")]
+        else:
+            program = statements(job["code"])
     except BaseException as error:
         end(report, "failed", f"the response raised {told(error)}")
+    raised, doubts = load(program, solution.__dict__, absent, job["seconds"])
+    if raised is not None:
+        doubt(report, [d for d in doubts if d[0] == "!"], lacks(raised))
+        end(report, "failed", f"the response raised {told(raised)}")
     say(report, "ready", True)
     current.clear()
     current.update(original)
@@ -176,18 +469,35 @@ def work(requests: int, report: int) -> None:
     secret = take(requests, 32).decode()
     tests = take(requests, int(take(requests, 10))).decode("utf-8", "surrogatepass")
     names = {name: value for name, value in vars(solution).items() if not name.startswith("__")}
-    names["__name__"] = "tests"
+    names |= {"__name__": "tests", "__compare__": comparisons.compare}
+    names["__asserted__"] = comparisons.asserted
     try:
-        program = build(tests, "tests", "exec", dont_inherit=True)
-        if idle(tests):
+        tree = ast.parse(tests)
+        if idle(tree):
             end(report, "unusable", "the tests check nothing when they run")
+        tree = ast.fix_missing_locations(Guarded().visit(tree))
+        checks = build(tree, "tests", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         end(report, "unusable", f"the tests can't be compiled: {told(error)}")
+    known = len(absent.names)
     try:
-        run(program, names)
+        run(checks, names)
     except BaseException as error:
+        doubts += [f"!the library {name} is not there" for name in absent.names[known:]]
+        certain = not isinstance(error, NameError)
+        doubt(report, [d for d in doubts if d[0] == "!" or not certain], lacks(error))
         end(report, "failed", f"the tests raised {told(error)}")
+    if comparisons.decided:
+        doubt(report, ["!the program's own method decided a comparison of the tests"], None)
+        end(report, "failed", "its own method compared its result with the tests' value")
     end(report, "passed", secret)
+
+
+def doubt(report: int, doubts: list[str], other: str | None, tell: Any = say) -> None:
+    """Reports why the failure that follows proves nothing, if there is a reason."""
+    known = [d.lstrip("!") for d in doubts] + ([other] if other else [])
+    if known:
+        tell(report, "open", known[0][:300])
 
 
 def main() -> None:

@@ -2,18 +2,17 @@
 
 Both can cost exponential time or memory, and neither can be interrupted from Python. So they are
 judged where mathematical expressions are (see `scoring.equivalence`): in a child process that arms
-an alarm whose default action ends it, whatever it is doing.
+a timer whose default action ends it, whatever it is doing.
 """
 
 import json
 import re
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import IO, Any, Literal
 
-from siftline.scoring.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.equivalence import Equivalence, EquivalenceError, limited, prepare
 from siftline.scoring.verifiers.verdict import Verdict
 
 MEMORY = 1 << 30  # bytes of address space of the child
@@ -27,7 +26,7 @@ class Constraint(Equivalence):
 
     Attributes:
         kind: `regex` or `json_schema`.
-        timeout: Seconds one call may take.
+        timeout: Seconds of processor time that one call may take.
     """
 
     def __init__(self, kind: Literal["regex", "json_schema"], timeout: float) -> None:
@@ -111,21 +110,16 @@ def serve(requests: IO[str], replies: IO[str], judge: Callable[[str, str], bool]
     judge("{}" if judge is satisfies else "", "")  # imports outside the first request's time
     for line in requests:
         seconds, reference, text = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            reply: dict[str, object] = {"equal": judge(reference, text)}
-        except (Exception, MemoryError) as error:
-            reply = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        with limited(seconds):
+            try:
+                reply: dict[str, object] = {"equal": judge(reference, text)}
+            except (Exception, MemoryError) as error:
+                reply = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 def main() -> None:
     """Serves the kind that the first argument names, on standard input and output."""
-    # As in scoring.equivalence: the alarm is ours, and Ctrl-C is the parent's.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare()
     serve(sys.stdin, sys.stdout, JUDGES[sys.argv[1]])

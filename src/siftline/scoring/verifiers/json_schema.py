@@ -5,6 +5,7 @@ from functools import cache
 
 from siftline.scoring.fences import blocks
 from siftline.scoring.verifiers.constraints import Constraint, strict_json
+from siftline.scoring.verifiers.text import final_text
 from siftline.scoring.verifiers.verdict import Verdict
 
 LONGEST_JSON = 1_000_000
@@ -39,7 +40,7 @@ class JsonSchemaVerifier:
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against the schema `answer`."""
-        extracted = json_value(response)
+        extracted = json_value(final_text(response))
         if not answer.strip():
             return Verdict(None, extracted, "no_reference")
         if extracted is None:

@@ -4,6 +4,7 @@ from functools import cache
 
 from siftline.scoring.answers import extract_answer
 from siftline.scoring.verifiers.constraints import Constraint
+from siftline.scoring.verifiers.text import final_text
 from siftline.scoring.verifiers.verdict import Verdict
 
 
@@ -31,6 +32,7 @@ class RegexVerifier:
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against the expression `answer`."""
+        response = final_text(response)
         marked = extract_answer(response)
         extracted = (response if marked is None else marked).strip() or None
         if not answer:

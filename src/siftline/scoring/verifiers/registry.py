@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from functools import cache
 
+from siftline.scoring.verifiers.choice import ChoiceVerifier
 from siftline.scoring.verifiers.code import plain_code
+from siftline.scoring.verifiers.instructions import InstructionsVerifier
 from siftline.scoring.verifiers.json_schema import plain_json_schema
 from siftline.scoring.verifiers.mathematics import plain_math
 from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.scoring.verifiers.pattern import plain_regex
-from siftline.scoring.verifiers.text import ChoiceVerifier, ExactVerifier, VerbatimVerifier
+from siftline.scoring.verifiers.text import ExactVerifier, VerbatimVerifier
 from siftline.scoring.verifiers.verdict import Verifier
 
 NAMED: dict[str, Callable[[], Verifier]] = {
@@ -19,6 +21,7 @@ NAMED: dict[str, Callable[[], Verifier]] = {
     "regex": plain_regex,
     "json_schema": plain_json_schema,
     "code": plain_code,
+    "instructions": InstructionsVerifier,
 }
 """How each named verifier is made; those that keep a process are made once."""
 

@@ -9,7 +9,9 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from siftline.scoring.verifiers.isolation import (
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _REPORTS = 1 << 16
 """Bytes of reports beyond which somebody else is writing them."""
+_PATIENCE = 4
+"""How many times its seconds a run may wait for a processor."""
 _KILLED = (128 + signal.SIGKILL, 128 + signal.SIGXCPU, 128 + signal.SIGALRM)
 
 
@@ -34,8 +38,11 @@ class Limits:
     """What a run may use; whatever goes beyond ends it.
 
     Attributes:
-        seconds: Of wall time, starting the interpreter included.
+        seconds: Of wall time, starting the interpreter included, without the time that its
+            processes waited for a processor (up to four times as much): a loaded machine changes
+            no verdict. It ends what sleeps; what computes is ended by `cpu_seconds`.
         cpu_seconds: Of each process.
+        example_seconds: Of processor, for each statement of a response that is an example of use.
         memory: Bytes of address space of each process.
         processes: Processes and threads at one time; times memory is the most a run can hold.
         open_files: Of each process.
@@ -47,6 +54,7 @@ class Limits:
 
     seconds: float = 10.0
     cpu_seconds: int = 5
+    example_seconds: float = 1.0
     memory: int = 512 << 20
     processes: int = 8
     open_files: int = 64
@@ -81,10 +89,12 @@ class Outcome:
         status: `passed`; `failed`, the code's own fault; `unusable`, the tests' fault; `stopped`
             before anybody knew, by a limit of time or from outside.
         detail: One line about it.
+        open: Why a failure proves nothing about the code; empty if it does.
     """
 
     status: Literal["passed", "failed", "unusable", "stopped"]
     detail: str = ""
+    open: str = ""
 
 
 class Sandbox:
@@ -122,12 +132,18 @@ class Sandbox:
             problems.append(f"{name}: {tried.detail}")
         raise ValueError(f"no sandbox for code ({'; '.join(problems)}): {REMEDY}")
 
-    def run(self, code: str, tests: str) -> Outcome:
-        """Runs `code` as a module, then `tests` with its names."""
+    def run(self, code: str | Sequence[tuple[str, str]], tests: str) -> Outcome:
+        """Runs code as a module, then tests with its names.
+
+        Args:
+            code: One program, which must not raise; or the parts of a response, each with its kind
+                (see `program.Part`), of which only some must not.
+            tests: Python statements.
+        """
         heard, report = os.pipe()
         limits = self.limits
         settings = {"uid": lonely_user(), "limits": limits.resources(), "report": report}
-        room = Room(limits.work_bytes, limits.work_files, limits.seconds + 1)
+        room = Room(limits.work_bytes, limits.work_files, limits.seconds * (1 + _PATIENCE) + 1)
         started = time.monotonic()
         try:
             process = subprocess.Popen(
@@ -145,11 +161,28 @@ class Sandbox:
             raise
         finally:
             os.close(report)
-        watch = _Watch(process, heard, limits, code, tests)
+        job = {"code": code, "seconds": limits.example_seconds}
+        watch = _Watch(process, heard, limits, json.dumps(job), tests)
         try:
             return watch.until(started + limits.seconds)
         finally:
             watch.close()
+
+
+def waited(pid: int) -> float:
+    """Seconds that the process under `pid` that waited longest was ready without a processor.
+
+    Zero where the kernel does not count that.
+    """
+    longest, left = 0.0, [pid]
+    while left and len(left) < 1000:
+        folder = f"/proc/{left.pop()}"
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            longest = max(longest, int(Path(folder, "schedstat").read_text().split()[1]) / 1e9)
+        with contextlib.suppress(OSError):
+            for task in Path(folder, "task").iterdir():
+                left += map(int, (task / "children").read_text().split())
+    return longest
 
 
 def _framed(text: str) -> bytes:
@@ -161,7 +194,7 @@ class _Watch:
     """One run seen from outside: feeds it, listens to it, ends it."""
 
     def __init__(
-        self, process: "subprocess.Popen[bytes]", heard: int, limits: Limits, code: str, tests: str
+        self, process: "subprocess.Popen[bytes]", heard: int, limits: Limits, job: str, tests: str
     ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -169,11 +202,12 @@ class _Watch:
         self.stdin, self.stdout = process.stdin.fileno(), process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         self.secret = secrets.token_hex(16)
-        self.unsent = _framed(code)
+        self.unsent = _framed(job)
         self.second = self.secret.encode() + _framed(tests)
         self.reports = b""
         self.printed, self.tail = 0, b""
         self.begun = self.ready = False
+        self.open = ""
         self.poll = select.poll()
         self.poll.register(heard, select.POLLIN)
         self.poll.register(self.stdout, select.POLLIN)
@@ -181,7 +215,7 @@ class _Watch:
 
     def until(self, deadline: float) -> Outcome:
         """Waits for the end, or makes one at the deadline."""
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := self._left(deadline)) > 0:
             # What is dead says no more, so what it said is read after that was asked.
             dead = self.process.poll() is not None
             ready = self.poll.poll(0 if dead else min(1000 * left, 50))
@@ -192,6 +226,12 @@ class _Watch:
             if dead and not ready:
                 return self._ended(self.process.returncode)
         return Outcome("stopped", f"timeout after {self.limits.seconds:g} s")
+
+    def _left(self, deadline: float) -> float:
+        left = deadline - time.monotonic()
+        if left > 0:
+            return left
+        return left + min(waited(self.process.pid), self.limits.seconds * _PATIENCE)
 
     def _attend(self, descriptor: int) -> Outcome | None:
         if descriptor == self.stdin:
@@ -237,8 +277,10 @@ class _Watch:
                 self.poll.register(self.stdin, select.POLLOUT)
             elif what == "passed" and self.ready and value == self.secret:
                 return Outcome("passed")
+            elif what == "open":
+                self.open = str(value)
             elif what in ("failed", "unusable"):
-                return Outcome(what, str(value))
+                return Outcome(what, str(value), self.open)
             else:
                 return Outcome("failed", "wrote into the reports")
         return None

@@ -1,31 +1,28 @@
-"""Responses compared as text, and the letters of multiple-choice answers."""
+"""Responses compared as text."""
 
 import re
 import unicodedata
 
-from siftline.scoring.answers import extract_answer
+from siftline.scoring.reasoning import without_reasoning
 from siftline.scoring.verifiers.verdict import Verdict
 
-_OPTION = re.compile(
-    r"(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:](?P<rest>.*)|)",
-    re.IGNORECASE | re.DOTALL,
-)
-_OTHER_OPTION = re.compile(
-    r"^\s*(?:or|and|/|,)\s*[(\[]?[A-Za-z][)\].:]?\s*$|[(\[][A-Z][)\]]|\n\s*[(\[]?[A-Za-z][)\].:]"
-)
-_SENTENCES = re.compile(r"[.!?]\s+\S")
-"""More than one sentence: reasoning, which may end at another letter than it begins with."""
+LONGEST_TEXT = 1_000_000
+"""Characters of a response beyond which it is not compared."""
+_WRAPPED = re.compile(r"\s*<(answer|final_?answer|response|output)>(.*)</\1>\s*", re.I | re.DOTALL)
 
 
 class ExactVerifier:
     """Compares whole responses as text: for classification and short-answer tasks.
 
-    Unicode form, case, white space, surrounding quotes and a final full stop do not count.
+    Reasoning blocks are left out. Unicode form, case, white space, surrounding quotes and a final
+    full stop do not count.
     """
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against `answer`."""
-        given, wanted = _plain(response), _plain(answer)
+        if len(response) > LONGEST_TEXT:
+            return Verdict(None, None, f"unreadable: {len(response)} characters are too many")
+        given, wanted = _plain(final_text(response)), _plain(answer)
         if not wanted:
             return Verdict(None, given or None, "no_reference")
         if not given:
@@ -37,8 +34,9 @@ class ExactVerifier:
 class VerbatimVerifier:
     """Compares whole responses letter by letter: for code, identifiers, quotations, formats.
 
-    Case, quotes and spaces count. Only what the pool itself does not keep does not: Unicode's
-    composed or decomposed form, Windows' line ends, white space around the text.
+    Reasoning blocks are left out. Case, quotes and spaces count. Only what the pool itself does not
+    keep does not: Unicode's composed or decomposed form, Windows' line ends, white space around the
+    text.
     """
 
     def __call__(self, response: str, answer: str) -> Verdict:
@@ -47,7 +45,9 @@ class VerbatimVerifier:
             canonical_text,
         )  # needs pyarrow, which the sandbox's part has not
 
-        given, wanted = canonical_text(response), canonical_text(answer)
+        if len(response) > LONGEST_TEXT:
+            return Verdict(None, None, f"unreadable: {len(response)} characters are too many")
+        given, wanted = canonical_text(without_reasoning(response)), canonical_text(answer)
         if not wanted:
             return Verdict(None, given or None, "no_reference")
         if not given:
@@ -55,43 +55,11 @@ class VerbatimVerifier:
         return Verdict(given == wanted, given, "match" if given == wanted else "wrong_answer")
 
 
-class ChoiceVerifier:
-    """Compares the letters of multiple-choice answers.
-
-    The response's letter is that of its marked final answer (see `extract_answer`), or of the whole
-    response if it begins with one: `B`, `(b)`, `B. Paris`, `#### B`, "the answer is (B)". A letter
-    that only begins a word or a sentence ("A dog") or several sentences ("B. is wrong. It is
-    C.") is none, and neither are two ("B or C").
-    """
-
-    def __call__(self, response: str, answer: str) -> Verdict:
-        """Judges `response` against `answer`."""
-        wanted, given = _chosen(answer), _chosen(response)
-        if wanted is None:
-            return Verdict(None, given, "no_reference")
-        if given is None:
-            return Verdict(None, None, "no_final_answer")
-        return Verdict(given == wanted, given, "match" if given == wanted else "wrong_answer")
-
-
-def _chosen(text: str) -> str | None:
-    """The letter of a text's final answer; "A: Paris" is option A, and "A: B" an answer B."""
-    if text.lstrip()[:2].upper() == "A:":
-        behind = text.lstrip()[2:]
-        marked = extract_answer(behind)
-        return _letter(marked) if marked is not None else _letter(behind) or _letter(text)
-    marked = extract_answer(text)
-    return _letter(text if marked is None else marked)
-
-
-def _letter(text: str) -> str | None:
-    """The letter of an option as it is written in front of it; None where there is not just one."""
-    text = unicodedata.normalize("NFKC", text).strip().strip("*_`\"' ")
-    found = _OPTION.fullmatch(text)
-    rest = found["rest"] or "" if found else ""
-    if found is None or _OTHER_OPTION.search(rest) or _SENTENCES.search(rest):
-        return None
-    return found["letter"].upper()
+def final_text(response: str) -> str:
+    """A response without its reasoning, and without `<answer>` tags around all of it."""
+    left = without_reasoning(response)
+    wrapped = _WRAPPED.fullmatch(left)
+    return wrapped[2] if wrapped and f"</{wrapped[1]}>" not in wrapped[2] else left
 
 
 def _plain(text: str) -> str:

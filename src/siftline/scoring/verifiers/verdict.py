@@ -11,8 +11,9 @@ class Verdict:
     Attributes:
         correct: True or False where it could decide, else None.
         extracted: The response's final answer as written; None if it has none.
-        reason: `match`, `wrong_answer`, `no_final_answer`, `no_reference`, or
-            `verifier_error: <what happened>`.
+        reason: `match`; `wrong_answer`, which is a proof; or why the verdict is open:
+            `no_final_answer`, `no_reference`, `unreadable: <what can't be told, and why>`, or
+            `verifier_error: <what happened>` where the verifier itself failed.
         first_error: Of a refuted response, the step (see `scoring.steps`, counted from 0) with its
             first false equation; None where no equation is false, or nobody looked.
         last_right: Of a refuted response, the last right intermediate result before that step, or

@@ -1,0 +1,81 @@
+"""Whether an asset's step is going to ask a model, by what is there now.
+
+The executor asks this when a step's turn comes: a step that will load a model gets a process and a
+slot of its own, a step that finds its output gets neither.
+"""
+
+from collections.abc import Callable, Mapping
+
+from siftline.assets.resource import Siftline
+from siftline.ingest.pool import Pool
+from siftline.recipe import Recipe
+from siftline.stages.arms import arms_pending
+from siftline.stages.evaluation import evaluation_pending
+from siftline.stages.models import model_spec, trained_folder
+from siftline.stages.run import stage_asks
+from siftline.stages.scorers import scorer_table
+from siftline.stages.scores import likelihood_table
+from siftline.workspace import Workspace
+
+RECIPE, PART, OF = "siftline/recipe", "siftline/part", "siftline/of"
+
+
+def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
+    """Tags of an asset that may ask a model.
+
+    Args:
+        recipe: Its recipe.
+        part: A key of `_ASKS`.
+        of: Name of the stage, scorer or model.
+    """
+    assert part in _ASKS, part
+    return {RECIPE: recipe.name, PART: part, OF: of}
+
+
+def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:
+    """Whether a step with these tags is going to ask a model.
+
+    A step that can't tell, because what it needs is missing or broken, asks none: it says what is
+    wrong when it runs.
+    """
+    if PART not in step:
+        return False
+    try:
+        return _ASKS[step[PART]](siftline.workspace, siftline.recipe(step[RECIPE]), step[OF])
+    except (ValueError, OSError):
+        return False
+
+
+def _likelihood(workspace: Workspace, recipe: Recipe, of: str) -> bool:
+    pool = Pool(workspace.pool(recipe.pool.name))
+    folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
+    spec = model_spec(workspace, recipe, "target")
+    found = likelihood_table(folder, pool, spec, recipe.likelihood).found()
+    return found is None or bool(found.info["failed"])
+
+
+def _scorer(workspace: Workspace, recipe: Recipe, of: str) -> bool:
+    found = scorer_table(workspace, recipe, of).found()
+    return found is None or bool(found.info["failed"])
+
+
+def _base(workspace: Workspace, recipe: Recipe, of: str) -> bool:
+    return not (trained_folder(workspace, recipe, of) / "config.json").exists()
+
+
+def _arms(workspace: Workspace, recipe: Recipe, of: str) -> bool:
+    return arms_pending(workspace, recipe)
+
+
+def _evaluation(workspace: Workspace, recipe: Recipe, of: str) -> bool:
+    return evaluation_pending(workspace, recipe)
+
+
+_ASKS: dict[str, Callable[[Workspace, Recipe, str], bool]] = {
+    "likelihood": _likelihood,
+    "scorer": _scorer,
+    "base": _base,
+    "stage": stage_asks,
+    "arms": _arms,
+    "evaluation": _evaluation,
+}

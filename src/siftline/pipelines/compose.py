@@ -1,0 +1,84 @@
+"""Recipes as Dagster sees them: their assets, jobs, schedules and sensors."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from siftline.assets.outcome import outcome_assets, outcomes
+from siftline.assets.resource import Siftline
+from siftline.assets.scores import likelihood_asset, scorer_asset
+from siftline.assets.shared import inputs_asset, model_asset, pool_asset
+from siftline.assets.stages import stage_asset
+from siftline.library import find
+from siftline.pipelines.executor import step_executor
+from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
+from siftline.recipe import Recipe
+
+
+def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """Every asset of one recipe, shared ones included."""
+    assets = [inputs_asset(recipe)] if recipe.inputs else []
+    assets.append(pool_asset(recipe, recipe.pool, "train"))
+    assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
+    assets += [model_asset(recipe, name) for name, model in recipe.models.items() if model.pretrain]
+    assets.append(likelihood_asset(recipe))
+    assets += [scorer_asset(recipe, name) for name in recipe.scorers]
+    assets += [stage_asset(recipe, stage) for stage in recipe.stages]
+    return assets + outcome_assets(recipe)
+
+
+def compose(recipes: Sequence[Recipe]) -> dg.Definitions:
+    """Recipes as one set of definitions.
+
+    Raises:
+        ValueError: if two define one shared asset differently, or a name is taken.
+    """
+    for recipe in recipes:
+        _check_names(recipe)
+    assets: dict[dg.AssetKey, dg.AssetsDefinition] = {}
+    owners: dict[dg.AssetKey, Recipe] = {}
+    for recipe in recipes:
+        for asset in recipe_assets(recipe):
+            other = owners.setdefault(asset.key, recipe)
+            if other is not recipe and shared_part(other) != shared_part(recipe):
+                raise ValueError(
+                    f"recipes {other.name!r} and {recipe.name!r} both define "
+                    f"{asset.key.to_user_string()} and differ: rename the pool or model in one"
+                )
+            assets.setdefault(asset.key, asset)
+    jobs = {recipe.name: recipe_job(recipe) for recipe in recipes}
+    return dg.Definitions(
+        assets=list(assets.values()),
+        jobs=list(jobs.values()),
+        schedules=[recipe_schedule(recipe, jobs[recipe.name]) for recipe in recipes],
+        sensors=[new_files_sensor(recipe, jobs[recipe.name]) for recipe in recipes],
+        resources={"siftline": Siftline()},
+        executor=step_executor,
+    )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuses a stage whose asset would take the place of another of the recipe's."""
+    for stage in recipe.stages:
+        if stage.name in outcomes(recipe):
+            raise ValueError(
+                f"recipe {recipe.name!r}: a stage can't be called {stage.name!r}, that is what "
+                "comes after the stages: rename it"
+            )
+
+
+def shared_part(recipe: Recipe) -> tuple[object, ...]:
+    """What two recipes must agree on to share pools, models and scores."""
+    return (
+        recipe.pool,
+        recipe.sets,
+        recipe.models,
+        recipe.inputs,
+        recipe.likelihood,
+        recipe.scorers,
+    )
+
+
+def job_of(recipe: str) -> dg.JobDefinition:
+    """The job of one recipe; what the processes of `siftline run` rebuild it from."""
+    return compose([find(recipe)]).resolve_job_def(recipe)
