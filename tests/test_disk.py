@@ -17,6 +17,7 @@ import pytest
 from siftline import disk
 from siftline.cli import guarded, main
 from siftline.disk import check_folder, check_temporary, explained, need, writing
+from siftline.kernels.spill import values_room
 from siftline.pipelines.execute import prepare_home
 from siftline.shards import building, write_json, write_parquet
 from siftline.workspace import Workspace
@@ -92,7 +93,7 @@ WRITERS = {
     "parquet": lambda path: pq.write_table(NOISE, path),
     "polars": lambda path: pl.from_arrow(NOISE).write_parquet(path),
     "numpy": lambda path: np.save(path.with_suffix(".npy"), NOISE["a"].to_numpy()),
-    "numpy's map": lambda path: np.memmap(path, np.uint8, "w+", shape=(3_000_000,)).fill(1),
+    "spilled sets": lambda path: values_room(800_000, path.with_name("spilled"), 0).fill(1),
     "numpy's file": lambda path: NOISE["a"].to_numpy().tofile(path),
     "text": lambda path: path.write_bytes(b"x" * 3_000_000),
     "safetensors": by_safetensors,

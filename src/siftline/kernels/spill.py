@@ -5,6 +5,7 @@ bytes, no format. A file is read into memory of its own rather than mapped, so t
 be told from what is on disk.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,4 +143,8 @@ def values_room(size: int, folder: Path, limit: int = SETS_IN_MEMORY) -> np.ndar
     if 4 * size <= limit:
         return np.empty(size, np.uint32)
     folder.mkdir(parents=True, exist_ok=True)
-    return np.memmap(folder / "sets.bin", np.uint32, "w+", shape=(size,)).view(np.ndarray)
+    path = folder / "sets.bin"
+    with path.open("wb") as file:
+        # Else a disk that fills up while the map is written to kills the process (SIGBUS).
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
+    return np.memmap(path, np.uint32, "r+", shape=(size,)).view(np.ndarray)
