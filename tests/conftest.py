@@ -16,7 +16,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
+# Machines are shared: how long one example takes says nothing.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # One test process a core: a second thread gains nothing, and spins for long beside other work.
 for _threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")

@@ -191,7 +191,7 @@ def test_what_a_tuned_model_finds_new_is_clustered_and_named_in_the_report(
     mini_tools.run_chain(root, recipe)
     base = next((root / "models").glob("tiny-*"))
     tuned = tmp_path / "tuned"
-    shutil.copytree(base, tuned)
+    shutil.copytree(base, tuned, ignore=shutil.ignore_patterns("siftline-files.json"))
     weights = load_file(tuned / "model.safetensors")
     name = next(k for k in ("lm_head.weight", "model.embed_tokens.weight") if k in weights)
     sign = AutoTokenizer.from_pretrained(tuned).convert_tokens_to_ids("*")

@@ -412,7 +412,7 @@ PUBLIC = {
     "Duplicates": "threshold ngram num_perm numbers seed max_rows keep",
     "Decontamination": "ngram min_share common near shingle num_perm seed",
     "QualityRules": "text languages keep min_language min_letters identify words scores",
-    "Verify": "verifier no_final_answer",
+    "Verify": "verifier no_final_answer open",
     "LikelihoodOutliers": "max_drop tail cut length_bins min_group",
     "Shortlist": "size oversampling keep_rate clusters quota weight seed",
     "Confidence": "samples temperature top_p max_new_tokens answers reflection questions "

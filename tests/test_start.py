@@ -176,7 +176,7 @@ def test_what_is_kept_is_what_was_computed(tmp_path, monkeypatch):
         calls.append(1)
         return np.arange(5) ** 2, np.array([True, False])
 
-    first, again = machine.kept(squares)(), machine.kept(squares)()
+    first, again = machine.kept()(squares)(), machine.kept()(squares)()
     assert len(calls) == 1
     for one, other in zip(first, again, strict=True):
         assert one.dtype == other.dtype

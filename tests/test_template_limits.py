@@ -159,7 +159,10 @@ def test_a_row_under_a_hostile_template_has_a_reason(tokenizer):
             response_span(tokenizer, SOME, HOSTILE[how])
         assert error.value.reason == "template_error"
     deep = "[" * 100_000 + "]" * 100_000
-    for tools in (deep, '"text"', "[1]", "{}"):
+    with pytest.raises(UnscorableRow) as error:  # an empty object holds no tool
+        response_span(tokenizer, SOME, "{{ tools }}", tools="{}")
+    assert error.value.reason == "template_drops_content"
+    for tools in (deep, '"text"', "[1]", '[["a"]]'):
         with pytest.raises(UnscorableRow) as error:
             response_span(tokenizer, SOME, "{{ tools }}", tools=tools)
         assert error.value.reason == "template_error", tools[:9]

@@ -524,10 +524,10 @@ def read_by_train(version):
 
 
 def read_by_dedup(version):
-    from siftline.dedup.files import _open
+    from siftline.dedup.files import open_tables
 
-    for path in sorted((version / "data").iterdir()):
-        _open(path.name, path, ["id"])
+    files = [str(path) for path in sorted((version / "data").iterdir())]
+    open_tables(files, ["id"], version.parent / "scratch")
 
 
 @pytest.mark.parametrize(

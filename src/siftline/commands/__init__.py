@@ -29,7 +29,9 @@ VERBS: dict[str, Verb] = {
     "cache": Verb(
         "cache", "cache", "List or clean the store, where every answer of a model is kept."
     ),
-    "dedup": Verb("dedup", "dedup", "Remove near duplicates from Parquet or JSONL files."),
+    "dedup": Verb(
+        "dedup", "dedup", "Remove near duplicates from files of any format a recipe's pool reads."
+    ),
     "demo": Verb(
         "demo",
         "demo",

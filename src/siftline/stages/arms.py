@@ -22,7 +22,6 @@ from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import identity, model_spec, named_spec
 from siftline.stages.references import reference_scores
-from siftline.stages.run import outputs
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
 from siftline.training.material import with_source
@@ -90,7 +89,10 @@ def _tokenizer(workspace: Workspace, recipe: Recipe) -> Any:
 
 
 def _record(workspace: Workspace, recipe: Recipe) -> Path:
-    """Where a recipe's trained arms are listed, named by everything that decides them."""
+    """Where a recipe's trained arms are listed, named by everything that decides them.
+
+    The name of the curated version stands for the recipe and for what its stages decided.
+    """
     training = recipe.training
     assert training is not None
     folder, _ = _newest(workspace, recipe)
@@ -98,8 +100,6 @@ def _record(workspace: Workspace, recipe: Recipe) -> Path:
     made_of = [
         VERSION,
         folder.name,
-        recipe.hash,
-        [output.manifest.version for _, output in outputs(workspace, recipe)],
         Pool(workspace.pool(recipe.pool.name)).version,
         [Pool(workspace.pool(spec.name)).version for spec in recipe.sets.dev],
         [identity(named_spec(workspace, recipe, name)) for name in (*named, *training.reference)],
