@@ -28,7 +28,7 @@ check: lint types test  ## what CI runs
 
 test: setup      ## all tests but the slow and the GPU ones; real vLLM, Dagster and browser
 	.venv/bin/python -m compileall -q src tests   # else every process that a test starts compiles them
-	.venv/bin/python -m pytest -q -n auto --dist loadgroup
+	.venv/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the slow ones
 	.venv/bin/python -m pytest -q -m slow

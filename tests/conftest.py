@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -332,21 +332,30 @@ def small_disk(tmp_path):
 
 # ---- several test processes --------------------------------------------------------------------
 
-TOGETHER = dict.fromkeys(
-    ("test_agreement", "test_two_workers", "test_vllm_engine", "test_vllm_server"), "vllm"
-)
-"""Files that start vLLM go to one process: two engines at a time take more memory than there is."""
-LONGEST = ("test_agreement", "test_chain", "test_vllm_engine", "test_vllm_server")
+VLLM = ("test_agreement", "test_two_workers", "test_vllm_engine", "test_vllm_server")
+"""Files that start vLLM: two engines at a time take more memory than there is."""
+FIRST = ("test_agreement", "test_chain", "test_vllm_engine", "test_faults", "test_vllm_server")
 """Files that begin first, so that no process works alone at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a file in one process, for what they make once; the longest come first."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
-    for item in items:
-        group = TOGETHER.get(item.path.stem, item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Puts the longest files first; xdist hands files out in this order."""
+    place = {name: k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))  # stable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_vllm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Holds a file that starts vLLM back while another one runs."""
+    if request.path.stem not in VLLM:
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
+    with FileLock((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vllm.lock"):
+        yield
 
 
 MOST_OF_ALL = 0.25
