@@ -26,7 +26,7 @@ ROOTED = (
     "cache ls",
     "cache gc",
 )
-VERBS = (*ROOTED, "score", "dedup", "select", "rule", "train", "eval", "cache")
+VERBS = (*ROOTED, "score", "dedup", "select", "rule", "train", "eval", "export", "cache")
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from siftline.ingest.layouts import convert, plan_for
 from siftline.ingest.limits import nesting_fault, record_fault
 from siftline.ingest.source import Source
 from siftline.kernels.mtld import mtld, words_of
-from siftline.kernels.quantities import condensed, quantities
+from siftline.kernels.quantities import guards, quantities
 from siftline.kernels.shingles import char_shingles, word_grams
 from siftline.kernels.text import plain, words
+from siftline.kernels.text import words_of as worded
 from siftline.schema import make_row, message, text_view
 from siftline.scoring.degenerate import degenerate
 from siftline.scoring.fences import blocks
@@ -86,8 +87,8 @@ OTHER = one_row("There are 12 apples and 30 pears. It is 42.")
 
 READERS = {
     "plain, words": lambda text: words(plain(text)),
-    "quantities": lambda text: quantities([plain(text)]),
-    "condensed": lambda text: condensed([plain(text)]),
+    "quantities": lambda text: quantities(worded([text])),
+    "guards": lambda text: guards(worded([text])),
     "char_shingles": lambda text: char_shingles([text], 5),
     "word_grams": lambda text: word_grams([text], 3),
     "mtld": lambda text: mtld(words_of(text)),

@@ -67,6 +67,7 @@ def _kept(
     """Writes the quantities of data[begin:end], each with _BETWEEN behind it; returns the bytes."""
     at, k = 0, begin
     last, letter = _WORD, False  # what the word before was
+    leads, looked = False, begin - 1  # what `_leads` said, and up to where it holds
     while k < end:
         stop, digits = k, False
         while stop < end and data[stop] != 32:
@@ -79,7 +80,11 @@ def _kept(
             after = _letter(data, stop + 1, end)
             ends = stop >= end
             sure = _sure(data, k, stop, kind, last, letter, after, ends, known, shapes)
-            if sure or (kind >= _SIGN and _leads(data, stop + 1, end)):
+            if not sure and kind >= _SIGN:
+                if stop + 1 > looked:  # a run of signs is looked through once
+                    leads, looked = _leads(data, stop + 1, end)
+                sure = leads
+            if sure:
                 for p in range(k, stop):
                     out[at] = data[p]
                     at += 1
@@ -138,19 +143,19 @@ def _kind(data: np.ndarray, k: int, end: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _leads(data: np.ndarray, k: int, end: int) -> bool:
-    """Whether signs alone stand from k on before a number."""
+def _leads(data: np.ndarray, k: int, end: int) -> tuple[bool, int]:
+    """Whether signs alone stand from k on before a number, and where the word is that decides."""
     while k < end:
         stop, digits = k, False
         while stop < end and data[stop] != 32:
             digits |= 48 <= data[stop] <= 57
             stop += 1
         if digits:
-            return True
+            return True, k
         if _kind(data, k, end) < _SIGN:
-            return False
+            return False, k
         k = stop + 1
-    return False
+    return False, end
 
 
 @njit(cache=True, nogil=True)
