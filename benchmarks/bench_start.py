@@ -11,6 +11,9 @@ away). The last column is the processor time in imports of `dagster, polars, pya
 "first run" and "nothing to do" are `siftline run` on 4,000 rows with a recipe of five light assets
 that asks no model: pool, duplicates, a random draw of rows, the curated version, the report.
 
+--ui: both again, launched by GraphQL through `siftline ui` (web server, daemon, code server), as
+its Launchpad does: what all its processes spend from the launch until the run has succeeded.
+
 --rensa: file to files on 71,140 documents (108 MB) joined of the texts as in `bench_dedup.py`,
 `siftline dedup` beside `rensa_files.py` run by PYTHON, which has rensa 0.5, pyarrow and numpy.
 """
@@ -22,11 +25,14 @@ import os
 import platform
 import random
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 IMPORTS = {
@@ -137,6 +143,84 @@ def on_a_root():
     }
 
 
+def from_the_ui(repeats, folder, env):
+    """Lists of (CPU, wall) of a first run and of one with nothing to do, launched by GraphQL."""
+    found = {"first run, from the UI": [], "nothing to do, from the UI": []}
+    for k in range(repeats + 1):
+        root = folder / "ROOT"
+        shutil.rmtree(root, ignore_errors=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "siftline.cli", "ui", "--root", str(root)]
+        with (folder / "ui.txt").open("wb") as out:
+            server = subprocess.Popen(
+                [*command, "--port", str(port)], cwd=folder, stdout=out, stderr=out,
+                env=env | {"SIFTLINE_RECIPES": str(folder)}, start_new_session=True,
+            )  # fmt: skip
+        try:
+            address = f"http://127.0.0.1:{port}/graphql"
+            wait_until(lambda a=address: graphql(a, "{version}"), 120)
+            time.sleep(10)  # the daemon and the code servers have come up
+            for name in found:
+                before, start = tree_seconds(server.pid), time.perf_counter()
+                run = graphql(address, LAUNCH)["launchPipelineExecution"]["run"]["runId"]
+                status = f'{{pipelineRunOrError(runId: "{run}") {{... on Run {{status}}}}}}'
+                wait_until(lambda a=address, q=status: ended(graphql(a, q)), 120)
+                took = tree_seconds(server.pid) - before, time.perf_counter() - start
+                if k:
+                    found[name].append(took)
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+    return found
+
+
+LAUNCH = """mutation {launchPipelineExecution(executionParams: {
+    selector: {repositoryLocationName: "siftline.definitions", repositoryName: "__repository__",
+               pipelineName: "light"}, mode: "default", runConfigData: {}}) {
+    __typename ... on LaunchRunSuccess {run {runId}} ... on PythonError {message}}}"""
+
+
+def graphql(address, query):
+    """The data of a GraphQL answer."""
+    body = json.dumps({"query": query}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)["data"]
+
+
+def ended(answer):
+    status = answer["pipelineRunOrError"]["status"]
+    assert status not in ("FAILURE", "CANCELED"), status
+    return status == "SUCCESS"
+
+
+def wait_until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if true():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
+def tree_seconds(session):
+    """Processor seconds of all processes of a session, those that ended included."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def timed(calls, repeats, folder, env):
     """Lists of (CPU, wall) a call; all take turns, in order, the first round only warms up."""
     found = {name: [] for name in calls}
@@ -175,6 +259,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3, help="rounds of what takes a Dagster run")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name has one of these")
+    parser.add_argument(
+        "--ui", action="store_true", help="runs launched through the web server, too"
+    )
     parser.add_argument("--rensa", help="interpreter that has rensa, pyarrow and numpy")
     parser.add_argument("--texts", nargs="*", default=[], help="JSONL files for --rensa")
     parser.add_argument("--json", action="store_true", help="print one JSON object alone")
@@ -196,6 +283,8 @@ def main() -> None:
         took = {}
         for calls, repeats in rounds:
             took |= timed(calls, repeats, folder, env) if calls else {}
+        if asked.ui:
+            took |= from_the_ui(asked.runs, folder, env)
     cpu = {name: statistics.median(c for c, _ in each) for name, each in took.items()}
     wall = {name: statistics.median(w for _, w in each) for name, each in took.items()}
     lines = {
