@@ -26,7 +26,7 @@ from siftline.stages.canaries import PLANTED, _plant, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.lane import Lane, first
 from siftline.stages.planting import DEFECTS, SOUND, similarity
-from siftline.stages.run import RUN, outputs, run_stage
+from siftline.stages.run import outputs, run_stage, runner
 from siftline.workspace import Workspace
 
 
@@ -260,7 +260,7 @@ def test_intervals_cover_what_the_real_gates_do(kind, planted, options, monkeypa
             pool = SimpleNamespace(all_rows=lambda held=held: held)
             monkeypatch.setattr(module, "Pool", lambda name, pool=pool: pool)
         context = RealGate(kind, options, rng.sample(ours, 120 if kind == "duplicates" else 8))
-        RUN[kind](context)
+        runner(kind)(context)
 
         def share(per_kind, seed, context=context):
             context.recipe.canaries, context.recipe.seed = Canaries(per_kind), seed

@@ -301,8 +301,8 @@ def test_an_instance_for_added_rows_asks_about_these_alone_by_its_own_line(
     # The judge can't read what `correct` brings; nobody has to ask it.
     unfit = [row(f"What is {i} + 1?", "y" * 900) for i in range(90, 94)]
     fresh = [row(f"What is {i} + 2?", f"It makes {i + 2}.\n#### {i + 2}") for i in range(60, 72)]
-    monkeypatch.setitem(stages_run.RUN, "correct", adds(*unfit))
-    monkeypatch.setitem(stages_run.RUN, "s3ft", adds(*fresh))
+    instead, real = {"correct": adds(*unfit), "s3ft": adds(*fresh)}, stages_run.runner
+    monkeypatch.setattr(stages_run, "runner", lambda kind: instead.get(kind) or real(kind))
     engine = scripted.Scripted("base", tokenizer, votes=scripted.noisy_judge)
     monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
     gate = {"weights": {"reflection": 1}, "reflection": "on", "threshold": "quantile"}

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Set
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from siftline.native import is_function_call, native_calls, text_calls
 
@@ -27,6 +26,8 @@ CALL_ID, OTHER_CALL = "call id", "other call"
 
 def used_fields(messages: pa.Array) -> set[str]:
     """Which optional fields some message of an array of conversations fills, and the marks."""
+    import pyarrow.compute as pc  # 0.06 s, where a version is published
+
     turns = messages.flatten()
     filled = {
         name for name in PUBLISHED.values() if pc.struct_field(turns, name).null_count < len(turns)
@@ -67,6 +68,8 @@ def _calls_type(used: Set[str]) -> pa.DataType:
 
 def published(messages: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
     """Rows' messages as values of `kind`, which must have every field that they fill."""
+    import pyarrow.compute as pc  # 0.06 s, where a version is published
+
     whole = messages.combine_chunks()
     if isinstance(whole, pa.ChunkedArray):  # of no chunk
         whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else whole.type.empty()
@@ -79,6 +82,8 @@ def published(messages: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 
 def _part(turns: pa.Array, field: pa.Field) -> pa.Array:
+    import pyarrow.compute as pc  # 0.06 s, where a version is published
+
     values = pc.struct_field(turns, PUBLISHED.get(field.name, field.name))
     if field.name != "tool_calls" or pa.types.is_string(field.type):
         return values.cast(field.type)

@@ -17,10 +17,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.answers import extract_answer
 from siftline.scoring.choices import ask_choices
 from siftline.scoring.engines import Sampling
-from siftline.scoring.quantities import answer_key
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.selectors.confidence import BSDETECTOR, ConfidenceGate, reflection_from_choices
@@ -153,6 +151,9 @@ def final_answer(text: str, answers: Literal["math", "exact"]) -> str | None:
     """Key of a response's final answer; equal keys are equal answers, None is no answer."""
     if answers == "exact":
         return " ".join(text.lower().split()) or None
+    from siftline.scoring.answers import extract_answer
+    from siftline.scoring.quantities import answer_key
+
     found = extract_answer(text)
     return answer_key(found) if found is not None else None
 

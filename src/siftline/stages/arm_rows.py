@@ -21,7 +21,6 @@ from siftline.recipe import Recipe
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
 from siftline.stages.run import outputs
-from siftline.stages.sampling import vanilla_rows
 from siftline.training.budget import rows_for_budget, tokenize_rows
 from siftline.workspace import Workspace
 
@@ -139,6 +138,8 @@ def _sampled(
         sampler = opened.recorder(
             model_spec(workspace, recipe, "sampler"), workspace.store, lambda rows, tokens: None
         )
+        from siftline.stages.sampling import vanilla_rows
+
         added = vanilla_rows(sampler, buckets, stages[0][0].options, draws)
     emit(f"random_sampled: {draws:,} vanilla draws, {len(added):,} distinct verified rows")
     return pa.Table.from_pylist(added, schema=schema.ADDED).select(COLUMNS)

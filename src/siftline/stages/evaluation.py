@@ -18,7 +18,6 @@ from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
 from siftline.recipe import Recipe
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.verifiers import get_verifier
 from siftline.stages.arms import BASE, Arm, found_arms, train_arms
 from siftline.stages.models import engines, identity, model_spec
 from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
@@ -244,6 +243,8 @@ def evaluated(
     folder, name = _answers(workspace, recipe, model, questions)
     found = shards.read_named(folder, name)
     if found is None:
+        from siftline.scoring.verifiers import get_verifier
+
         with engines() as opened:
             answered = evaluate(
                 opened.get(_spec(workspace, recipe, model)),

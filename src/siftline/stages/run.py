@@ -7,6 +7,7 @@ another's decisions, and any process can find the outputs of a recipe by reading
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,6 @@ from siftline.ledger import StageOutput, write_stage
 from siftline.recipe import Recipe, Stage, scorers_read
 from siftline.selectors.chosen import Select
 from siftline.shards import content_hash
-from siftline.stages import (
-    confidence,
-    correcting,
-    gates,
-    quality,
-    sampling,
-    scores,
-    selecting,
-    self_answers,
-    shortlist,
-    spend,
-)
 from siftline.stages.canaries import PLANTED, lane_of
 from siftline.stages.context import Context, StageRun
 from siftline.stages.models import engines, identity, model_spec
@@ -41,20 +30,21 @@ DRAWS = 2
 VERSION = 5
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
-RUN: dict[str, Callable[[Context], StageRun]] = {
-    "duplicates": gates.duplicates,
-    "decontamination": gates.decontamination,
-    "quality_rules": quality.quality_rules,
-    "verify": gates.verify,
-    "likelihood": scores.likelihood_gate,
-    "diversity": shortlist.diversity,
-    "confidence": confidence.confidence,
-    "correct": correcting.correct,
-    "rejection_sampling": sampling.rejection_sampling,
-    "s3ft": self_answers.self_answers,
-    "allocate": spend.allocate,
-    "select": selecting.select,
+RUN = {
+    "duplicates": "gates:duplicates",
+    "decontamination": "gates:decontamination",
+    "quality_rules": "quality:quality_rules",
+    "verify": "gates:verify",
+    "likelihood": "scores:likelihood_gate",
+    "diversity": "shortlist:diversity",
+    "confidence": "confidence:confidence",
+    "correct": "correcting:correct",
+    "rejection_sampling": "sampling:rejection_sampling",
+    "s3ft": "self_answers:self_answers",
+    "allocate": "spend:allocate",
+    "select": "selecting:select",
 }
+"""Module and function (Context -> StageRun) of each kind; imported when a stage of it runs."""
 
 _ROLES: dict[str, tuple[str, ...]] = {
     "likelihood": ("target",),
@@ -126,9 +116,16 @@ def _inputs(
         **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.kind in SIZED else {}),
         **({"training": _training(recipe)} if getattr(stage.options, "trains", False) else {}),
         **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
-        **({"rules": quality.quality_inputs(stage)} if stage.kind == "quality_rules" else {}),
+        **({"rules": _rules(stage)} if stage.kind == "quality_rules" else {}),
         **({"canaries": [asdict(planted), recipe.seed, DRAWS]} if planted else {}),
     }
+
+
+def _rules(stage: Stage) -> dict[str, Any]:
+    """Versions of the libraries that quality rules come from."""
+    from siftline.stages.quality import quality_inputs
+
+    return quality_inputs(stage)
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -208,6 +205,13 @@ def outputs(
     return found
 
 
+def runner(kind: str) -> Callable[[Context], StageRun]:
+    """The function that runs stages of a kind."""
+    module, _, name = RUN[kind].partition(":")
+    found: Callable[[Context], StageRun] = getattr(import_module(f"siftline.stages.{module}"), name)
+    return found
+
+
 def _reusable(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
     """The output at `path` where nothing in it wants to be tried again; see `run_stage`."""
     found = _written(path, inputs)
@@ -270,7 +274,7 @@ def run_stage(
             raise ValueError(
                 f"stage {recipe.name}/{name}: no rows are left to judge: loosen a gate"
             )
-        run = RUN[stage.kind](replace(context, lane=lane_of(recipe, stage, rows_in)))
+        run = runner(stage.kind)(replace(context, lane=lane_of(recipe, stage, rows_in)))
     output = write_stage(
         path, run.results, rows_in=rows_in, tables=run.tables, facts=run.facts, identity=inputs
     )

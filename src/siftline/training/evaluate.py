@@ -7,7 +7,7 @@ judge, or a question too long for the model, is not correct and says so in `reas
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -16,8 +16,10 @@ from siftline.kernels.draws import hash64
 from siftline.scoring.batching import plan_batches
 from siftline.scoring.engines import Engine, Failed, Sampling
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
-from siftline.scoring.verifiers import Verifier
 from siftline.training.intervals import Interval, crossed_interval, paired_difference, wilson
+
+if TYPE_CHECKING:
+    from siftline.scoring.verifiers import Verifier
 
 RESULT = {
     "id": pl.String,
@@ -68,7 +70,7 @@ class Evaluation:
 def evaluate(
     engine: Engine,
     rows: pl.DataFrame,
-    verifier: Verifier,
+    verifier: "Verifier",
     config: Evaluation,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> pl.DataFrame:
