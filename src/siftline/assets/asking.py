@@ -50,13 +50,11 @@ def _likelihood(workspace: Workspace, recipe: Recipe, of: str) -> bool:
     pool = Pool(workspace.pool(recipe.pool.name))
     folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
     spec = model_spec(workspace, recipe, "target")
-    found = likelihood_table(folder, pool, spec, recipe.likelihood).found()
-    return found is None or bool(found.info["failed"])
+    return likelihood_table(folder, pool, spec, recipe.likelihood).finished() is None
 
 
 def _scorer(workspace: Workspace, recipe: Recipe, of: str) -> bool:
-    found = scorer_table(workspace, recipe, of).found()
-    return found is None or bool(found.info["failed"])
+    return scorer_table(workspace, recipe, of).finished() is None
 
 
 def _base(workspace: Workspace, recipe: Recipe, of: str) -> bool:

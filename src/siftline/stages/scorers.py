@@ -135,8 +135,8 @@ def score_quality(
         observe: Takes the numbers of each bucket.
     """
     table = scorer_table(workspace, recipe, name)
-    found = table.found()
-    if found is not None and not found.info["failed"]:
+    found = table.finished()
+    if found is not None:
         return Scored(found, False)
     config, pool = _expanded(recipe.scorers[name]), Pool(workspace.pool(recipe.pool.name))
     each = 4 if isinstance(config, Contrast) else 1  # with its prompt and without, by two models

@@ -81,8 +81,8 @@ def score_pool(
         The table's manifest, and whether it was written now. A table with failed rows is made
         again, which asks the model for those rows alone.
     """
-    found = table.found()
-    if found is not None and not found.info["failed"]:
+    found = table.finished()
+    if found is not None:
         return found, False
     prompts = pool.manifest.info.get("holds") == "prompts"  # which have nothing to score
     total_rows = 0 if prompts else 2 * pool.manifest.rows("rows")

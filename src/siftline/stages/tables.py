@@ -46,6 +46,11 @@ class ScoreTable:
         fits = manifest.info["inputs"] == made_of and not manifest.missing(self.folder)
         return manifest if fits else None
 
+    def finished(self) -> Manifest | None:
+        """The manifest, where `found` and no row is to be tried again."""
+        manifest = self.found()
+        return None if manifest is None or manifest.info["failed"] else manifest
+
     def reader(self) -> Callable[[int], pl.DataFrame] | None:
         """Reads one bucket of the pool; None where there is no table of these inputs."""
         manifest = self.found()
