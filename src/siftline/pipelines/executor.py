@@ -49,6 +49,7 @@ MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""
 PRELOADED = (
     "dagster._core.executor.multiprocess",
+    "dagster._core.storage.sqlite_storage",
     "siftline.pipelines.compose",
     "siftline.scoring.transformers_engine",
     "transformers.generation",
