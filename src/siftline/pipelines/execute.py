@@ -20,7 +20,7 @@ import dagster as dg
 
 from siftline.disk import ROOT_BYTES, check_folder, need, writing
 from siftline.locks import held, warn_if_shared
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
