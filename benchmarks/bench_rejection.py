@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from siftline.ingest.pool import Pool
-from siftline.library import find
+from siftline.recipe.library import find
 from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.rejection import RejectionSampling

@@ -11,8 +11,8 @@ import yaml
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import REMOVED
-from siftline.library import recipe_files
-from siftline.recipe import parse
+from siftline.recipe.library import recipe_files
+from siftline.recipe.parse import parse
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.chosen import Select
 from siftline.selectors.registry import Entry, find, methods

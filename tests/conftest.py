@@ -284,7 +284,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Fini
 @pytest.fixture
 def mini(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`mini(*overrides)` is the recipe, in a process that finds it; with its generator."""
-    from siftline.library import find
+    from siftline.recipe.library import find
 
     monkeypatch.setenv("SIFTLINE_RECIPES", str(RECIPES))
     monkeypatch.syspath_prepend(str(RECIPES))

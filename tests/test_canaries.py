@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageResult
-from siftline.recipe import Stage, parse
+from siftline.recipe.parse import Stage, parse
+from siftline.recipe.sections import Canaries
 from siftline.scoring.verifiers import get_verifier
-from siftline.sections import Canaries
 from siftline.selectors.decontamination import Decontamination
 from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import decisions

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from siftline.assets.shared import build
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import KEPT, StageResult
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import ADDED, bucket_of, make_row, message
 from siftline.scoring.confidence import AGAIN, Confidence, reflections
 from siftline.scoring.engines import ModelSpec

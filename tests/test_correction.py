@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siftline.assets.shared import build
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
 from siftline.selectors.correction import (
     ADOPTED,

@@ -3,7 +3,7 @@
 import pytest
 
 from siftline.assets.shared import build
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.stages import grading, models
 from siftline.stages.reporting import _notes, _sampling_notes

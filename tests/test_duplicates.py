@@ -18,7 +18,7 @@ from siftline.ingest.readers import Source
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep, as_integers
 from siftline.kernels.text import numbers, words
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import make_row, message
 from siftline.selectors.duplicate_state import Shelf, normal_answer
 from siftline.selectors.duplicates import Duplicates

@@ -13,7 +13,7 @@ from siftline.config import build
 from siftline.kernels.blocks import unit
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
 from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients, Less

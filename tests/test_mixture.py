@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
 from siftline.selectors.allocate import COLUMNS, Allocate
 from siftline.selectors.mixture import check_mixture, group_of, split

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.recipe import GATES, parse, scorers_read
+from siftline.recipe.parse import GATES, parse, scorers_read
 from siftline.scoring.languages import distinct, letters, probabilities
 from siftline.scoring.rule_measures import MEASURES
 from siftline.scoring.text_rules import TextRules

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siftline import library
 from siftline.ingest.pool import PoolSpec
 from siftline.ingest.readers import Source
-from siftline.recipe import (
+from siftline.recipe.parse import (
     GATES,
     STAGE_ROLES,
     STAGES,
@@ -28,13 +27,14 @@ from siftline.recipe import (
     Training,
     expand,
     expand_pool,
+    library,
     load,
     parse,
 )
+from siftline.recipe.sections import Canaries
 from siftline.scoring.engines import ModelSpec, Server
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.scorers import KINDS
-from siftline.sections import Canaries
 from siftline.training.evaluate import Evaluation
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
@@ -256,7 +256,7 @@ def test_hash_is_the_same_in_another_process_and_without_the_environment(tmp_pat
     data = SMALL | {"inputs": {"generator": "a:b", "args": {"data": "${SIFTLINE_NOWHERE}"}}}
     path.write_text(yaml.safe_dump(data))
     code = (
-        "import sys; from pathlib import Path; from siftline.recipe import load\n"
+        "import sys; from pathlib import Path; from siftline.recipe.parse import load\n"
         "print(load(Path(sys.argv[1])).hash)"
     )
     done = subprocess.run(

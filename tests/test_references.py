@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.ingest.pool import Pool, build_pool
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.spans import response_span
 from siftline.scoring.templates import load_tokenizer

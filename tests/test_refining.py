@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT
-from siftline.recipe import parse, scorers_read
+from siftline.recipe.parse import parse, scorers_read
 from siftline.schema import digest
 from siftline.selectors.chosen import Select
 from siftline.selectors.method import applied, select

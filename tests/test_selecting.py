@@ -15,7 +15,7 @@ from siftline.assets import keys
 from siftline.assets.stages import stage_asset
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.chosen import Select
@@ -36,7 +36,7 @@ def quiet(line): ...
 @pytest.fixture
 def recipe_of(mini):
     """The mini recipe with duplicates and one selection; its dev set plays the target."""
-    from siftline.library import recipe_files
+    from siftline.recipe.library import recipe_files
 
     mini()
     data = yaml.safe_load(recipe_files()["mini"].read_text(encoding="utf-8"))

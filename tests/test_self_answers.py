@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import make_row, message
 from siftline.scoring.engines import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import Recorder

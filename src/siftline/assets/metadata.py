@@ -10,7 +10,7 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline import plots
 from siftline.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
-from siftline.recipe import STAGE_ROLES, Bounds, Stage
+from siftline.recipe.parse import STAGE_ROLES, Bounds, Stage
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:

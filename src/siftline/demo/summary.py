@@ -10,7 +10,7 @@ import polars as pl
 
 from siftline.demo.audit import ACCEPTED, audit
 from siftline.ledger import FAILED, KEPT, StageOutput
-from siftline.recipe import STAGE_ROLES, Recipe, Stage
+from siftline.recipe.parse import STAGE_ROLES, Recipe, Stage
 from siftline.stages.evaluation import evaluate_arms
 from siftline.stages.reporting import write_report
 from siftline.stages.run import outputs

@@ -17,7 +17,7 @@ from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import hash64
 from siftline.ledger import REMOVED
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
 from siftline.stages.run import outputs

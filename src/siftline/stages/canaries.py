@@ -20,7 +20,7 @@ import pyarrow as pa
 from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, StageResult
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.parse import Recipe, Stage
 from siftline.shards import no_rows
 from siftline.stages.context import Context, StageRun
 from siftline.stages.lane import Lane, first

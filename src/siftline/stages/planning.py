@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from siftline.ingest.pool import Pool
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.selectors.preview import Preview
 from siftline.stages.context import Context
 from siftline.stages.models import engines

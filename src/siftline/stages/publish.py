@@ -10,7 +10,7 @@ from siftline.card import CardInfo, StageCount
 from siftline.curated import Published, publish, published_before
 from siftline.ingest.pool import Pool
 from siftline.ledger import REMOVED, StageOutput, reasons
-from siftline.recipe import STAGE_ROLES, Recipe, Stage
+from siftline.recipe.parse import STAGE_ROLES, Recipe, Stage
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.run import outputs

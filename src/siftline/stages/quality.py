@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.progress import Progress
-from siftline.recipe import Stage, expand
+from siftline.recipe.parse import Stage, expand
 from siftline.scoring import languages, text_rules
 from siftline.scoring.text_rules import TextRules
 from siftline.scoring.word_lists import WordList

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from siftline import schema
 from siftline.progress import Progress
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.columns import Column
 from siftline.scoring.confidence import prompts_of
 from siftline.scoring.engines import ModelSpec, Sampling

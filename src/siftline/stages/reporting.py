@@ -12,7 +12,7 @@ from siftline.curated import resolve_latest
 from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.parse import Recipe, Stage
 from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
 from siftline.selectors.difficulty import level_of
 from siftline.shards import content_hash

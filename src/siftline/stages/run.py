@@ -14,7 +14,7 @@ from typing import Any
 from siftline.disk import writing
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
-from siftline.recipe import Recipe, Stage, scorers_read
+from siftline.recipe.parse import Recipe, Stage, scorers_read
 from siftline.selectors.chosen import Select
 from siftline.shards import content_hash
 from siftline.stages.canaries import PLANTED, lane_of

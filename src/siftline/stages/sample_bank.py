@@ -17,7 +17,7 @@ from siftline import schema
 from siftline.ingest.pool import PROVENANCE, REJECTED
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
-from siftline.recipe import STAGE_ROLES, Stage
+from siftline.recipe.parse import STAGE_ROLES, Stage
 from siftline.scoring.rejection import JUDGE, RejectionSampling
 from siftline.stages.context import Context
 

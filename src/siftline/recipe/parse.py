@@ -20,13 +20,13 @@ import yaml
 
 from siftline.config import build, check_names, convert, nearest, override, read_yaml
 from siftline.ingest.pool import PoolSpec
+from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
 from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.s3ft import SelfAnswers
 from siftline.scoring.scorers import KINDS, models_of
-from siftline.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
 from siftline.selectors.allocate import Allocate
 from siftline.selectors.chosen import Select
 from siftline.selectors.decontamination import Decontamination

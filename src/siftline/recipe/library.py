@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from siftline.config import nearest
-from siftline.recipe import Recipe, load
+from siftline.recipe.parse import Recipe, load
 
-SHIPPED = Path(__file__).parent / "pipelines" / "recipes"
+SHIPPED = Path(__file__).parents[1] / "pipelines" / "recipes"
 VARIABLE = "SIFTLINE_RECIPES"
 
 
