@@ -17,24 +17,28 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
-from siftline import recipe
 from siftline.cli import cli
+from siftline.ingest.pool import PoolSpec
+from siftline.recipe.parse import parse
+from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Training
+from siftline.scoring.engines import ModelSpec
 from siftline.selectors.less import Gradients
-from siftline.training.finetune import FineTune
+from siftline.training.evaluate import Evaluation
+from siftline.training.sft import FineTune
 
 DOCS = Path(__file__).parent
 PART = re.compile(r"(<!-- generated (\S+) -->\n).*?(<!-- end -->)", re.S)
 SECTIONS = {
-    "bounds": recipe.Bounds,
-    "budget": recipe.Budget,
-    "canaries": recipe.Canaries,
-    "card": recipe.Card,
-    "evaluation": recipe.Evaluation,
+    "bounds": Bounds,
+    "budget": Budget,
+    "canaries": Canaries,
+    "card": Card,
+    "evaluation": Evaluation,
     "gradients": Gradients,
-    "inputs": recipe.Inputs,
-    "model": recipe.ModelSpec,
-    "pool": recipe.PoolSpec,
-    "training": recipe.Training,
+    "inputs": Inputs,
+    "model": ModelSpec,
+    "pool": PoolSpec,
+    "training": Training,
     "training-options": FineTune,
 }
 ELSEWHERE = {FineTune: "[training options](DOCS/training.md#options)"}
@@ -52,7 +56,7 @@ def attributes(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\S)", cleandoc(section.split("\n\n")[0])):
         name, _, text = entry.partition(":")
-        found[name] = " ".join(text.split())
+        found[name] = re.sub(r"\bNone\b", "null", " ".join(text.split()))
     missing = [field.name for field in fields(cls) if not found.get(field.name)]
     if missing:
         raise ValueError(f"{cls.__qualname__}: no text on {', '.join(missing)}: add to Attributes")
@@ -151,7 +155,7 @@ def stage_options(kind: str) -> str:
             "stages": [*(["confidence"] if kind == "correct" else []), kind],
             "budget": {"size": 1},
         }
-        return recipe.parse(data).stage(kind).options
+        return parse(data).stage(kind).options
 
     one, other = built(1_000_003), built(1_000_033)
     defaults = {}
@@ -160,7 +164,7 @@ def stage_options(kind: str) -> str:
         from_recipe = value != getattr(other, field.name)
         defaults[field.name] = "the recipe's" if from_recipe else f"`{shown(value)}`"
     if kind == "allocate":  # a recipe states the budget once, and refuses it here
-        defaults = {k: v for k, v in defaults.items() if k not in recipe.Budget.__annotations__}
+        defaults = {k: v for k, v in defaults.items() if k not in Budget.__annotations__}
     return options(type(one), defaults)
 
 

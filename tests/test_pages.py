@@ -1,4 +1,4 @@
-"""The README and the pages under docs/: what they promise is run, what they list is what there is."""
+"""The README and the pages under docs/: what they promise runs, what they list is there."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siftline.recipe import STAGES
+from siftline.recipe.parse import STAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -52,8 +52,8 @@ class Confidence:
         max_new_tokens: Most tokens of a draw.
         answers: "math" compares final answers, "exact" whole responses without case and space.
         reflection: "auto" weighs it by its AUROC on dev (0 or as set), "on" and "off" insist.
-        questions: Questions of reflection: 1 asks whether the answer is right; 2 asks again after the judge's
-            own reply, and takes the mean (BSDetector asks twice).
+        questions: Questions of reflection: 1 asks whether the answer is right; 2 asks again after
+            the judge's own reply, and takes the mean (BSDetector asks twice).
         weight_consistency: Share of consistency in the score (BSDetector beta = 0.7), the rest
             being reflection's; not used where `weights` are given.
         weights: Weight by part, in any unit. Parts are agreement, jaccard, embedding, nli,

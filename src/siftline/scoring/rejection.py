@@ -39,7 +39,8 @@ class RejectionSampling:
             the trials that are cheapest to finish have been finished first.
         max_tokens: Most tokens of these draws. What a server generated for a request that was lost
             or timed out is not known, and not counted.
-        temperature: Temperature of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its sampler).
+        temperature: Temperature of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its
+            sampler).
         top_p: Draws come from the smallest set of tokens that holds this probability (DART-Math
             0.95).
         max_new_tokens: Most tokens of a draw.

@@ -7,7 +7,8 @@ but the row, and the first rule that speaks against it is its reason.
 The published rules were tuned to tell prose from the rest of the web, on documents of 50 words and
 more. Half of them are wrong about sound instruction data: of GSM8K's solutions that long, 99 % have
 too few words with a letter, a third too few lines that end in punctuation, 6 % a 4-gram too many
-(docs/stages/quality_rules.md). So `Rules` asks by default for faults of any text; the rest is there by name.
+(docs/stages/quality_rules.md). So `Rules` asks by default for faults of any text; the rest is
+there by name.
 """
 
 from collections.abc import Mapping, Sequence
