@@ -8,14 +8,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from siftline.recipe.parse import STAGES
+from siftline.recipe.parse import STAGES, parse
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -213,6 +215,40 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
     assert message.startswith("[{'role': 'user', 'content': ")
 
 
+# Recipes
+
+RECIPE_PAGES = [page for page in PAGES if re.search(r"^    stages:$", page.read_text(), re.M)]
+
+
+def recipes(page: Path) -> Iterator[dict[str, Any]]:
+    """Indented blocks of a page that list stages."""
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(encoding="utf-8"), re.M)
+    found = [textwrap.dedent(block).strip("\n") for block in blocks]
+    yield from (yaml.safe_load(b) for b in found if re.search(r"^stages:$", b, re.M))
+
+
+@pytest.mark.parametrize("page", RECIPE_PAGES, ids=name_of)
+def test_recipes_on_pages_are_valid(page):
+    shown = list(recipes(page))
+    assert shown
+    for data in shown:
+        named = {s[k] for s in data.get("scorers", {}).values() for k in s if k == "model"}
+        base = {
+            "name": "page",
+            "pool": {"name": "pool", "inputs": [{"path": "pool.jsonl"}]},
+            "models": {name: {"path": name} for name in ("target", *named)},
+            "roles": {"target": "target"},
+            "budget": {"size": 1000},
+        }
+        kinds = [entry if isinstance(entry, str) else next(iter(entry)) for entry in data["stages"]]
+        parsed = [stage.kind for stage in parse(base | data).stages if stage.scope == "all"]
+        assert parsed == kinds
+
+
+def test_every_stage_page_shows_its_stage_in_a_recipe():
+    assert {DOCS / "stages" / f"{kind}.md" for kind in STAGES} <= set(RECIPE_PAGES)
+
+
 # Links and trees
 
 
@@ -232,8 +268,8 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(found), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_pages_name_no_page_that_is_not_there(page):
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "src").rglob("*.py")], ids=name_of)
+def test_pages_and_modules_name_no_page_that_is_not_there(page):
     for name in re.findall(r"\bdocs/[\w/]+\.md\b", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists() or page.name == "log.md", name
 
