@@ -33,7 +33,7 @@ from siftline.ledger import KEPT, StageOutput
 from siftline.recipe.parse import Recipe, parse
 from siftline.scoring.pairwise import BETTER
 from siftline.scoring.verifiers import verify_math
-from siftline.selectors.confidence import auroc
+from siftline.stages.confidence.decide import auroc
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 

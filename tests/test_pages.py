@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from siftline.recipe.parse import STAGES, parse
+from siftline.recipe.kinds import BUILT_IN
+from siftline.recipe.parse import parse
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -46,14 +47,14 @@ def generate():
 
 def test_pages_hold_what_the_code_says_now(generate):
     found = generate.pages()
-    assert {DOCS / "cli.md", *(DOCS / "stages" / f"{kind}.md" for kind in STAGES)} <= set(found)
+    assert {DOCS / "cli.md", *(DOCS / "stages" / f"{kind}.md" for kind in BUILT_IN)} <= set(found)
     stale = [name_of(p) for p in found if generate.rewritten(p) != p.read_text(encoding="utf-8")]
     assert not stale, f"run `make docs`: {stale}"
 
 
 def test_every_stage_has_a_page_with_its_own_options(generate):
     pages = {page.stem: page.read_text(encoding="utf-8") for page in (DOCS / "stages").glob("*.md")}
-    assert set(pages) == set(STAGES)
+    assert set(pages) == set(BUILT_IN)
     for kind, text in pages.items():
         assert text.startswith(f"# {kind}\n")
         assert [m for m in generate.PART.findall(text) if m[1] == kind], kind
@@ -168,7 +169,7 @@ def test_reasons_on_stage_pages_are_those_of_the_code():
 def test_the_readme_is_short_and_lists_every_stage_with_its_page():
     assert len(README.splitlines()) <= 150
     listed = dict(re.findall(r"^\| \[`(\w+)`\]\((docs/[\w/]+\.md)\) \|", README, re.M))
-    assert listed == {kind: f"docs/stages/{kind}.md" for kind in STAGES}
+    assert listed == {kind: f"docs/stages/{kind}.md" for kind in BUILT_IN}
 
 
 def fences(language: str, text: str = README) -> list[str]:
@@ -246,7 +247,7 @@ def test_recipes_on_pages_are_valid(page):
 
 
 def test_every_stage_page_shows_its_stage_in_a_recipe():
-    assert {DOCS / "stages" / f"{kind}.md" for kind in STAGES} <= set(RECIPE_PAGES)
+    assert {DOCS / "stages" / f"{kind}.md" for kind in BUILT_IN} <= set(RECIPE_PAGES)
 
 
 # Links and trees

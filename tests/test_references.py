@@ -17,7 +17,7 @@ from siftline.scoring.templates import load_tokenizer
 from siftline.stages import arms, references
 from siftline.stages.arms import train_arms
 from siftline.stages.references import reference_scores
-from siftline.stages.refining import round_options
+from siftline.stages.select.rounds import round_options
 from siftline.workspace import Workspace
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -18,12 +18,12 @@ from siftline.ledger import KEPT, REMOVED
 from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients
 from siftline.selectors.registry import METHODS, find
 from siftline.selectors.spending import Budget
-from siftline.stages import selecting
 from siftline.stages.run import models_used, run_stage, sets_used
+from siftline.stages.select import run as selecting
+from siftline.stages.select.options import Select
 from siftline.workspace import Workspace
 
 BUDGET = 1200

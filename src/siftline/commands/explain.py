@@ -12,7 +12,8 @@ from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
     from siftline.ledger import StageOutput
-    from siftline.recipe.parse import Recipe, Stage
+    from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 
 
 def recipe_outputs(

@@ -14,71 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from siftline.config import build, check_names, convert, nearest, override, read_yaml
 from siftline.ingest.pool import PoolSpec
+from siftline.recipe.kinds import Stage, StageKind, kind_of
 from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
-from siftline.scoring.confidence import Confidence
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
-from siftline.scoring.rejection import RejectionSampling
-from siftline.scoring.s3ft import SelfAnswers
 from siftline.scoring.scorers import KINDS, models_of
-from siftline.selectors.allocate import Allocate
-from siftline.selectors.chosen import Select
-from siftline.selectors.decontamination import Decontamination
-from siftline.selectors.duplicates import Duplicates
-from siftline.selectors.outliers import LikelihoodOutliers
-from siftline.selectors.quality_rules import QualityRules
-from siftline.selectors.shortlist import Shortlist
-from siftline.selectors.verify import Verify
 from siftline.shards import content_hash
-from siftline.training.correction import Correct
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
-
-STAGES: dict[str, type] = {
-    "duplicates": Duplicates,
-    "decontamination": Decontamination,
-    "quality_rules": QualityRules,
-    "verify": Verify,
-    "likelihood": LikelihoodOutliers,
-    "diversity": Shortlist,
-    "select": Select,
-    "confidence": Confidence,
-    "correct": Correct,
-    "rejection_sampling": RejectionSampling,
-    "s3ft": SelfAnswers,
-    "allocate": Allocate,
-}
-STAGE_ROLES = {
-    "duplicates": "gate",
-    "decontamination": "gate",
-    "quality_rules": "gate",
-    "verify": "gate",
-    "likelihood": "gate",
-    "diversity": "shortlist",
-    "select": "shortlist",
-    "confidence": "gate",
-    "correct": "adds",
-    "rejection_sampling": "adds",
-    "s3ft": "adds",
-    "allocate": "budget",
-}
-"""What a stage may do: gates drop rows for a fault and know no budget; allocate alone spends it."""
-
-GATES = ("duplicates", "decontamination", "quality_rules", "likelihood", "confidence")
-"""Gates that sampled rows are held to; verification is how they were accepted."""
-GATES_AGAIN = {
-    "rejection_sampling": GATES,
-    "s3ft": GATES,
-    # A verdict was their gate: `stages.confidence` says why confidence does not judge them.
-    "correct": tuple(kind for kind in GATES if kind != "confidence"),
-}
-"""Gates that the rows a stage adds are held to."""
 
 ROLES = ("target", "sampler", "judge", "embedder", "nli")
 _OPTIONAL: dict[str, Any] = {
@@ -87,23 +36,6 @@ _OPTIONAL: dict[str, Any] = {
     "evaluation": Evaluation,
     "canaries": Canaries,
 }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage instance.
-
-    Attributes:
-        name: Its name in the recipe, also its asset's.
-        kind: A key of `STAGES`.
-        options: The dataclass that does the work.
-        scope: "added" judges only rows that a stage brought; earlier rows were judged before.
-    """
-
-    name: str
-    kind: str
-    options: Any
-    scope: Literal["all", "added"] = "all"
 
 
 @dataclass(frozen=True)
@@ -314,42 +246,28 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
         raise ValueError("stages: expected a list of stages, each a name or name: options")
     stages: list[Stage] = []
     for i, entry in enumerate(body):
-        kind, options = _entry(entry, f"stages[{i}]")
-        name = str(options.pop("name", kind))
-        if kind == "allocate":
-            options = _with_budget(options, budget)
-        if "seed" in {f.name for f in fields(STAGES[kind])} and kind != "duplicates":
-            options.setdefault("seed", seed)
-        if kind in ("rejection_sampling", "s3ft"):  # draws are held to what the rows were held to
-            checks = [s.options.verifier for s in stages if s.kind == "verify"]
-            options.setdefault("verifier", checks[-1] if checks else "math")
-        stages.append(Stage(name, kind, build(STAGES[kind], options, f"stages.{name}")))
-        if kind == "confidence":
-            stages[-1].options.check_after([s.kind for s in stages], f"stages.{name}")
-        if kind == "correct" and "confidence" not in [s.kind for s in stages]:
-            raise ValueError(f"stages.{name}: correct mends what confidence judged: put it after")
-        if kind in GATES_AGAIN:
-            gates = [s for s in stages if s.kind in GATES_AGAIN[kind] and s.scope == "all"]
+        kind, given = _entry(entry, f"stages[{i}]")
+        name = str(given.pop("name", kind.name))
+        given = kind.complete(given, stages, budget)
+        if kind.seeded and "seed" in {f.name for f in fields(kind.options)}:
+            given.setdefault("seed", seed)
+        stage = Stage(name, kind.name, build(kind.options, given, f"stages.{name}"))
+        kind.check(stage, stages)
+        stages.append(stage)
+        if kind.repeats:
+            gates = [s for s in stages if s.kind in kind.repeats and s.scope == "all"]
             again = f"_{name}" if any(s.scope == "added" for s in stages) else ""
             added = [replace(s, name=f"{s.name}_added{again}", scope="added") for s in gates]
             stages += added
     check_names([stage.name for stage in stages], "stages")
-    if "allocate" in [stage.kind for stage in stages[:-1]]:
+    if "budget" in [stage.of.role for stage in stages[:-1]]:
         raise ValueError("stages: allocate spends the budget: put it last, once")
     return tuple(stages)
 
 
 def scorers_read(stage: Stage) -> tuple[str, ...]:
     """Names of the recipe's scorers that a stage reads."""
-    if isinstance(stage.options, Select):
-        return (*stage.options.scorers(), *stage.options.asked())
-    if isinstance(stage.options, QualityRules):
-        return tuple(sorted(stage.options.scores))
-    if isinstance(stage.options, RejectionSampling):
-        named = stage.options.target_scores
-        return () if named is None else (named,)
-    weight = getattr(stage.options, "weight", "uniform")
-    return () if weight == "uniform" else (weight,)
+    return stage.of.scorers(stage.options)
 
 
 def _check_retained(sets: Sets, evaluation: Evaluation | None) -> None:
@@ -362,10 +280,6 @@ def _check_retained(sets: Sets, evaluation: Evaluation | None) -> None:
             raise ValueError(f"evaluation.retained: no test set {name!r}: {nearest(name, known)}")
     if set(known) == set(evaluation.retained):
         raise ValueError("evaluation.retained names every test set: leave the task's own out")
-
-
-_BEFORE_ANSWERS = ("duplicates", "decontamination", "diversity", "rejection_sampling")
-"""Stages that prompts without responses can go through."""
 
 
 def _check_prompts(
@@ -382,14 +296,14 @@ def _check_prompts(
         raise ValueError("pool.holds: either is for test sets: say responses or prompts")
     if pool.holds == "responses":
         return
-    answering = [i for i, stage in enumerate(stages) if stage.kind == "rejection_sampling"]
+    answering = [i for i, stage in enumerate(stages) if stage.of.prompts == "answers"]
     if not answering:
         raise ValueError(
             f"pool {pool.name!r} holds prompts, and no rejection_sampling stage answers them: add "
             "one"
         )
     for stage in stages[: answering[-1]]:
-        if stage.scope == "all" and stage.kind not in _BEFORE_ANSWERS:
+        if stage.scope == "all" and stage.of.prompts is None:
             raise ValueError(
                 f"stages.{stage.name}: pool {pool.name!r} holds prompts, which have no response "
                 "yet: put it behind rejection_sampling"
@@ -418,20 +332,15 @@ def _check_nli(stages: Sequence[Stage], roles: Any) -> None:
             )
 
 
-def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+def _entry(entry: Any, where: str) -> tuple[StageKind, dict[str, Any]]:
     entry = {entry: None} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise ValueError(f"{where}: expected one stage, found {entry!r}")
     ((kind, options),) = entry.items()
-    if kind not in STAGES:
-        raise ValueError(f"{where}: unknown stage {kind!r}: {nearest(str(kind), list(STAGES))}")
+    try:
+        found = kind_of(str(kind))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if options is not None and not isinstance(options, Mapping):
         raise ValueError(f"{where}.{kind}: expected options, found {options!r}")
-    return str(kind), dict(options or {})
-
-
-def _with_budget(options: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    for key in ("unit", "size", "on_shortfall"):
-        if key in options:
-            raise ValueError(f"stages.allocate: {key!r} belongs to the recipe's budget: move it")
-    return {**options, **asdict(budget)}
+    return found, dict(options or {})

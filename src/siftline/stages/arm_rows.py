@@ -138,7 +138,7 @@ def _sampled(
         sampler = opened.recorder(
             model_spec(workspace, recipe, "sampler"), workspace.store, lambda rows, tokens: None
         )
-        from siftline.stages.sampling import vanilla_rows
+        from siftline.stages.rejection_sampling.run import vanilla_rows
 
         added = vanilla_rows(sampler, buckets, stages[0][0].options, draws)
     emit(f"random_sampled: {draws:,} vanilla draws, {len(added):,} distinct verified rows")
