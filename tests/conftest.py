@@ -215,7 +215,8 @@ def run_chain(root: Path, recipe: Any, until: str | None = None) -> list[tuple[s
     def quiet(line: str) -> None: ...
 
     workspace = Workspace(root)
-    generate_inputs(workspace, recipe)
+    if recipe.inputs is not None:
+        generate_inputs(workspace, recipe)
     for spec in (recipe.pool, *(spec for _, spec in recipe.sets.items())):
         build(workspace, recipe, spec.name, quiet)
     for name, model in recipe.models.items():
