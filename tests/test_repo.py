@@ -287,6 +287,10 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def contributing() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_says_what_this_is():
     text = readme()
     assert len(text) > 2000
@@ -314,18 +318,22 @@ def tree_paths(text: str) -> list[str]:
     return paths
 
 
-def test_the_file_tree_of_the_readme_names_existing_files():
+def test_file_trees_name_existing_files_and_all_of_the_package():
     drawn = "  src/\n  ├── a/  what\n  │   ├── b.py\n  │   └── c/\n  │       └── d\n  └── e  f"
     assert tree_paths(drawn) == ["src/a", "src/a/b.py", "src/a/c", "src/a/c/d", "src/e"]
     assert tree_paths("Files:\n\n├── a b\n└── c") == ["a", "b", "c"]
-    missing = [path for path in tree_paths(readme()) if not (ROOT / path).exists()]
+    drawn_paths = tree_paths(contributing())
+    missing = [path for path in (*tree_paths(readme()), *drawn_paths) if not (ROOT / path).exists()]
     assert not missing
+    there = {f"src/siftline/{p.name}" for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert there <= set(drawn_paths), "the tree of CONTRIBUTING.md lacks some"
 
 
 def test_links_of_the_readme_lead_to_files():
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", readme())
     missing = [target for target in targets if not (ROOT / target).exists()]
     assert not missing
+    assert len(targets) > 20
 
 
 def verbs(group: click.Group, prefix: str = "") -> list[tuple[str, click.Command]]:
@@ -363,4 +371,4 @@ def test_the_readme_names_no_verb_that_is_not_there():
     known = {name.split()[0] for name, _ in verbs(cli)}
     code = re.findall(r"```[a-z]*\n(.*?)```", readme(), flags=re.S)
     named = {m for block in code for m in re.findall(r"^\$?\s*siftline ([a-z]+)", block, re.M)}
-    assert named <= known
+    assert {"run", "explain"} <= named <= known

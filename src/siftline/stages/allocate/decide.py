@@ -45,14 +45,15 @@ class Allocate:
         unit: "loss_tokens" keeps the total at or below the size so that no further answer on offer
             fits; "rows" meets it exactly.
         on_shortfall: When there is too little on offer: "error", or a "smaller" selection.
-        quota: Budget per cluster "proportional" to the answers its prompts should get, or "equal".
+        quota: Budget per cluster: "proportional" to the answers its prompts should get, or "equal".
         targets: Answers per prompt: "uniform", or "prop2diff", in proportion to difficulty.
-        answers: Most answers per prompt: k_u or k_p. Default 1, GRAPE's one per instruction.
-        fit: Which answers: "likelihood" (GRAPE), or "random", its control.
-        own_samples: Let samples of the target model compete. Off: GRAPE lost 4 to 7 points by it.
+        answers: Most answers per prompt. 1 is GRAPE's one per instruction.
+        fit: Which answers of a prompt win: the most likely ("likelihood", GRAPE), or "random" ones,
+            its control.
+        own_samples: Whether samples of the target model compete. GRAPE lost 4 to 7 points by it.
         mixture: Budget by source, as weights; `*` is every source not named, and a source without a
             weight is not asked. Empty asks all alike. What a source lacks goes to the others.
-        levels: Difficulty levels in the reports (MATH has 5).
+        levels: Number of difficulty levels in the reports (MATH has 5).
         seed: The recipe's seed.
     """
 

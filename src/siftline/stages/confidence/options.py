@@ -14,18 +14,18 @@ class Confidence:
 
     Attributes:
         samples: Draws per prompt (BSDetector k = 5).
-        temperature: Of the draws (BSDetector 1.0).
-        top_p: Of the draws.
-        max_new_tokens: Of the draws.
+        temperature: Temperature of the draws (BSDetector 1.0).
+        top_p: Draws come from the smallest set of tokens that holds this probability.
+        max_new_tokens: Most tokens of a draw.
         answers: "math" compares final answers, "exact" whole responses without case and space.
         reflection: "auto" weighs it by its AUROC on dev (0 or as set), "on" and "off" insist.
-        questions: Of reflection: 1 asks whether the answer is right; 2 asks again after the judge's
-            own reply, and takes the mean (BSDetector asks twice).
+        questions: Questions of reflection: 1 asks whether the answer is right; 2 asks again after
+            the judge's own reply, and takes the mean (BSDetector asks twice).
         weight_consistency: Share of consistency in the score (BSDetector beta = 0.7), the rest
             being reflection's; not used where `weights` are given.
-        weights: Weight by part (`decide.PARTS`), in any unit. embedding asks the role
-            embedder, nli the role nli, and perplexity reads the likelihood stage's table. TLM's
-            default is about 0.33 consistency, 0.47 reflection, 0.20 perplexity.
+        weights: Weight by part, in any unit. Parts are agreement, jaccard, embedding, nli,
+            reflection and perplexity. TLM's default is about 0.33 consistency, 0.47 reflection,
+            0.20 perplexity.
         threshold: "absolute" cuts at `cut`, "quantile" at that quantile, "median" drops about half
             whatever the data is like (CLEAR).
         cut: The threshold, or the quantile.

@@ -72,10 +72,10 @@ class Decontamination:
             Tulu 3 (Lambert et al. 2024). GPT-3's rule of any single n-gram is a share near 0.
         common: An n-gram in more evaluation prompts of a set than this is boilerplate; 10 as in
             NeMo Curator's task decontamination, which counts in the pool.
-        near: Jaccard similarity of near-duplicate prompts, as in `Duplicates`.
-        shingle: Characters in a shingle, as in `Duplicates`.
+        near: Jaccard similarity of near-duplicate prompts, as in duplicates.
+        shingle: Characters in a shingle, as in duplicates.
         num_perm: Slots in a signature.
-        seed: Of the permutation table.
+        seed: Seed of the permutation table.
     """
 
     ngram: int = 13

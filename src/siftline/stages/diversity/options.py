@@ -11,13 +11,13 @@ class Shortlist:
     """The diversity stage: which prompts are worth model calls.
 
     Attributes:
-        size: Prompts to keep; None means budget x oversampling / keep_rate.
+        size: Prompts to keep; null means budget x oversampling / keep_rate.
         oversampling: Rows wanted after all gates per row of the budget.
         keep_rate: Rows a shortlisted prompt is expected to yield after all gates. The allocate
             stage of a run reports the measured one (`yield_per_prompt`).
-        clusters: Clusters; None means round(sqrt(n / 2)).
-        quota: "proportional" to cluster size (kMQ) or "equal".
-        weight: "uniform", or the name of a quality score.
+        clusters: Number of clusters; null means round(sqrt(n / 2)) for n prompts.
+        quota: Prompts of a cluster: "proportional" to its size (kMQ), or "equal".
+        weight: Weight of a prompt in the draw: "uniform", or one of the recipe's scorers.
         seed: The recipe's seed.
     """
 

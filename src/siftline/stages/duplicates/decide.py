@@ -71,16 +71,16 @@ class Duplicates:
 
     Attributes:
         threshold: Jaccard similarity both texts must reach; 0.8 as in Lee et al. 2022.
-        ngram: Characters in a shingle (module docstring).
+        ngram: Characters in a shingle.
         num_perm: Slots in a signature; 256 lets a band have 10 rows at threshold 0.8.
         numbers: "exact" compares only rows with the same numbers in the same order, in the prompt
             and in the response: half of GSM8K's questions are similar to themselves with a number
             changed. "any" leaves numbers to the similarity.
         keep: Which copy stays: "first" (the smallest id), "longest" (prompt and response),
             "score:FIELD" (the highest; a column of the input that no mapping uses) or
-            "source:source=A,B,..." (the source named first). The stage makes `priority` of it;
-            rows that a stage added come last, and ties go by id.
-        seed: Of the permutation table, as in datasketch.
+            "source:source=A,B,..." (the source named first). Rows that a stage added come last;
+            ties go by id.
+        seed: Seed of the permutation table, as in datasketch.
         max_rows: Most rows decided at once. 2 million of 20 + 40 words, a quarter of them copies,
             took 2.0 GiB of memory on the command line, 0.7 kB for each row more, and 1.1 kB a row
             in files (`benchmarks/dedup_growth.py`).

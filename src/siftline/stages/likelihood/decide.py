@@ -27,7 +27,7 @@ class LikelihoodOutliers:
     last three columns, about 20 bytes a row: exact medians of 100 million rows take 2 GB.
 
     Attributes:
-        max_drop: Largest share of the pool to drop (siftline's design: 1 %); the worst go first.
+        max_drop: Largest share of the pool to drop; the worst go first.
         tail: "low" drops implausible responses; "both" also those far too likely (copies of the
             prompt, loops).
         cut: Modified z-score beyond which a row is an outlier (Iglewicz & Hoaglin: 3.5).

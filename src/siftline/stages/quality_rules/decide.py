@@ -7,7 +7,8 @@ row, and the first rule that speaks against it is its reason.
 The published rules were tuned to tell prose from the rest of the web, on documents of 50 words and
 more. Half of them are wrong about sound instruction data: of GSM8K's solutions that long, 99 % have
 too few words with a letter, a third too few lines that end in punctuation, 6 % a 4-gram too many
-(docs/quality.md). So `Rules` asks by default for faults of any text; the rest is there by name.
+(docs/stages/quality_rules.md). So `Rules` asks by default for faults of any text; the rest is
+there by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -156,7 +157,7 @@ class QualityRules:
             other languages is 0.005.
         min_letters: The language of a text with fewer letters, those of a repeated word counted
             once, is that of prompt and response together, and unknown where those have few too.
-        identify: Off, no language is looked for and all texts are of the one in `languages`.
+        identify: Whether languages are looked for. If not, all texts are of the one in `languages`.
         words: File of words and phrases, one a line, that no text may have (Pretrainer's Guide,
             arXiv 2305.13169, on toxic text). Case and punctuation don't matter.
         scores: Bounds on the recipe's scorers by name: a classifier's probability of toxic text

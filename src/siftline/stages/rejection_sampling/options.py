@@ -28,23 +28,25 @@ class RejectionSampling:
         pilot: Draws of every prompt that measure its pass rate; they count.
         cap: Most draws of a prompt; vanilla has k instead. A prompt is given up as soon as its
             draws and those that its target is still expected to cost pass it.
-        unsolved_cap: Most draws of a prompt never solved, whatever they are expected to cost; None
+        unsolved_cap: Most draws of a prompt never solved, whatever they are expected to cost; null
             goes by the expected cost there too.
         max_quantile: Quantile of the difficulties that counts as the hardest.
         max_similarity: Jaccard similarity of words from which an answer counts as a copy of one
             that the prompt has already; 1 takes only the same text for a copy.
-        screen: Also refuse cut, repetitive and wrong-language answers; see `scoring.degenerate`.
+        screen: Also refuse cut, repetitive and wrong-language answers.
         negatives: Refuted answers of a prompt that are kept for preference pairs.
         max_draws: Most draws of this stage, pilots included; null sets no limit. When they run out,
             the trials that are cheapest to finish have been finished first.
         max_tokens: Most tokens of these draws. What a server generated for a request that was lost
             or timed out is not known, and not counted.
-        temperature: Of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its sampler).
-        top_p: Of the draws (DART-Math 0.95).
-        max_new_tokens: Of the draws.
-        verifier: Checks a draw against the prompt's independent answer: a name that `get_verifier`
-            knows, or "judge" for the recipe's judge, asked in both orders; a judge errs, so such
-            draws make no set of verifiable prompts.
+        temperature: Temperature of the draws (DART-Math searched 0.3 to 2.0 and took 1.6 for its
+            sampler).
+        top_p: Draws come from the smallest set of tokens that holds this probability (DART-Math
+            0.95).
+        max_new_tokens: Most tokens of a draw.
+        verifier: Checks a draw against the prompt's independent answer. By default that of the
+            verify stage before it, or math. "judge" asks the recipe's judge in both orders; a
+            judge errs, so such draws make no set of verifiable prompts.
         seed: The recipe's seed.
     """
 

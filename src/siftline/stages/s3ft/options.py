@@ -25,11 +25,12 @@ class SelfAnswers:
     Attributes:
         draws: Own answers tried for each row of a prompt.
         paraphrases: Paraphrases tried for a row that no own answer serves; 0 tries none.
-        temperature: Of all draws; 0 gives one answer however many are tried.
-        top_p: Of all draws.
-        max_new_tokens: Of all draws.
-        verifier: Checks a draw against the row's independent answer.
-        screen: Also refuse cut, repetitive and wrong-language answers; see `scoring.degenerate`.
+        temperature: Temperature of all draws; 0 gives one answer however many are tried.
+        top_p: Draws come from the smallest set of tokens that holds this probability.
+        max_new_tokens: Most tokens of a draw.
+        verifier: Checks a draw against the row's independent answer. By default that of the
+            verify stage before it, or math.
+        screen: Also refuse cut, repetitive and wrong-language answers.
         seed: The recipe's seed.
     """
 

@@ -33,7 +33,7 @@ class Select:
         options: Its options; those left out have the method's own defaults.
         oversampling: What it may keep, as a multiple of the recipe's budget. More than 1 where
             gates follow.
-        gradients: How gradient features are made, for methods that read them; None is all
+        gradients: How gradient features are made, for methods that read them; null is all
             defaults.
         seed: The recipe's seed, for methods that draw.
     """
