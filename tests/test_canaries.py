@@ -25,7 +25,8 @@ from siftline.stages.canaries import _plant, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.decontamination.decide import Decontamination
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.lane import Lane, first
+from siftline.stages.held_rows import HeldRows as HeldRows
+from siftline.stages.held_rows import first
 from siftline.stages.planting import DEFECTS, SOUND, similarity
 from siftline.stages.run import outputs, run_stage
 from siftline.stages.verify.decide import Verify
@@ -160,7 +161,7 @@ def added(rows):
 class InMemory:
     """As much of a stage's context as planting sees, over rows in memory."""
 
-    lane = None
+    held_rows = None
 
     def __init__(self, rows, per_kind, seed):
         self.held = {r["id"]: r for r in rows}
@@ -293,36 +294,36 @@ def test_draws_do_not_depend_on_order_and_few_rows_are_planted_once():
 @settings(max_examples=40, deadline=None)
 def test_held_rows_are_the_first_of_all_rows(seed, wanted, removed, buckets):
     rows = sorted((row(f"Is {n} odd?", "Who knows") for n in range(120)), key=lambda r: r["id"])
-    lane, cut = Lane(seed, wanted, len(rows)), len(rows) // buckets
+    held_rows, cut = HeldRows(seed, wanted, len(rows)), len(rows) // buckets
     for bucket in reversed(range(buckets)):
-        lane.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
-        lane.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
+        held_rows.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
+        held_rows.offer(bucket, added(rows[bucket * cut : (bucket + 1) * cut]))
     rng = random.Random(seed)
     kept = [r["id"] for r in rows if rng.random() >= removed]
     count = min(wanted, len(kept))
-    found = lane.first(kept, count, len(rows))
+    found = held_rows.first(kept, count, len(rows))
     if removed == 0 and wanted > 15:
         assert found is not None
     if found is not None:
         assert found["id"].to_pylist() == [kept[i] for i in first(seed, kept, count)]
-    assert lane.first(kept, count, len(rows) + 1) is None  # a row it was not shown
+    assert held_rows.first(kept, count, len(rows) + 1) is None  # a row it was not shown
 
 
 def test_held_rows_are_few():
     rows = [row(f"Is {n} odd?", "Who knows") for n in range(600)]
-    lane = Lane(0, 20, len(rows))
-    lane.offer(0, added(rows))
+    held_rows = HeldRows(0, 20, len(rows))
+    held_rows.offer(0, added(rows))
     ids = sorted(r["id"] for r in rows)
-    assert lane.first(ids, 20, len(rows)).num_rows == 20
-    assert lane.first(ids, 120, len(rows)) is None
+    assert held_rows.first(ids, 20, len(rows)).num_rows == 20
+    assert held_rows.first(ids, 120, len(rows)) is None
 
 
 def test_a_canary_that_is_a_row_of_the_pool_is_not_planted():
     """One number changed turns some questions into others that are asked as well."""
     rows = [row(f"Is {n} odd?", "It is a number.", "1") for n in range(60)]
-    lane = InMemory(rows, 30, 0)
+    held_rows = InMemory(rows, 30, 0)
     pairs = list(itertools.pairwise([*rows, rows[0]]))
-    planted = _plant("other_question", pairs, 30, sorted(lane.held))
+    planted = _plant("other_question", pairs, 30, sorted(held_rows.held))
     asked = {r["prompt_id"] for r in rows}
     assert planted
     assert all(canary.row["prompt_id"] not in asked for canary in planted)
@@ -380,7 +381,7 @@ def test_rows_that_are_read_again_make_the_same_canaries(
     for held in (True, False):
         root = mini_tools.copy_root(finished.root, tmp_path / f"root-{held}")
         if not held:
-            monkeypatch.setattr(run, "lane_of", lambda *gate: None)
+            monkeypatch.setattr(run, "held_rows_of", lambda *gate: None)
         for name in ("duplicates", "decontamination"):
             output, _ = run_stage(Workspace(root), recipe, name, quiet)
             made.append(output.table("canaries"))

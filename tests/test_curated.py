@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import curated, shards, spool
+from siftline import curated, shards, shuffle
 from siftline.card import CardInfo, StageCount, escape, render, size_category
 from siftline.curated import REMOVED, publish, resolve_latest
 from siftline.kernels.draws import uniforms
@@ -350,7 +350,7 @@ def test_cuts_are_greedy_whatever_the_chunks(texts, limit, step):
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("id", pa.string()), ("m", pa.list_(turn))])
     table = pa.Table.from_pydict({"id": texts, "m": chats}, schema=schema)
-    pieces = list(spool.cut((table.slice(i, step) for i in range(0, len(texts), step)), limit))
+    pieces = list(shuffle.cut((table.slice(i, step) for i in range(0, len(texts), step)), limit))
     expected, size = [], limit + 1
     for i, weight in enumerate(row_sizes(table)):
         if size + weight > limit and (size or not expected):

@@ -16,7 +16,8 @@ from siftline.kernels.text import numbers, words
 from siftline.schema import canonical_text, make_row, message
 from siftline.selectors.selection import select
 from siftline.stages.duplicates.decide import Duplicates
-from siftline.stages.duplicates.state import Shelf, normal_answer
+from siftline.stages.duplicates.state import StateFiles
+from siftline.stages.duplicates.state import normal_answer
 
 PLACES = ["market", "school", "library", "station", "bakery", "garden", "harbour", "museum"]
 THINGS = ["apples", "pencils", "stickers", "marbles", "books", "oranges", "tickets", "candles"]
@@ -228,7 +229,7 @@ def test_contradicting_answers_are_listed_whatever_is_kept_first(call, keep):
 def test_many_rows_are_decided_about_from_files(call, monkeypatch):
     rows = [{"n": k, **row} for k, row in enumerate(mixed(7))]
     said, out = call(rows, "--answer-column", "a")
-    monkeypatch.setattr(dedup_conversations, "Shelf", lambda folder: Shelf(folder, 0))
+    monkeypatch.setattr(dedup_conversations, "StateFiles", lambda folder: StateFiles(folder, 0))
     again, other = call(rows, "--answer-column", "a")
     assert again["removed"] == said["removed"] > 20
     for name in ("data", "removed", "conflicts"):

@@ -19,7 +19,7 @@ from siftline.kernels.spill import Shelved, values_room
 from siftline.kernels.spill import shelved as on_shelf
 from siftline.kernels.text import numbers, words
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.duplicates.state import Shelf, _mixed, normal_answer
+from siftline.stages.duplicates.state import StateFiles, _mixed, normal_answer
 
 WORDS = [
     *["red", "blue", "three", "half", "7", "1,200", "5%", "-", "no", "on", "yes", "YES", "x2"],
@@ -54,12 +54,12 @@ def in_parts(frame, count):
 
 
 def on_disk(gate, parts, folder):
-    """A shelf that holds nothing in memory."""
-    shelf = Shelf(folder, 0)
+    """State files that holds nothing in memory."""
+    files = StateFiles(folder, 0)
     for part in parts:
-        shelf.add(gate.summarise(part))
-    assert all(isinstance(state.bands, Shelved) for state in shelf.states)
-    return shelf
+        files.add(gate.summarise(part))
+    assert all(isinstance(state.bands, Shelved) for state in files.states)
+    return files
 
 
 def plain_bands(gate, line):
@@ -150,8 +150,8 @@ def test_shelved_states_decide_as_those_in_memory_whatever_the_buckets(tmp_path,
         pl.concat([odd_rows(k).with_columns(pl.col("id") + f"-{k}") for k in range(4)]),
     )
     whole = gate.decide([gate.summarise(frame)])
-    shelf = on_disk(gate, [*in_parts(frame, count), frame.clear()], tmp_path)
-    plan = gate.decide(shelf.states, lambda size: values_room(size, tmp_path, 0))
+    files = on_disk(gate, [*in_parts(frame, count), frame.clear()], tmp_path)
+    plan = gate.decide(files.states, lambda size: values_room(size, tmp_path, 0))
     assert (tmp_path / "sets.bin").stat().st_size > 0
     assert plan.removed.sort("id").equals(whole.removed.sort("id"))
     assert plan.clusters.equals(whole.clusters)
@@ -190,14 +190,14 @@ def test_only_what_is_over_the_limit_goes_to_files(tmp_path):
     gate, frame = Duplicates(), odd_rows(3)
     state = gate.summarise(frame)
     size = state.bands.nbytes + state.values.nbytes
-    shelf = Shelf(tmp_path / "deep" / "down", 2 * size)
+    files = StateFiles(tmp_path / "deep" / "down", 2 * size)
     for _ in range(4):
-        shelf.add(state)
-    kinds = [isinstance(state.values, Shelved) for state in shelf.states]
+        files.add(state)
+    kinds = [isinstance(state.values, Shelved) for state in files.states]
     assert kinds == [False, False, True, True]
     assert len(list((tmp_path / "deep" / "down").iterdir())) == 2
-    assert np.array_equal(shelf.states[3].values[:], state.values)
-    assert len(shelf.make_room(10)) == 10
+    assert np.array_equal(files.states[3].values[:], state.values)
+    assert len(files.make_room(10)) == 10
 
 
 # ---- on disk -------------------------------------------------------------------------------------

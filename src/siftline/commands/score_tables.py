@@ -30,8 +30,8 @@ from siftline.scoring.spans import trimmed
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
+from siftline.stages.parallel import total
 from siftline.stages.responses import score_buckets
-from siftline.stages.spread import total
 from siftline.store import BUCKETS
 
 MARK = ".siftline-score"

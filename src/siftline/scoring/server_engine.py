@@ -41,13 +41,8 @@ from siftline.scoring.engines import (
 from siftline.scoring.fingerprint import model_digest, model_fingerprint
 from siftline.scoring.server_client import START_S, Answer, Client, Counts, Job, Unreachable
 from siftline.scoring.server_http import BAD_REPLY, REFUSED, NoAnswer, one_line
-from siftline.scoring.server_replies import (
-    ROADS,
-    Draw,
-    Road,
-    draw_body,
-    read_draw,
-)
+from siftline.scoring.server_replies import ROUTES, Draw, draw_body, read_draw
+from siftline.scoring.server_replies import Route as Route
 from siftline.scoring.spans import encode, start_token, stop_tokens
 from siftline.scoring.streaming import Pull, fitting
 from siftline.scoring.templates import load_tokenizer
@@ -65,7 +60,7 @@ class ServerEngine:
         requests: Requests sent so far.
         retries: Those of them that asked again for a row.
         failed: Rows (and draws) that got no answer.
-        road: The way to scores that the endpoint takes; see `server_replies`.
+        route: The way to scores that the endpoint takes; see `server_replies`.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -95,7 +90,7 @@ class ServerEngine:
             if isinstance(error, RuntimeError | NoAnswer):
                 raise ValueError(f"can't use {self._client.url}: {_words(error)}") from error
             raise
-        logger.info("%s scores by %s on %s", self._client.url, self.road.name, self._kind)
+        logger.info("%s scores by %s on %s", self._client.url, self.route.name, self._kind)
 
     @property
     def slots(self) -> int:
@@ -142,7 +137,7 @@ class ServerEngine:
         out: list[Inspection | Failed] = [Inspection(none, top1=none > 0) for _ in tokens]
         asked = [i for i, span in enumerate(spans) if len(positions(span))]
         jobs = [
-            self._job(self.road, tokens[i][: spans[i][-1]], spans[i], "top1" in wanted)
+            self._job(self.route, tokens[i][: spans[i][-1]], spans[i], "top1" in wanted)
             for i in asked
         ]
         answers = self._ask(jobs)
@@ -229,14 +224,14 @@ class ServerEngine:
         )
 
     def fingerprint(self) -> str:
-        """Hash of weights or revision, dtype, template, the server's kind, road, and our version.
+        """Hash of weights or revision, dtype, template, the server's kind, route, and our version.
 
         Neither the address nor the name of the model counts. The dtype is the recipe's word: a
         server that is started again with another one, or quantized, can't be told from before;
         name such a change in the revision.
         """
         return model_fingerprint(
-            self.spec, "server", f"{self._kind}, {self.road.name}, engine {versions.SERVER}"
+            self.spec, "server", f"{self._kind}, {self.route.name}, engine {versions.SERVER}"
         )
 
     def close(self) -> None:
@@ -255,7 +250,7 @@ class ServerEngine:
         self.close()
 
     def _meet(self, server: Server) -> None:
-        """Finds the model's name and window, the kind of server, and the open road."""
+        """Finds the model's name and window, the kind of server, and the open route."""
         url = self._client.url
         found = _listed(self._client.get(f"{url}/models"), server)
         self.model = found["id"]
@@ -275,38 +270,38 @@ class ServerEngine:
         release = ".".join(str(version).split(".")[:2]) if version else "of unknown version"
         self._kind = f"{one_line(str(found.get('owned_by') or 'server'))} {one_line(release)}"
         self._ranks = False  # until it is known whether they come
-        self.road, self._ranks = self._open_road()
+        self.route, self._ranks = self._open_route()
 
-    def _open_road(self) -> tuple[Road, bool]:
-        """The first road by which a short row gets scores, and whether ranks come with them."""
+    def _open_route(self) -> tuple[Route, bool]:
+        """The first route by which a short row gets scores, and whether ranks come with them."""
         row = [start_token(self.tokenizer), *encode(self.tokenizer, PROBE)][: self.max_length]
         closed = []
-        for road in ROADS:
-            job = self._job(road, row, (1, len(row)), top1=True)
+        for route in ROUTES:
+            job = self._job(route, row, (1, len(row)), top1=True)
             patience = min(START_S, self._client.server.patience_s)
             (found,), counts = self._client.ask([job], tries=PROBE_TRIES, patience_s=patience)
             if not isinstance(found, Failed):
                 self._client.proof = job.body
-                return road, found.top1 is not None
+                return route, found.top1 is not None
             why = f"{found.reason} ({counts.said})" if counts.said else found.reason
             if found.reason not in (REFUSED, BAD_REPLY, NO_SCORES):
-                # Says nothing about the road, and another road is another fingerprint.
-                raise RuntimeError(f"the test of {road.name} ended in {why}: run again")
-            closed.append(f"{road.name}: {why}")
+                # Says nothing about the route, and another route is another fingerprint.
+                raise RuntimeError(f"the test of {route.name} ended in {why}: run again")
+            closed.append(f"{route.name}: {why}")
         raise RuntimeError(
             f"it gives no log-probabilities of prompt tokens ({'; '.join(closed)}): serve the "
             "model with vLLM, or another server that knows echo with logprobs"
         )
 
-    def _job(self, road: Road, row: Sequence[int], span: Span, top1: bool) -> Job[Inspection]:
+    def _job(self, route: Route, row: Sequence[int], span: Span, top1: bool) -> Job[Inspection]:
         sent = [int(token) for token in row]
-        body = {"model": self.model, "prompt": sent, **road.body}
-        return Job(body, partial(self._inspection, road, sent, positions(span), top1))
+        body = {"model": self.model, "prompt": sent, **route.body}
+        return Job(body, partial(self._inspection, route, sent, positions(span), top1))
 
     def _inspection(
-        self, road: Road, row: list[int], inside: np.ndarray, top1: bool, reply: Any
+        self, route: Route, row: list[int], inside: np.ndarray, top1: bool, reply: Any
     ) -> Inspection:
-        scores = road.read(reply, row, self._spell)
+        scores = route.read(reply, row, self._spell)
         ranks = scores.ranks if top1 else None
         if top1 and self._ranks and ranks is None:
             raise NoAnswer(BAD_REPLY, "ranks are missing, which came before")

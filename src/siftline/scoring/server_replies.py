@@ -1,6 +1,6 @@
 """What an OpenAI-compatible server is asked, and how its answers are read.
 
-Log-probabilities of prompt tokens come by one of two roads: vLLM's `prompt_logprobs`, keyed by
+Log-probabilities of prompt tokens come by one of two routes: vLLM's `prompt_logprobs`, keyed by
 token id, or the older `echo` with `logprobs`, which spells the tokens out. Both are read with
 suspicion, because a list that is off by one place is full of plausible numbers: there must be an
 entry for every token, none for the first (nothing predicts it), entry i must be about token i, no
@@ -50,7 +50,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Road:
+class Route:
     """A way to ask for scores.
 
     Attributes:
@@ -117,10 +117,10 @@ def read_echo(reply: Any, row: Sequence[int], spell: Spell) -> Scores:
 
 _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0}
 _ECHO = {**_ONE_TOKEN, "echo": True, "logprobs": 0}
-ROADS = (
-    Road("prompt_logprobs", {**_ONE_TOKEN, "prompt_logprobs": 0}, read_prompt_logprobs),
-    Road("echo", {**_ECHO, "return_tokens_as_token_ids": True}, read_echo),
-    Road("echo", _ECHO, read_echo),  # for servers that refuse fields they don't know
+ROUTES = (
+    Route("prompt_logprobs", {**_ONE_TOKEN, "prompt_logprobs": 0}, read_prompt_logprobs),
+    Route("echo", {**_ECHO, "return_tokens_as_token_ids": True}, read_echo),
+    Route("echo", _ECHO, read_echo),  # for servers that refuse fields they don't know
 )
 """In the order they are tried. All generate one token, which most servers insist on."""
 

@@ -22,6 +22,8 @@ import torch
 
 from siftline.scoring import versions
 from siftline.scoring.batching import in_halves, plan_batches
+from siftline.scoring.cpu_parallel import can_share, side_by_side
+from siftline.scoring.decode import draw_texts
 from siftline.scoring.devices import torch_device
 from siftline.scoring.engines import (
     DETAILS,
@@ -42,9 +44,7 @@ from siftline.scoring.engines import (
     score_options,
 )
 from siftline.scoring.fingerprint import model_fingerprint
-from siftline.scoring.lanes import can_share, side_by_side
 from siftline.scoring.projection import Head, head_of, scored
-from siftline.scoring.sampling import draw_texts
 from siftline.scoring.spans import stop_tokens
 from siftline.scoring.templates import load_tokenizer
 

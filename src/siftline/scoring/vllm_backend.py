@@ -1,9 +1,9 @@
 """vLLM inside the worker: how scores and texts are asked of it.
 
-Log-probabilities of prompt tokens come by one of two roads. The V2 runner (GPU) takes the token
+Log-probabilities of prompt tokens come by one of two routes. The V2 runner (GPU) takes the token
 ids to score and a start row, projects only those rows and returns a float32 array. The V1 runner
-returns every row in flat lists (`prompt_logprobs=0`, no top-k). Which road is open is tried once at
-start. A request that returns without scores (the V2 runner drops preempted ones) is asked again.
+returns every row in flat lists (`prompt_logprobs=0`, no top-k). Which route is open is tried once
+at start. A request that returns without scores (the V2 runner drops preempted ones) is asked again.
 """
 
 import os
@@ -44,7 +44,7 @@ class VllmBackend:
     """Answers the frames of `vllm_engine` with one vLLM engine.
 
     Attributes:
-        road: "prompt_logprob_token_ids" or "prompt_logprobs"; see the module's docstring.
+        route: "prompt_logprob_token_ids" or "prompt_logprobs"; see the module's docstring.
         asked_again: Rows that came back without scores so far and were asked again.
     """
 
@@ -57,7 +57,7 @@ class VllmBackend:
         max_length: int,
         release: str,
     ) -> None:
-        """Wraps a running engine and tries which road to scores is open.
+        """Wraps a running engine and tries which route to scores is open.
 
         Args:
             llm: A `vllm.LLM`.
@@ -75,11 +75,11 @@ class VllmBackend:
         self.release = release
         self.asked_again = 0
         self._under_way: set[str] = set()
-        self.road = "prompt_logprob_token_ids" if self._scores_token_ids() else "prompt_logprobs"
+        self.route = "prompt_logprob_token_ids" if self._scores_token_ids() else "prompt_logprobs"
 
     def facts(self) -> dict[str, Any]:
-        """Version and road, which decide the numbers beside the model."""
-        return {"version": self.release, "road": self.road, "pid": os.getpid()}
+        """Version and route, which decide the numbers beside the model."""
+        return {"version": self.release, "route": self.route, "pid": os.getpid()}
 
     def handle(self, request: Frame) -> Frame:
         """Answers the requests of `vllm_engine`; their columns stand there."""
@@ -116,9 +116,9 @@ class VllmBackend:
     ) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """Log-probabilities of row[start:], float32, and ranks, int32; 1 <= start < its length.
 
-        Ranks are empty on the road that has none. None is a row without scores.
+        Ranks are empty on the route that has none. None is a row without scores.
         """
-        flat = self.road == "prompt_logprobs"
+        flat = self.route == "prompt_logprobs"
         make = _flat_params if flat else _token_id_params
         read = _read_flat if flat else _read_token_ids
         jobs = list(zip(rows, starts, strict=True))

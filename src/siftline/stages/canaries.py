@@ -1,7 +1,7 @@
 """Canaries: how many defects of each kind a gate finds in the user's own data.
 
 A gate decides about the real rows first. Then rows that it kept are drawn by hash, spoiled (see
-`planting`), and judged by the plan the gate just made. That lane ends there: a canary is no
+`planting`), and judged by the plan the gate just made. That held_rows ends there: a canary is no
 row of any later stage, so with or without canaries the published bytes are the same.
 
 Each kind is measured at the gates that should find it, on rows of that gate. Recall is
@@ -24,7 +24,8 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
 from siftline.shards import no_rows
 from siftline.stages.context import Context, StageRun
-from siftline.stages.lane import Lane, first
+from siftline.stages.held_rows import HeldRows as HeldRows
+from siftline.stages.held_rows import first
 from siftline.stages.planting import DEFECTS, SOUND, Canary, Row
 from siftline.training.intervals import wilson
 
@@ -182,12 +183,12 @@ def _count(recipe: Recipe) -> int:
     return SPARE * recipe.canaries.per_kind + 1
 
 
-def lane_of(recipe: Recipe, stage: Stage, rows: int) -> Lane | None:
+def held_rows_of(recipe: Recipe, stage: Stage, rows: int) -> HeldRows | None:
     """Where a gate with so many rows leaves those that its canaries are made of."""
     if recipe.canaries is None or not stage.of.planted or stage.scope == "added":
         return None
     own = [kind for kind in _kinds(stage) if kind != "leaked"]
-    return Lane(recipe.seed, _count(recipe) * len(own), rows)
+    return HeldRows(recipe.seed, _count(recipe) * len(own), rows)
 
 
 def _drawn(context: Context, known: Sequence[str], kept: Sequence[str]) -> dict[str, pa.Table]:
@@ -199,7 +200,7 @@ def _drawn(context: Context, known: Sequence[str], kept: Sequence[str]) -> dict[
     kinds, count, seed = _kinds(context.stage), _count(context.recipe), context.recipe.seed
     own = [kind for kind in kinds if kind != "leaked"]
     total = min(count * len(own), len(kept))
-    rows = context.lane.first(kept, total, len(known)) if context.lane else None
+    rows = context.held_rows.first(kept, total, len(known)) if context.held_rows else None
     if rows is None:
         wanted = [kept[i] for i in first(seed, kept, total)]
         read = context.rows_of(set(wanted))

@@ -21,7 +21,7 @@ from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.selection import DECISION, Selection
 from siftline.shards import no_rows
-from siftline.stages.lane import Lane
+from siftline.stages.held_rows import HeldRows as HeldRows
 from siftline.stages.models import Engines, model_spec
 from siftline.workspace import Workspace
 
@@ -47,7 +47,7 @@ class Context:
         before: The instances before this one with their outputs, in order.
         opened: Engines of this process.
         emit: Takes one line of progress.
-        lane: Where rows that canaries may be made of are held back as they are read.
+        held_rows: Where rows that canaries may be made of are held back as they are read.
     """
 
     workspace: Workspace
@@ -57,7 +57,7 @@ class Context:
     before: Sequence[tuple[Stage, StageOutput]]
     opened: Engines
     emit: Callable[[str], None]
-    lane: Lane | None = None
+    held_rows: HeldRows | None = None
 
     @property
     def buckets(self) -> range:
@@ -75,8 +75,8 @@ class Context:
     def rows(self, bucket: int) -> pa.Table:
         """Rows in play of one bucket (columns of `schema.ADDED`), sorted by id."""
         rows = self.everything(bucket, self.in_play(bucket))
-        if self.lane is not None:
-            self.lane.offer(bucket, rows)
+        if self.held_rows is not None:
+            self.held_rows.offer(bucket, rows)
         return rows
 
     def everything(self, bucket: int, ids: Sequence[str]) -> pa.Table:

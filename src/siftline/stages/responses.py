@@ -25,7 +25,7 @@ from siftline.scoring.likelihood import (
 )
 from siftline.scoring.recorder import Recorder
 from siftline.scratch import scratch_folder
-from siftline.stages.spread import counted, over_buckets
+from siftline.stages.parallel import counted, over_buckets
 
 _WAITING = pa.schema(
     [

@@ -16,7 +16,7 @@ from siftline.ledger import StageOutput, write_stage
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe, scorers_read
 from siftline.shards import content_hash
-from siftline.stages.canaries import lane_of
+from siftline.stages.canaries import held_rows_of
 from siftline.stages.context import Context
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.scorers import scorer_table
@@ -205,7 +205,7 @@ def run_stage(
             raise ValueError(
                 f"stage {recipe.name}/{name}: no rows are left to judge: loosen a gate"
             )
-        run = stage.of.runner()(replace(context, lane=lane_of(recipe, stage, rows_in)))
+        run = stage.of.runner()(replace(context, held_rows=held_rows_of(recipe, stage, rows_in)))
     output = write_stage(
         path, run.results, rows_in=rows_in, tables=run.tables, facts=run.facts, identity=inputs
     )

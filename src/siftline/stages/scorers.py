@@ -33,8 +33,8 @@ from siftline.scoring.scorers import (
 from siftline.shards import Manifest, file_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity, named_spec
+from siftline.stages.parallel import counted, over_buckets, total
 from siftline.stages.scores import Observe, observed
-from siftline.stages.spread import counted, over_buckets, total
 from siftline.stages.tables import ScoreTable
 from siftline.workspace import Workspace
 

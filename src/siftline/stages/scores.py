@@ -20,8 +20,8 @@ from siftline.scoring.likelihood import COLUMNS, Likelihood
 from siftline.shards import Manifest
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity
+from siftline.stages.parallel import total
 from siftline.stages.responses import score_buckets
-from siftline.stages.spread import total
 from siftline.stages.tables import ScoreTable
 
 VERSION = 3

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CELL = "/run/cell.py"
+PROGRAM = "/run/sandboxed.py"
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -30,7 +30,7 @@ REMEDY = "apt-get install bubblewrap (Debian), and allow user namespaces where n
 
 
 @dataclass(frozen=True)
-class Room:
+class Confinement:
     """What the walls enclose, beside the system's folders.
 
     Attributes:
@@ -58,7 +58,7 @@ def _binds() -> dict[str, str]:
             found[place] = place
     if os.path.exists("/etc/ld.so.cache"):
         found["/etc/ld.so.cache"] = "/etc/ld.so.cache"
-    return found | {CELL: str(HERE / "cell.py")}
+    return found | {PROGRAM: str(HERE / "sandboxed.py")}
 
 
 def _links() -> dict[str, str]:
@@ -77,7 +77,7 @@ def lonely_user() -> int | None:
     return highest - secrets.randbelow(max(1, min(highest // 10, 10**6)))
 
 
-def bubblewrap(room: Room, program: Sequence[str]) -> list[str]:
+def bubblewrap(confinement: Confinement, program: Sequence[str]) -> list[str]:
     """The program behind bubblewrap's walls.
 
     Raises:
@@ -99,11 +99,11 @@ def bubblewrap(room: Room, program: Sequence[str]) -> list[str]:
     for inside, target in _links().items():
         line += ["--symlink", target, inside]
     line += ["--dev", "/dev", "--remount-ro", "/dev"]
-    line += ["--perms", "1777", "--size", str(room.work_bytes), "--tmpfs", "/tmp"]
+    line += ["--perms", "1777", "--size", str(confinement.work_bytes), "--tmpfs", "/tmp"]
     return [*line, "--remount-ro", "/", "--chdir", "/tmp", "--", *program]
 
 
-def unshare(room: Room, program: Sequence[str]) -> list[str]:
+def unshare(confinement: Confinement, program: Sequence[str]) -> list[str]:
     """The program behind walls of our own, in namespaces that util-linux's `unshare` makes.
 
     Raises:
@@ -116,11 +116,11 @@ def unshare(room: Room, program: Sequence[str]) -> list[str]:
     walls = {
         "binds": _binds(),
         "links": _links(),
-        "work_bytes": room.work_bytes,
-        "work_files": room.work_files,
-        "seconds": room.seconds,
+        "work_bytes": confinement.work_bytes,
+        "work_files": confinement.work_files,
+        "seconds": confinement.seconds,
     }
-    return [*line, "--", *python(), str(HERE / "walls.py"), json.dumps(walls), *program]
+    return [*line, "--", *python(), str(HERE / "namespaces.py"), json.dumps(walls), *program]
 
 
 def _found(program: str) -> str:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 from siftline.scoring.verifiers.isolation import (
-    CELL,
     ENVIRONMENT,
+    PROGRAM,
     REMEDY,
     WAYS,
-    Room,
     lonely_user,
     python,
 )
+from siftline.scoring.verifiers.isolation import Confinement as Confinement
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +143,13 @@ class Sandbox:
         heard, report = os.pipe()
         limits = self.limits
         settings = {"uid": lonely_user(), "limits": limits.resources(), "report": report}
-        room = Room(limits.work_bytes, limits.work_files, limits.seconds * (1 + _PATIENCE) + 1)
+        confinement = Confinement(
+            limits.work_bytes, limits.work_files, limits.seconds * (1 + _PATIENCE) + 1
+        )
         started = time.monotonic()
         try:
             process = subprocess.Popen(
-                WAYS[self.isolation](room, [*python(), CELL, json.dumps(settings)]),
+                WAYS[self.isolation](confinement, [*python(), PROGRAM, json.dumps(settings)]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

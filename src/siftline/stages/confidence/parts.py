@@ -22,7 +22,7 @@ from siftline.scoring.similarity import Held, Similar, agreements, cosines, over
 from siftline.stages.confidence.decide import PARTS, consistency
 from siftline.stages.confidence.options import Confidence
 from siftline.stages.context import Context
-from siftline.stages.spread import over_buckets
+from siftline.stages.parallel import over_buckets
 
 
 @dataclass
@@ -113,13 +113,15 @@ def _score_sampled(
         opened["nli"] = context.opened.recorders(
             context.spec("nli"), context.workspace.store, beside.advance, head="classifier"
         )
-    # As many seats as the role with the fewest devices has.
-    seats = [dict(zip(opened, seat, strict=True)) for seat in zip(*opened.values(), strict=False)]
+    # As many workers as the role with the fewest devices has.
+    workers = [
+        dict(zip(opened, worker, strict=True)) for worker in zip(*opened.values(), strict=False)
+    ]
 
-    def work(seat: dict[str, Recorder], bucket: int, rows: pa.Table) -> Scores:
-        return _held_against_samples(seat, bucket, rows, options, wanted)
+    def work(worker: dict[str, Recorder], bucket: int, rows: pa.Table) -> Scores:
+        return _held_against_samples(worker, bucket, rows, options, wanted)
 
-    for _, found in over_buckets(seats, buckets, work):
+    for _, found in over_buckets(workers, buckets, work):
         scores.add(found)
     progress.close()
     if len(opened) > 1:
@@ -127,14 +129,14 @@ def _score_sampled(
 
 
 def _held_against_samples(
-    seat: Mapping[str, Recorder],
+    worker: Mapping[str, Recorder],
     bucket: int,
     rows: pa.Table,
     options: Confidence,
     wanted: Sequence[str],
 ) -> Scores:
     """Draws samples once per prompt and holds every response of it against them."""
-    sampler, scores = seat["sampler"], Scores()
+    sampler, scores = worker["sampler"], Scores()
     tokens, unfit = prompts_of(sampler, rows)
     draws = {prompt: range(options.samples) for prompt in tokens}
     drawn, lost = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
@@ -161,8 +163,8 @@ def _held_against_samples(
     similar: dict[str, Callable[[], Similar]] = {
         "agreement": lambda: (agreement, {}),
         "jaccard": lambda: (overlaps(held), {}),
-        "embedding": lambda: cosines(seat["embedding"], bucket, held),
-        "nli": lambda: agreements(seat["nli"], bucket, held),
+        "embedding": lambda: cosines(worker["embedding"], bucket, held),
+        "nli": lambda: agreements(worker["nli"], bucket, held),
     }
     for part in SAMPLED:
         if part in wanted:

@@ -31,7 +31,7 @@ from siftline.stages.correct.decide import ADOPTED, PROPOSALS, fold_of, judged_f
 from siftline.stages.correct.options import Correct
 from siftline.stages.correct.proposer import proposer_name, train_proposer
 from siftline.stages.models import engines
-from siftline.stages.spread import over_buckets
+from siftline.stages.parallel import over_buckets
 
 COLUMNS = ["id", "messages", "tools", "source"]
 CORRECTIONS = {

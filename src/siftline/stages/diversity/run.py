@@ -12,9 +12,9 @@ from siftline.scoring.recorder import Recorder
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.diversity import decide as prompts_selector
 from siftline.stages.diversity.options import Shortlist
+from siftline.stages.parallel import over_buckets
 from siftline.stages.scorers import prompt_weights
 from siftline.stages.scores import likelihoods
-from siftline.stages.spread import over_buckets
 
 
 def _budget_rows(context: Context) -> int:

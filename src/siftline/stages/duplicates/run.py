@@ -15,7 +15,7 @@ from siftline.scratch import scratch_folder
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.duplicates.state import Shelf
+from siftline.stages.duplicates.state import StateFiles
 from siftline.stages.gathering import gather
 
 LAST = 2**63 - 1
@@ -36,13 +36,13 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     assert isinstance(options, Duplicates)
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
-    shelf, ids, scored = Shelf(scratch), [], 0
+    files, ids, scored = StateFiles(scratch), [], 0
     for bucket in context.buckets:
         rows = context.rows(bucket)
         view = _compared(schema.text_view(rows, everything=True))
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
-        shelf.add(options.summarise(view.with_columns(priority=order)))
+        files.add(options.summarise(view.with_columns(priority=order)))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
     if options.policy().policy == "score" and not scored:
@@ -50,14 +50,14 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
             f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
             "column of the input that no mapping uses"
         )
-    plan = options.decide(shelf.states, shelf.make_room)
+    plan = options.decide(files.states, files.make_room)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
 
     def judge(planted: pa.Table) -> Judged:
         view = _compared(schema.text_view(planted, everything=True))
         view = view.with_columns(priority=pl.lit(LAST))
-        earlier = against(options.summarise(view), shelf.states, plan.removed["id"])
+        earlier = against(options.summarise(view), files.states, plan.removed["id"])
         decided = options.decide(earlier)
         return options.apply(view, decided).decisions, {}
 

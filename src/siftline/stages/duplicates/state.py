@@ -1,6 +1,6 @@
 """What the duplicates gate knows of some rows, and where it keeps that: hashes, never texts.
 
-Keys of bands and shingles are most of it. `Shelf` moves both to files where rows are many; a
+Keys of bands and shingles are most of it. `StateFiles` moves both to files where rows are many; a
 decision reads one band, or the shingles of the texts it compares, so that memory holds some numbers
 a row.
 """
@@ -47,8 +47,8 @@ class DuplicateState:
 
 
 @dataclass
-class Shelf:
-    """States in the order they come, the bands and shingles of most of them in files.
+class StateFiles:
+    """StateFiles in the order they come, the bands and shingles of most of them in files.
 
     Attributes:
         folder: Where files go; made when the first is written.

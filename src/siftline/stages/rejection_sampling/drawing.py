@@ -14,10 +14,10 @@ from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import MAX_ROWS, REFUSED, Recorder
 from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.streaming import Streaming
+from siftline.stages.parallel import over_buckets
 from siftline.stages.rejection_sampling.campaign import Campaign, run
 from siftline.stages.rejection_sampling.streaming import Judge, Made, Prompt, stream_campaign
 from siftline.stages.rejection_sampling.trials import Outcome
-from siftline.stages.spread import over_buckets
 
 
 def run_campaign(

@@ -17,10 +17,10 @@ from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.verifiers import Verifier, get_verifier, isolation_of
 from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, split_failed
+from siftline.stages.parallel import over_buckets
 from siftline.stages.rejection_sampling.problems import Problem, fault_of, judge_draw
 from siftline.stages.rejection_sampling.streaming import Prompt
 from siftline.stages.s3ft.options import PARAPHRASE, SelfAnswers
-from siftline.stages.spread import over_buckets
 
 ROUTES = ("own_answer", "paraphrase", "reference", "no_independent_answer", "too_long")
 

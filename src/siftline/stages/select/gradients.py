@@ -24,8 +24,8 @@ from siftline.selectors.less import Gradients
 from siftline.shards import content_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import identity, on_devices
+from siftline.stages.parallel import over_buckets, total
 from siftline.stages.select.options import Select
-from siftline.stages.spread import over_buckets, total
 
 Emit = Callable[[str], None]
 Found = tuple[dict[str, np.ndarray], dict[str, str]]
@@ -100,19 +100,19 @@ def differentiating(
 
     models = []
     try:
-        seats = []
+        workers = []
         for one in on_devices(spec):
             models.append(GradientModel(one, asked, seed))
             engines = [GradientEngine(models[-1], snapshot) for snapshot in snapshots]
-            seats.append([Recorder(engine, one, store, progress) for engine in engines])
-        yield seats
+            workers.append([Recorder(engine, one, store, progress) for engine in engines])
+        yield workers
     finally:
         for model in models:
             model.close()
 
 
 def features(
-    seats: list[list[Recorder]], buckets: Iterable[tuple[int, pa.Table]], *, target: bool
+    workers: list[list[Recorder]], buckets: Iterable[tuple[int, pa.Table]], *, target: bool
 ) -> Iterator[tuple[int, Found]]:
     """Features by id and reasons by id of each store bucket."""
     from siftline.training.gradients import gradient_features
@@ -120,7 +120,7 @@ def features(
     def work(recorders: list[Recorder], bucket: int, rows: pa.Table) -> Found:
         return gradient_features(recorders, bucket, rows, target)
 
-    yield from over_buckets(seats, buckets, work)
+    yield from over_buckets(workers, buckets, work)
 
 
 def featured(context: Context) -> Featured:
@@ -149,16 +149,16 @@ def featured(context: Context) -> Featured:
     pool: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
     aim: dict[str, np.ndarray] = {}
-    with differentiating(spec, snapshots, asked, options.seed, store, progress.advance) as seats:
+    with differentiating(spec, snapshots, asked, options.seed, store, progress.advance) as workers:
         for wanted in sets:  # first: few rows, and one without features ends the stage
             buckets = by_store_bucket(wanted.rows, wanted.buckets)
-            for _, (found, reasons) in features(seats, buckets, target=True):
+            for _, (found, reasons) in features(workers, buckets, target=True):
                 aim |= found
                 _all_there(reasons)
-        for _, (found, reasons) in features(seats, context.store_buckets(), target=False):
+        for _, (found, reasons) in features(workers, context.store_buckets(), target=False):
             pool |= found
             failed |= reasons
-        tally = total([recorder for seat in seats for recorder in seat])
+        tally = total([recorder for worker in workers for recorder in worker])
     progress.close()
     facts = {
         "warmup_rows": rows.num_rows,

@@ -28,7 +28,7 @@ from siftline.selectors.rounds import PERPLEXITY, KmeansRounds
 from siftline.shards import content_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import named_spec
-from siftline.stages.spread import over_buckets
+from siftline.stages.parallel import over_buckets
 from siftline.training.finetune import FineTune, finetune
 
 _ROW = pa.schema([f.with_nullable(True) for f in schema.ROW])

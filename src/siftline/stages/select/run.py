@@ -19,12 +19,12 @@ from siftline.selectors.method import MAX_ROWS, MAX_VALUES, RANKS
 from siftline.selectors.selection import Selection
 from siftline.selectors.spending import Budget
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
+from siftline.stages.parallel import over_buckets
 from siftline.stages.scorers import quality
 from siftline.stages.scores import likelihoods
 from siftline.stages.select.gradients import Featured, featured
 from siftline.stages.select.options import Select
 from siftline.stages.select.rounds import Teacher
-from siftline.stages.spread import over_buckets
 
 COURSE = ("members", "rounds")
 """Side tables of a method that trains: who was in which cluster and round, and what came of it."""

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from siftline.scoring.recorder import Recorder, Tally
 
-Seat = TypeVar("Seat")
+Worker = TypeVar("Worker")
 Rows = TypeVar("Rows")
 Result = TypeVar("Result")
 
@@ -25,57 +25,59 @@ class Stopped(Exception):
 
 
 def over_buckets(
-    seats: Sequence[Seat],
+    workers: Sequence[Worker],
     buckets: Iterable[tuple[int, Rows]],
-    work: Callable[[Seat, int, Rows], Result],
+    work: Callable[[Worker, int, Rows], Result],
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every bucket, one at a time on each seat.
+    """Runs `work` on every bucket, one at a time on each worker.
 
-    When the run ends early (an error, Ctrl-C), the seats finish the batch they are at and no more.
+    When the run ends early (an error, Ctrl-C), each worker finishes its batch and no more.
 
     Args:
-        seats: What one device has: its recorder, or several by name or in a row.
-        buckets: Store bucket and its rows, each bucket once; read as seats come free.
-        work: Asks the models of a seat about the rows of one bucket.
+        workers: What one device has: its recorder, or several by name or in a row.
+        buckets: Store bucket and its rows, each bucket once; read as workers come free.
+        work: Asks the models of a worker about the rows of one bucket.
 
     Yields:
         Bucket and result, in the order of the buckets.
     """
-    if len(seats) == 1:
+    if len(workers) == 1:
         for bucket, rows in buckets:
-            yield bucket, work(seats[0], bucket, rows)
+            yield bucket, work(workers[0], bucket, rows)
         return
-    room = _Room(seats, work)
-    pool = ThreadPoolExecutor(len(seats), thread_name_prefix="bucket")
+    crew = _Workers(workers, work)
+    pool = ThreadPoolExecutor(len(workers), thread_name_prefix="bucket")
     waiting: deque[tuple[int, Future[Result]]] = deque()
     try:
         for bucket, rows in buckets:
-            waiting.append((bucket, pool.submit(room.one, bucket, rows)))
-            if len(waiting) > len(seats):
+            waiting.append((bucket, pool.submit(crew.one, bucket, rows)))
+            if len(waiting) > len(workers):
                 first, result = waiting.popleft()
-                yield first, room.taken(result)
+                yield first, crew.taken(result)
         for first, result in waiting:
-            yield first, room.taken(result)
+            yield first, crew.taken(result)
     finally:
-        room.stop.set()
+        crew.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Room(Generic[Seat, Rows, Result]):
-    """The seats of one run, and whether it ends early."""
+class _Workers(Generic[Worker, Rows, Result]):
+    """The workers of one run, and whether it ends early."""
 
-    def __init__(self, seats: Sequence[Seat], work: Callable[[Seat, int, Rows], Result]) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], work: Callable[[Worker, int, Rows], Result]
+    ) -> None:
         self.work, self.stop = work, threading.Event()
         self._failures: list[BaseException] = []
-        self._free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        for seat in seats:
-            self._free.put(_stoppable(seat, self.stop))
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in workers:
+            self._free.put(_stoppable(worker, self.stop))
 
     def one(self, bucket: int, rows: Rows) -> Result:
-        """Does the work on a bucket on the next free seat."""
-        seat = self._free.get()
+        """Does the work on a bucket on the next free worker."""
+        worker = self._free.get()
         try:
-            return self.work(seat, bucket, rows)
+            return self.work(worker, bucket, rows)
         except Stopped:
             raise
         except BaseException as error:
@@ -83,7 +85,7 @@ class _Room(Generic[Seat, Rows, Result]):
             self.stop.set()
             raise
         finally:
-            self._free.put(seat)
+            self._free.put(worker)
 
     def taken(self, result: Future[Result]) -> Result:
         """A bucket's result; the error that ended the run, where that stopped this bucket."""
@@ -93,21 +95,21 @@ class _Room(Generic[Seat, Rows, Result]):
             raise self._failures[0] from None
 
 
-def _stoppable(seat: Any, stop: threading.Event) -> Any:
-    """A seat whose recorders give up after a committed batch once the run ends."""
-    if isinstance(seat, dict):
-        return {name: _stoppable(each, stop) for name, each in seat.items()}
-    if isinstance(seat, list | tuple):
-        return type(seat)(_stoppable(each, stop) for each in seat)
-    if not isinstance(seat, Recorder):
-        return seat
+def _stoppable(worker: Any, stop: threading.Event) -> Any:
+    """A worker whose recorders give up after a committed batch once the run ends."""
+    if isinstance(worker, dict):
+        return {name: _stoppable(each, stop) for name, each in worker.items()}
+    if isinstance(worker, list | tuple):
+        return type(worker)(_stoppable(each, stop) for each in worker)
+    if not isinstance(worker, Recorder):
+        return worker
 
     def advance(rows: int, tokens: int) -> None:
-        seat.progress(rows, tokens)
+        worker.progress(rows, tokens)
         if stop.is_set():
             raise Stopped
 
-    return replace(seat, progress=advance)
+    return replace(worker, progress=advance)
 
 
 @contextmanager

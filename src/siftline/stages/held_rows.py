@@ -2,7 +2,7 @@
 
 Canaries are made of rows that the gate kept, in the order of their draws, so which ones is known
 when the gate is done. Reading them again would read the whole pool again. So rows with a draw high
-enough to be among them are held back as the gate reads. The lane changes no draw: a gate that keeps
+enough to be among them are held back as the gate reads. This changes no draw: a gate that keeps
 few rows, or does not read all of them through its context, has its canaries' rows read again.
 """
 
@@ -18,7 +18,7 @@ _ROOM = 2
 """Rows held for one wanted: a gate may remove half of its rows before they are read again."""
 
 
-class Lane:
+class HeldRows:
     """Rows of one gate with the highest draws.
 
     Args:
@@ -50,7 +50,7 @@ class Lane:
             rows: Rows in play of the gate.
 
         Returns:
-            `count` rows, best draw first; None where the lane can't tell or does not hold them.
+            `count` rows, best draw first; None where they can't be told, or are not held.
         """
         if sum(self._seen.values()) != rows or not self._held:
             return None

@@ -1,6 +1,6 @@
 """Puts a stream of rows into the order of hash(seed, id) and cuts it into shards, on little memory.
 
-Rows are spooled to disk by range of their draw and read back range by range, so the order is global
+Rows are written to disk by range of their draw and read back range by range, so the order is global
 while memory holds one range. Cuts are made by the bytes of values: the buffers of an Arrow table
 depend on how it was put together, and a shard must not.
 """
@@ -25,14 +25,14 @@ RANGE_LIMIT = 2**31 - 1  # bytes that 32-bit string offsets can address
 
 
 @dataclass(frozen=True)
-class Spool:
+class Shuffled:
     """Rows on disk, by range of their draw.
 
     Attributes:
         folder: Holds `<range>.arrow`.
         seed: Seed of the draws.
         ranges: Into how many equal ranges (0, 1) is cut.
-        rows: Rows spooled.
+        rows: Rows shuffled.
         used: Which optional fields some row fills; see `conversations.used_fields`, and `tools`.
     """
 
@@ -43,7 +43,7 @@ class Spool:
     used: frozenset[str]
 
 
-def spool(tables: Iterable[pa.Table], folder: Path, seed: int, ranges: int) -> Spool:
+def shuffle(tables: Iterable[pa.Table], folder: Path, seed: int, ranges: int) -> Shuffled:
     """Writes id, messages and tools of all rows into a new folder.
 
     Args:
@@ -70,7 +70,7 @@ def spool(tables: Iterable[pa.Table], folder: Path, seed: int, ranges: int) -> S
                         path = folder / f"{number}.arrow"
                         writers[number] = stack.enter_context(pa.ipc.new_stream(path, SPOOLED))
                     writers[number].write_batch(batch.take(np.flatnonzero(numbers == number)))
-    return Spool(folder, seed, ranges, rows, frozenset(used))
+    return Shuffled(folder, seed, ranges, rows, frozenset(used))
 
 
 def _used_fields(batch: pa.RecordBatch) -> set[str]:
@@ -84,7 +84,7 @@ def _used_fields(batch: pa.RecordBatch) -> set[str]:
     return used_fields(batch["messages"]) | offered
 
 
-def read_ordered(spooled: Spool) -> Iterator[pa.Table]:
+def read_ordered(shuffled: Shuffled) -> Iterator[pa.Table]:
     """Yields the ranges in order, each sorted by (draw, id), as one-chunk tables of `SPOOLED`.
 
     A range's file is deleted once the next is asked for.
@@ -92,17 +92,19 @@ def read_ordered(spooled: Spool) -> Iterator[pa.Table]:
     Raises:
         ValueError: if an id comes twice or a range is over 2 GiB.
     """
-    for number in range(spooled.ranges):
-        path = spooled.folder / f"{number}.arrow"
+    for number in range(shuffled.ranges):
+        path = shuffled.folder / f"{number}.arrow"
         if not path.exists():
             continue
         if path.stat().st_size > RANGE_LIMIT:
-            raise ValueError(f"a range of the spool is over 2 GiB: raise ranges={spooled.ranges}")
+            raise ValueError(
+                f"a range of the shuffle is over 2 GiB: raise ranges={shuffled.ranges}"
+            )
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all().combine_chunks()
         ids = table["id"].to_pylist()
         # Equal ids have equal draws, so a repeated id ends up beside itself.
-        order = np.lexsort((np.array(ids), uniforms(spooled.seed, STAGE, ids)))
+        order = np.lexsort((np.array(ids), uniforms(shuffled.seed, STAGE, ids)))
         _refuse_repeats([ids[i] for i in order])
         yield table.take(order)
         path.unlink()
