@@ -16,8 +16,7 @@ from siftline.kernels.text import numbers, words
 from siftline.schema import canonical_text, make_row, message
 from siftline.selectors.selection import select
 from siftline.stages.duplicates.decide import Duplicates
-from siftline.stages.duplicates.state import StateFiles
-from siftline.stages.duplicates.state import normal_answer
+from siftline.stages.duplicates.state import StateFiles, normal_answer
 
 PLACES = ["market", "school", "library", "station", "bakery", "garden", "harbour", "museum"]
 THINGS = ["apples", "pencils", "stickers", "marbles", "books", "oranges", "tickets", "candles"]

@@ -23,7 +23,8 @@ class CodeVerifier:
     The walls and what they keep out stand in `isolation`, the limits in `sandbox`. A program that
     raises, exits, crashes, prints too much or whose tests fail is wrong; examples of its use
     (`sandboxed.statements`) may fail. The verdict is open, `unreadable`, where a failure proves
-    nothing: a library is not there, the program wants input, or its own `__eq__` decided a comparison of the
+    nothing: a library is not there, the program wants input, or its own `__eq__` decided a
+    comparison of the
     tests. A program that takes too long or is killed gives `verifier_error`, for that may be the
     machine; so do tests that can't be compiled, or that check nothing when they run.
 
