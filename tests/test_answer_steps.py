@@ -119,7 +119,26 @@ def test_measures_are_converted_or_open(check, given, reference, want):
         ("3,5", "3.6", False),
         ("1,234", "1.234", False),
         ("1 2", "12", None),
+        ("5!!", "15", None),
+        ("5!", "120", True),
+        ("0x1F", "31", None),
+        ("2.5k", "2500", None),
+        ("5k", "5k", True),
+        ("30\u00b0", "\\pi/6", True),
+        ("30\u00b0", "\\pi/3", False),
+        ("6 \\text{ cubic cm}", "6 cm^3", True),
+        ("7 \\text{ cubic cm}", "6 cm^3", False),
+        ("\\text{North East}", "northeast", None),
+        ("\\text{North East}", "northwest", False),
     ],
 )
 def test_equal_texts_are_equal_and_other_separators_prove_nothing(check, given, reference, want):
     assert check(f"\\boxed{{{given}}}", reference).correct is want
+
+
+def test_answers_that_stand_apart_do_not_refute_the_list_of_them(check):
+    text = "$\\boxed{5}$ apples and $\\boxed{6}$ pears"
+    assert check(text, "5, 6").correct is None
+    assert check(text, "5 and 6").correct is None
+    assert check(text, "5, 7").correct is False
+    assert check(text, "7").correct is False

@@ -74,6 +74,9 @@ _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?")
 _GAP = re.compile(r"\s+(?![A-Za-z0-9.])|(?<![A-Za-z0-9.,])\s+")
 """White space that parts no two words or numbers."""
+_ODD_NOTATION = re.compile(r"[\d)}]!!|(?<![\w.])0[xXbBoO][0-9A-Fa-f]+(?!\w)")
+"""Double factorials, and numbers as programs write them in other bases."""
+_SCALED = re.compile(r"-?[$\u20ac\u00a3]?\s*\d[\d.,]*\s*(?:[kKMB]|bn|mn)")
 _DOTTED = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}")
 _COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
@@ -101,7 +104,8 @@ def judge(given: str, wanted: str, ask: Ask) -> Judged:
         )
         equal = judge(given, wanted, ask).equal
         return Judged(True if equal else None, "an answer that says it is not exact")
-    if _power(given) and _power(wanted) and _power(given) != _power(wanted):
+    alike = _same_unit(given, wanted)
+    if not alike and _power(given) and _power(wanted) and _power(given) != _power(wanted):
         equal = judge(without_unit(given), without_unit(wanted), ask).equal
         return Judged(equal and None, "other units")
     (name, given), (other, wanted) = _named(given), _named(wanted)
@@ -130,6 +134,11 @@ def _as_written(given: str, wanted: str, ask: Ask) -> Judged | None:
         return Judged(True)
     if max(len(given), len(wanted)) > 4 * LONGEST_EXPRESSION:
         return Judged(None, "an answer is too long")
+    if _ODD_NOTATION.search(given) or _ODD_NOTATION.search(wanted):
+        return Judged(None, "a notation that is not read")
+    for one, other in permutations((given, wanted)):
+        if _SCALED.fullmatch(tidy(one)) and not re.search(r"[A-Za-z]", other):
+            return Judged(None, "a letter may be a scale")
     grouped = [_DOTTED.fullmatch(text) for text in (given, wanted)]
     if any(grouped):
         given, wanted = (
@@ -171,6 +180,11 @@ def _plainly(given: str, wanted: str) -> Judged | None:
         equal = {"equal": True, "unequal": False, "open": None}[said]
         return Judged(equal, "words may change the number")
     return _words(given, wanted)
+
+
+def _same_unit(given: str, wanted: str) -> bool:
+    measures = measured(given), measured(wanted)
+    return bool(measures[0] and measures[1] and _unit(measures[0]) == _unit(measures[1]))
 
 
 def _unit(measure: Measured) -> tuple[tuple[tuple[str, int], ...], Fraction]:
@@ -240,12 +254,19 @@ def _words(given: str, wanted: str) -> Judged | None:
     letters = [sorted(text) for text in plain]
     if letters[0] == letters[1] and len(letters[0]) < 4 and "\\text" not in given + wanted:
         return Judged(None, "words, or products of letters")  # abc and cba
+    if _joint(plain[0]) == _joint(plain[1]):
+        return Judged(None, "words that are joined or not")
     names = [set(text.replace("-", " ").split()) for text in plain]
     short = all(map(_PLAIN_TEXT.fullmatch, plain)) and max(map(len, names)) <= _MOST_WORDS
     nested = names[0] <= names[1] or names[1] <= names[0]
     if not all(prose) or not short or nested or any(text in _SAYING for text in plain):
         return Judged(None, "words that can't be compared")
     return Judged(False)
+
+
+def _joint(text: str) -> str:
+    """A text without what parts its words."""
+    return re.sub(r"[\s-]", "", text)
 
 
 _YES_NO = (frozenset(["yes", "true", "correct"]), frozenset(["no", "false", "incorrect"]))
@@ -338,7 +359,7 @@ def _algebraically(given: str, wanted: str, ask: Ask) -> Judged:
 
 def _side(text: str, other: str) -> _Side:
     about = _ABOUT.match(text)
-    text = text[about.end() :] if about else text
+    text = (text[about.end() :] if about else text).replace("\u00b0", "^\\circ ")
     approximated = re.split(r"\\approx|\u2248", text)
     if len(approximated) == 2:
         named = re.fullmatch(r"\s*[A-Za-z](?:_\{?\w+\}?)?\s*", approximated[0])
