@@ -200,6 +200,7 @@ def main():
     parser.add_argument(
         "--trainer", action="append", required=True, metavar="NAME@REV=SOURCE[:LIBS]"
     )
+    parser.add_argument("--kind", action="append", choices=KINDS, help="By default all of them.")
     given = parser.parse_args()
     from siftline.export.write import export
 
@@ -220,7 +221,7 @@ def main():
         out = given.work / name
         done = export(folder, name, out)
         print(f"{name}, revision {revision or 'unknown'}")
-        for kind in KINDS:
+        for kind in given.kind or KINDS:
             show(name, kind, place, done, out, tokenizer, rows[kind], given.work)
 
 
