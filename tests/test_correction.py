@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 
 from siftline.assets.shared import build
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
-from siftline.selectors.correction import (
-    ADOPTED,
-    PROPOSALS,
-    CorrectionRule,
-    fold_of,
-    judged_facts,
-    preference,
-)
-from siftline.stages import correcting, models
+from siftline.scoring.pairwise import preference
+from siftline.stages import models
+from siftline.stages.correct import run as correcting
+from siftline.stages.correct.decide import ADOPTED, PROPOSALS, CorrectionRule, fold_of, judged_facts
 from siftline.stages.reporting import _correct_notes
 from siftline.stages.run import outputs_so_far, run_stage
 from siftline.story import explain
@@ -561,7 +556,7 @@ def test_added_rows_go_through_the_earlier_gates_but_not_through_confidence(lab)
 
 
 def test_confidence_for_later_rows_leaves_corrected_ones_alone(lab):
-    from siftline.stages.confidence import _judged
+    from siftline.stages.confidence.run import _judged
 
     output, _ = lab.run(lab.recipe())
     recipe = lab.recipe()

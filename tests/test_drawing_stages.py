@@ -3,9 +3,10 @@
 import pytest
 
 from siftline.assets.shared import build
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.verifiers.own import OwnVerifier
-from siftline.stages import grading, models
+from siftline.stages import models
+from siftline.stages.rejection_sampling import grading
 from siftline.stages.reporting import _notes, _sampling_notes
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace

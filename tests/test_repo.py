@@ -25,7 +25,7 @@ LEAVES = {
 DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
-RECIPES = {"recipe", "library", "sections"}
+RECIPES = {"recipe"}
 OUTPUT = {"card", "curated", "plots", "report"}
 BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
@@ -55,9 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"kernels", "native", "selectors", "schema", "shards", "store", "verified"},
     "training": {*DATA_IN, "ingest", "kernels", "native", "selectors", "scoring", "store"},
     "ledger": {"schema", "shards", "selectors"},
-    "sections": {"ingest", "scoring", "training"},
-    "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},
-    "library": {"config", "recipe"},
+    "recipe": {"config", "ingest", "shards", "scoring", "training"},
     "card": {*LEAVES, "kernels"},
     "curated": {*LEAVES, "card"},
     "loading": {"curated", "native"},
@@ -71,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "definitions": {*BELOW_STAGES, "stages", "assets", "pipelines"},
     # Outside the line: they read what is there, and only a verb may start anything.
     "story": {*DATA, "recipe"},
-    "status": {*DATA, "cache", "recipe", "library", "stages"},
+    "status": {*DATA, "cache", "recipe", "stages"},
     "commands": {
         *BELOW_STAGES,
         "stages",
@@ -131,6 +129,17 @@ def test_imports_go_one_way(path):
             allowed = {mine, *ALLOWED[mine]}
             late = (mine, rest[0]) in LATE and not at_load
             assert rest[0] in allowed or late, f"{mine} may not import {rest[0]}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("stages/*/decide.py")), ids=str)
+def test_decisions_are_pure(path):
+    """What a stage decides needs no file, no model and no run: it imports what selectors may."""
+    pure = {*ALLOWED["selectors"], "selectors", "recipe", "stages"}
+    for name, at_load in imports_of(path):
+        top, *rest = name.split(".")
+        assert not at_load or top != "siftline" or rest[0] in pure, name
+        if top == "siftline" and rest[0] == "stages":
+            assert len(rest) > 2, f"{name} is no decision"
 
 
 def test_every_part_has_its_rule():

@@ -17,7 +17,7 @@ from siftline.scoring.verifiers import (
     verify_math,
 )
 from siftline.selectors.selection import select
-from siftline.selectors.verify import Verify
+from siftline.stages.verify.decide import Verify
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from siftline import schema
-from siftline.selectors.verify import Verify
-from siftline.stages.gates import verify
 from siftline.stages.reporting import _open_notes
+from siftline.stages.verify.decide import Verify
+from siftline.stages.verify.run import run as verify
 
 
 def surroundings(rows, **options):

@@ -153,7 +153,7 @@ _OF_TEXTS = ("text_column", "unit", "bands", "target", "embeddings", "nearest", 
 def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     from siftline.commands.dedup_conversations import Conversations, dedup_conversations
     from siftline.kernels.keep import Keep
-    from siftline.selectors.duplicates import Duplicates
+    from siftline.stages.duplicates.decide import Duplicates
 
     context = click.get_current_context()
     for name in _OF_TEXTS:
