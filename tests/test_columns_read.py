@@ -6,7 +6,7 @@ import pytest
 
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.ingest.source import Source
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
