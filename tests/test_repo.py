@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "native": set(),
     "conversations": {"native"},
     "progress": set(),
-    "schema": {"kernels"},
+    "schema": {"kernels", "native"},
     "scratch": set(),
     "shards": {"disk", "verified"},
     "verified": set(),

@@ -124,6 +124,7 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
             "dagster/column_schema": column_schema(TABLE),
             "engine": engine,
             "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
+            "trimmed": manifest.info.get("trimmed", 0),
         }
         return result(key, loaded, manifest, fresh, shown)
 

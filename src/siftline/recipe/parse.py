@@ -69,6 +69,21 @@ class Recipe:
         """The model that plays a role; roles that are not named fall to the target model."""
         return self.models[self.roles.get(role, self.roles["target"])]
 
+    def columns_read(self, name: str) -> frozenset[str]:
+        """Input columns of a pool or set that some part of the recipe reads beside the rows.
+
+        Options that read such columns name them in a method `input_columns`.
+        """
+        parts: list[Any] = []
+        if name == self.pool.name:
+            parts = [*(stage.options for stage in self.stages), *self.scorers.values()]
+        elif name in [spec.name for spec in self.sets.test]:
+            parts = [self.evaluation]
+        found: set[str] = set()
+        for part in parts:
+            found.update(getattr(part, "input_columns", tuple)())
+        return frozenset(found)
+
     def stage(self, name: str) -> Stage:
         """A stage by name.
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from siftline import __version__, schema, shards
 from siftline.curated import resolve_latest
-from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
+from siftline.ingest.pool import COUNTED, Pool, notes_of, reading_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
 from siftline.recipe.kinds import Stage
@@ -18,12 +18,13 @@ from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examp
 from siftline.shards import content_hash
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
-from siftline.stages.models import role_engine
+from siftline.stages.models import model_spec, role_engine
 from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
 from siftline.stages.rejection_sampling.difficulty import level_of
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
+from siftline.stages.scores import likelihood_table, trimmed_note
 from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
@@ -58,11 +59,12 @@ def write_report(
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
     page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
-    inputs = _inputs(workspace, recipe)
+    inputs, trims = _inputs(workspace, recipe), _trimmed(workspace, recipe, arms)
     made_of = content_hash(
         [
             VERSION,
             inputs,
+            trims,
             __version__,
             recipe.hash,
             {stage.name: [output.manifest.version, output.facts] for stage, output in done},
@@ -76,7 +78,7 @@ def write_report(
     if found is not None:
         return page_file, found
     context = final_context(workspace, recipe, done)
-    notes = (*_inputs_said(inputs), *_notes(done, accuracy))
+    notes = (*_inputs_said(inputs), *trims, *_notes(done, accuracy))
     page = render(
         Report(
             recipe=recipe.name,
@@ -136,7 +138,10 @@ def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
     names = [recipe.pool.name, *(spec.name for _, spec in recipe.sets.items())]
     found = {name: Pool(workspace.pool(name)).manifest.info for name in names}
     return {
-        name: {key: info[key] for key in (*COUNTED, *READING) if key in info}
+        name: {
+            **{key: info[key] for key in COUNTED if key in info},
+            **reading_of(info, recipe.columns_read(name)),
+        }
         for name, info in found.items()
     }
 
@@ -144,6 +149,24 @@ def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _inputs_said(inputs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """The same in words, as far as it is not plain."""
     return tuple(f"pool {name}: {line}" for name, info in inputs.items() for line in notes_of(info))
+
+
+def _trimmed(workspace: Workspace, recipe: Recipe, arms: list[Arm]) -> list[str]:
+    """Responses that lost outer white space to the target's template, scored and trained on."""
+    notes = []
+    folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
+    if (folder / "manifest.json").exists():
+        pool, spec = Pool(workspace.pool(recipe.pool.name)), model_spec(workspace, recipe, "target")
+        table = likelihood_table(folder, pool, spec, recipe.likelihood).found()
+        said = None if table is None else trimmed_note(table.info)
+        notes += [] if said is None else [f"{said}."]
+    most = {name: max(a.trimmed for a in arms if a.arm == name) for name in {a.arm for a in arms}}
+    notes += [
+        f"Arm {name}: the chat template takes white space off the ends of {n:,} responses."
+        for name, n in sorted(most.items())
+        if n
+    ]
+    return notes
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:

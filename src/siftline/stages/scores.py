@@ -4,7 +4,7 @@ The table covers the whole pool once and is shared by recipes. Rows that a stage
 scored through the same store when a gate asks for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from siftline.progress import Progress
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import COLUMNS, Likelihood
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.spans import trimmed_ids
 from siftline.shards import Manifest
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity
@@ -86,10 +88,50 @@ def score_pool(
     progress = Progress("likelihood", total_rows, emit, "forward rows")
     recorders = opened.recorders(spec, store, progress.advance)
     buckets = iter(()) if prompts else by_store_bucket(pool.rows, pool.buckets)
-    scored = score_buckets(recorders, buckets, asked, progress.advance)
-    manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
+    trims = _Trims(recorders[0])
+    scored = score_buckets(recorders, trims.seen(buckets), asked, progress.advance)
+    manifest = table.write(
+        pool,
+        observed(trims.scored(scored), observe),
+        lambda: {**asdict(total(recorders)), "trimmed": len(trims.ids)},
+    )
     progress.close()
     return manifest, True
+
+
+class _Trims:
+    """Counts the scored rows whose response the chat template takes white space off.
+
+    Attributes:
+        ids: Of those rows.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._tokenizer, self._template = recorder.engine.tokenizer, recorder.spec.template
+        self.ids: set[str] = set()
+
+    def seen(self, buckets: Iterable[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
+        """Passes on what is to be scored."""
+        for bucket, rows in buckets:
+            lines = rows.select(["id", "messages"]).to_pylist()
+            self.ids |= trimmed_ids(self._tokenizer, lines, self._template)
+            yield bucket, rows
+
+    def scored(self, scored: Any) -> Any:
+        """Passes on what came of it; rows without a score were not trimmed but left out."""
+        for bucket, (lines, reasons) in scored:
+            self.ids -= set(reasons)
+            yield bucket, (lines, reasons)
+
+
+def trimmed_note(info: Mapping[str, Any]) -> str | None:
+    """What a likelihood table's manifest says about responses that a template trims."""
+    if not info.get("trimmed"):
+        return None
+    return (
+        f"likelihood: the chat template takes white space off the ends of {info['trimmed']:,} of "
+        f"{info['scored']:,} responses"
+    )
 
 
 def observed(scored: Any, observe: Observe) -> Any:

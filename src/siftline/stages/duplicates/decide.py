@@ -121,6 +121,11 @@ class Duplicates:
             )
         return keep
 
+    def input_columns(self) -> tuple[str, ...]:
+        """The column of the input that decides which copy stays, where one does."""
+        keep = self.policy()
+        return (keep.column,) if keep.policy == "score" and keep.column is not None else ()
+
     def banding(self) -> Banding:
         """How signatures are cut; raises ValueError where num_perm is too small.
 
