@@ -8,7 +8,7 @@ import polars as pl
 
 from siftline.cache import as_json, list_store
 from siftline.ingest.pool import READING, REJECTED, Pool, notes_of
-from siftline.library import all_recipes
+from siftline.recipe.library import all_recipes
 from siftline.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far

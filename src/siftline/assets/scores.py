@@ -14,7 +14,7 @@ from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.scorers import models_of
 from siftline.shards import Manifest
 from siftline.stages.models import engines, model_spec

@@ -13,7 +13,7 @@ from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
-from siftline.recipe import Recipe, expand, expand_pool
+from siftline.recipe.parse import Recipe, expand, expand_pool
 from siftline.scoring.fingerprint import confirm_files
 from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace

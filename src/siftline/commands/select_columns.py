@@ -16,7 +16,7 @@ from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.ingest.readers import Source
 from siftline.progress import Tracker
 from siftline.schema import ROW, text_view
-from siftline.stages.selecting import narrow, whole_text
+from siftline.stages.select.run import narrow, whole_text
 
 SCORES = "scores.parquet"
 CHUNK = 1024

@@ -17,7 +17,7 @@ from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.published import read_config, read_version
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import identity, model_spec, named_spec
