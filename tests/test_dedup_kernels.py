@@ -12,41 +12,44 @@ from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, deduplicate
 from siftline.dedup.settings import Settings
 from siftline.kernels import bits
-from siftline.kernels.codepoints import fold_bytes, fold_points, tables
+from siftline.kernels.codepoints import FRONT, fold_bytes, fold_points, tables
 from siftline.kernels.folding import fold
+from siftline.kernels.rows import least
 from siftline.kernels.shingles import write_distinct
+from siftline.kernels.signs import ALWAYS, SMALL, marked, role
 from siftline.kernels.textgrams import shingles_reference, windows
 from siftline.kernels.tokens import word_units
+
+SETS = {
+    "letters64": set(b"abcdefghijklmnopqrstuvwxyz"),
+    "digits64": set(b"0123456789"),
+    "known64": {*b"abcdefghijklmnopqrstuvwxyz0123456789", *range(0x80, 0x100)},
+    "joints64": set(b".,':;"),
+    "rare64": set(range(0x21, 0x80)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789.,':;\"?"),
+    "dots64": set(b"."),
+    "quotes64": set(b"'"),
+    "separators64": set(b",;"),
+    "colons64": set(b":"),
+    "underscores64": set(b"_"),
+    "hyphens64": set(b"-"),
+    "bangs64": set(b"!"),
+    "backslashes64": set(b"\\"),
+    "opening64": set(b"([{"),
+    "closing64": set(b")]}"),
+    "signs64": set(b"#$%&*+/<=>@\\^|~"),
+    "operators64": set(b"%&*+/<=>^|~"),
+    "spaces64": set(range(1, 33)),
+    "zeros64": {0},
+}
+NAMES = tuple(SETS)
+CALLS = ", ".join(f"bits.{name}(data, at)" for name in NAMES)
+marks_of = njit(eval(f"lambda data, at: ({CALLS})", {"bits": bits}))  # as many as there are
 
 
 @njit
 def vector_steps(data, at, out):
     bits.lower32(data, at, out, 0)
-    marks = (
-        bits.letters64(data, at),
-        bits.others64(data, at),
-        bits.inner64(data, at),
-        bits.signs64(data, at),
-        bits.hyphens64(data, at),
-        bits.opening64(data, at),
-        bits.closing64(data, at),
-        bits.unclear64(data, at),
-        bits.printed64(data, at),
-    )
-    return bits.high32(data, at), bits.same64(data, at), marks
-
-
-SETS = (
-    set(b"abcdefghijklmnopqrstuvwxyz"),
-    {*b"0123456789", *range(0x80, 0x100)},
-    set(b".,':;"),
-    set(b"#$%&*+/<=>@\\^|~"),
-    set(b"-"),
-    set(b"([{"),
-    set(b")]}"),
-    set(b"!_"),
-    set(range(0x21, 0x80)),
-)
+    return bits.high32(data, at), bits.same64(data, at)
 
 
 @settings(deadline=None, max_examples=60)
@@ -57,15 +60,55 @@ def test_vector_steps_equal_byte_by_byte(raw, at):
     raw = (raw + b"\0" * 64)[:64]
     data = np.frombuffer(b"\0" * at + raw, np.uint8).copy()
     out = np.full(40, 7, np.uint8)
-    high, same, marks = vector_steps(data, at, out)
+    high, same = vector_steps(data, at, out)
     assert int(high) == sum((byte >> 7) << k for k, byte in enumerate(raw[:32]))
     before = b"\0" + raw
     assert int(same) == sum((byte == before[k]) << k for k, byte in enumerate(raw))
-    for found, members in zip(marks, SETS, strict=True):
-        assert int(found) == sum((byte in members) << k for k, byte in enumerate(raw))
+    for name, found in zip(NAMES, marks_of(data, at), strict=True):
+        assert int(found) == sum((byte in SETS[name]) << k for k, byte in enumerate(raw)), name
     for byte, folded in zip(raw[:32], out.tolist(), strict=False):
         assert byte >= 0x80 or folded == ord(chr(byte).lower())
     assert (out[32:] == 7).all()
+
+
+SIGNED = st.text("ab1 .-'!_([)]+=\\é\n", min_size=1, max_size=200)
+
+
+@settings(deadline=None, max_examples=500)
+@given(SIGNED)
+def test_roles_by_bits_are_those_by_bytes(text):
+    """What 64 bytes at once are taken for is what each is by itself, wherever a step ends."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    folded = np.empty(fold_bytes(len(raw)), np.uint8)
+    points = np.empty(fold_points(len(raw)), np.uint32)
+    end = fold(raw, 0, len(raw), folded, tables(), points)
+    base, words, marks = FRONT, [], []
+    while base < end:
+        in_word, sign, _, size = marked(folded, base)
+        assert max(int(in_word), int(sign)) < 1 << size
+        words += [base + k for k in range(size) if int(in_word) >> k & 1]
+        marks += [base + k for k in range(size) if int(sign) >> k & 1]
+        base += size
+    roles = {k: role(folded, k) for k in range(FRONT, base)}
+    assert words == [k for k, kind in roles.items() if kind == SMALL]
+    assert marks == [k for k, kind in roles.items() if kind == ALWAYS]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 70),
+    st.integers(1, 60),
+    st.integers(0, 2**32 - 1),
+)
+def test_signatures_of_any_width_are_least_values(slots, count, seed):
+    """Blocks of 32 and 8 slots, and what is left over, against whole numbers of Python."""
+    draw = np.random.default_rng(seed)
+    a, b, mixed = (draw.integers(0, 2**32, n, np.uint32) for n in (slots, slots, count))
+    out = np.full(slots + 1, 7, np.uint32)
+    least(mixed, count, a, b, out[:slots])
+    pairs = zip(a.tolist(), b.tolist(), strict=True)
+    lowest = [min((x * h + y) % 2**32 for h in mixed.tolist()) for x, y in pairs]
+    assert out.tolist() == [*lowest, 7]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 assert sys.byteorder == "little", "the kernels read eight bytes of text as one little-endian number"
@@ -79,108 +80,52 @@ def lower32(typing: Any, data: Any, at: Any, out: Any, to: Any) -> Any:
     return types.void(data, types.int64, out, types.int64), build
 
 
-@intrinsic
-def letters64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: small letters of ASCII."""
+def _class64(
+    ranges: str, chars: str, *, far: bool = False, but: tuple[str, str] | None = None
+) -> Any:
+    """An intrinsic of an array and a place: one bit a byte of data[at : at + 64], uint8.
 
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _between(builder, value, "a", "z", 64))
+    Args:
+        ranges: First and last of ranges of characters whose bytes count.
+        chars: More of them.
+        far: What is not ASCII counts, too.
+        but: Ranges and characters that do not count.
+    """
 
-    return types.uint64(data, types.int64), build
+    def bits64(typing: Any, data: Any, at: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
+            found = _one_of(builder, value, ranges, chars, 64)
+            if but is not None:
+                found = builder.and_(found, builder.not_(_one_of(builder, value, *but, 64)))
+            if far:
+                found = builder.or_(found, builder.icmp_signed("<", value, _all(64, 0)))
+            return _bits64(builder, found)
 
+        return types.uint64(data, types.int64), build
 
-@intrinsic
-def others64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: digits, and bytes that are not ASCII."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(
-            builder,
-            builder.or_(
-                _between(builder, value, "0", "9", 64), builder.icmp_signed("<", value, _all(64, 0))
-            ),
-        )
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def printed64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: ASCII but spaces and controls."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, builder.icmp_signed(">", value, _all(64, ord(" "))))
-
-    return types.uint64(data, types.int64), build
+    return intrinsic(bits64)
 
 
-@intrinsic
-def inner64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: what may be inside a word or number, .,':;."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _one_of(builder, value, ":;", ".,'", 64))
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def signs64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: what is a sign, #$%&*+/<=>@^|~."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _one_of(builder, value, "#&*+<>", "/@\\^|~", 64))
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def hyphens64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: hyphens."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, builder.icmp_unsigned("==", value, _all(64, ord("-"))))
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def opening64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: ([{."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _one_of(builder, value, "", "([{", 64))
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def closing64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: )]}."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _one_of(builder, value, "", ")]}", 64))
-
-    return types.uint64(data, types.int64), build
-
-
-@intrinsic
-def unclear64(typing: Any, data: Any, at: Any) -> Any:
-    """One bit a byte of data[at : at + 64], uint8: !_."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _loaded(context, builder, signature.args[0], args[0], args[1], 64)
-        return _bits64(builder, _one_of(builder, value, "", "!_", 64))
-
-    return types.uint64(data, types.int64), build
+known64 = _class64("az09", "", far=True)
+joints64 = _class64(":;", ".,'")
+rare64 = _class64("!\x7f", "", but=("az09:;", ".,'\"?"))
+letters64 = _class64("az", "")
+digits64 = _class64("09", "")
+spaces64 = _class64("\1 ", "")
+zeros64 = _class64("", "\0")
+dots64 = _class64("", ".")
+quotes64 = _class64("", "'")
+separators64 = _class64("", ",;")
+colons64 = _class64("", ":")
+underscores64 = _class64("", "_")
+hyphens64 = _class64("", "-")
+bangs64 = _class64("", "!")
+backslashes64 = _class64("", "\\")
+opening64 = _class64("", "([{")
+closing64 = _class64("", ")]}")
+signs64 = _class64("#&*+<>", "/@\\^|~")
+operators64 = _class64("%&*+<>", "/^|~")
 
 
 @intrinsic
@@ -194,6 +139,48 @@ def same64(typing: Any, data: Any, at: Any) -> Any:
         return _bits64(builder, builder.icmp_unsigned("==", value, last))
 
     return types.uint64(data, types.int64), build
+
+
+def _lowest(lanes: int) -> Any:
+    """An intrinsic of hashes, count, a, b, out and a place, arrays of uint32.
+
+    It writes out[k] = min(a[k] * h + b[k] mod 2^32 for h in hashes[:count]) for `lanes` numbers k
+    from the place on. These stay in registers while the hashes go by; a compiler left to choose
+    keeps the hashes there, and loads and stores the numbers.
+    """
+    shape = ir.VectorType(ir.IntType(32), lanes)
+    none, everywhere = ir.Constant(shape, ir.Undefined), ir.Constant(shape, [0] * lanes)
+
+    def lowest(typing: Any, hashes: Any, count: Any, a: Any, b: Any, out: Any, at: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            def pointer(k: int) -> Any:
+                return context.make_array(signature.args[k])(context, builder, args[k]).data
+
+            data = pointer(0)
+            factors, terms, to = (
+                builder.bitcast(builder.gep(pointer(k), [args[5]]), shape.as_pointer())
+                for k in (2, 3, 4)
+            )
+            factor, term = builder.load(factors, align=4), builder.load(terms, align=4)
+            least = cgutils.alloca_once_value(builder, ir.Constant(shape, [0xFFFFFFFF] * lanes))
+            with cgutils.for_range(builder, args[1]) as loop:
+                one = builder.load(builder.gep(data, [loop.index]))
+                value = builder.insert_element(none, one, ir.Constant(ir.IntType(32), 0))
+                value = builder.shuffle_vector(value, none, everywhere)
+                value = builder.add(builder.mul(factor, value), term)
+                held = builder.load(least)
+                lower = builder.icmp_unsigned("<", value, held)
+                builder.store(builder.select(lower, value, held), least)
+            builder.store(builder.load(least), to, align=4)
+            return context.get_dummy_value()
+
+        return types.void(hashes, types.int64, a, b, out, types.int64), build
+
+    return intrinsic(lowest)
+
+
+lowest32 = _lowest(32)
+lowest8 = _lowest(8)
 
 
 def _bits64(builder: Any, lanes: Any) -> Any:
@@ -216,9 +203,9 @@ def _one_of(builder: Any, value: Any, ranges: str, chars: str, lanes: int) -> An
 
 
 def _between(builder: Any, value: Any, low: str, high: str, lanes: int) -> Any:
-    """Whether each byte is one of a range of characters."""
-    off = builder.sub(value, _all(lanes, ord(low)))
-    return builder.icmp_unsigned("<", off, _all(lanes, ord(high) - ord(low) + 1))
+    """Whether each byte is one of a range of characters: one addition, one signed comparison."""
+    top = builder.add(value, _all(lanes, 0x7F - ord(high)))
+    return builder.icmp_signed(">", top, _all(lanes, 0x7F - (ord(high) - ord(low) + 1)))
 
 
 def _all(lanes: int, value: int) -> Any:

@@ -66,6 +66,11 @@ def fold(
             _lower_step(data, i, stop, out, at)
             at += plain
             i += plain
+            # From here on nothing waits for how many bytes the last step took.
+            while i + 32 <= stop and high32(data, i) == 0:
+                lower32(data, i, out, at)
+                at += 32
+                i += 32
         if i < stop and data[i] >= 0x80:
             i, at, solo = _others(data, i, stop, out, at, tables, points)
     for k in range(at, at + _BEHIND, 8):

@@ -11,11 +11,12 @@ allocate nothing, so that they can be kept compiled (`machine`); `texts` is wher
 import numpy as np
 from numba import njit
 
+from siftline.kernels.bits import lowest8, lowest32
 from siftline.kernels.folding import fold
 from siftline.kernels.minhash import EMPTY
 from siftline.kernels.shingles import write_distinct
 from siftline.kernels.textgrams import character_units, text_hash, windows
-from siftline.kernels.texts import ALONE, LANES, Buffers, Held, Rows, Shingling, Texts
+from siftline.kernels.texts import ALONE, Buffers, Held, Rows, Shingling, Texts
 from siftline.kernels.tokens import word_units, write_words
 
 _G = np.uint64(0x9E3779B97F4A7C15)
@@ -71,19 +72,21 @@ def summarise(
             continue
         begin, stop_at = texts.offsets[i], texts.offsets[i + 1]
         out.hashes[k] = text_hash(texts.data, begin, stop_at)
-        count = _shingle(texts.data, begin, stop_at, shingling, buffers)
+        units = _units(texts.data, begin, stop_at, shingling, buffers)
+        count = max(units - shingling.n + 1, min(units, 1))
+        keeps = holds and free + count <= end
+        shingles = held.values[free:] if keeps else buffers.shingles
+        windows(buffers.units, units, shingling.n, shingles)
         out.counts[k] = count
         if holds:
-            held.starts[i] = free if free + count <= end else -1
-            if free + count <= end:
-                for p in range(count):
-                    held.values[free + p] = buffers.shingles[p]
-                free += count
+            held.starts[i] = free if keeps else -1
+        if keeps:
+            free += count
         if count == 0:
             # Nothing to sign: such a text can only be the same as another.
             out.keys[:, k] = max(out.hashes[k], np.uint64(1))
             continue
-        _sign(buffers.shingles, count, a, b, slots)
+        _sign(shingles, count, a, b, slots, buffers.mixed)
         for band in range(len(out.keys)):
             out.keys[band, k] = _key(slots, band * rows, rows, band)
 
@@ -103,7 +106,7 @@ def sign(
         if not texts.null[i]:
             begin, end = texts.offsets[i], texts.offsets[i + 1]
             count = _shingle(texts.data, begin, end, shingling, buffers)
-        _sign(buffers.shingles, count, a, b, out[i])
+        _sign(buffers.shingles, count, a, b, out[i], buffers.mixed)
 
 
 @njit(cache=True, nogil=True)
@@ -145,44 +148,54 @@ def collect(
 
 @njit(cache=True, nogil=True)
 def _shingle(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
-    stop = fold(data, begin, end, buffers.folded, how.tables, buffers.points)
-    if how.characters:
-        written = write_words(buffers.folded, stop, buffers.words, 0)
-        count = character_units(buffers.words, 0, written, buffers.units)
-    else:
-        count = word_units(buffers.folded, stop, buffers.units)
+    """Writes the shingles of one text to `buffers.shingles`; returns how many there are."""
+    count = _units(data, begin, end, how, buffers)
     return windows(buffers.units, count, how.n, buffers.shingles)
 
 
 @njit(cache=True, nogil=True)
+def _units(data: np.ndarray, begin: int, end: int, how: Shingling, buffers: Buffers) -> int:
+    """Writes the units of one text to `buffers.units`; returns how many there are."""
+    stop = fold(data, begin, end, buffers.folded, how.tables, buffers.points)
+    if how.characters:
+        written = write_words(buffers.folded, stop, buffers.words, 0)
+        return character_units(buffers.words, 0, written, buffers.units)
+    return word_units(buffers.folded, stop, buffers.units)
+
+
+@njit(cache=True, nogil=True)
 def _sign(
-    shingles: np.ndarray, count: int, a: np.ndarray, b: np.ndarray, slots: np.ndarray
+    shingles: np.ndarray,
+    count: int,
+    a: np.ndarray,
+    b: np.ndarray,
+    slots: np.ndarray,
+    mixed: np.ndarray,
 ) -> None:
-    """The signature of shingles[:count], which are mixed in place."""
-    slots[:] = EMPTY
-    if count == 0:
-        return
+    """The signature of shingles[:count]; `mixed` is room for as many."""
     for p in range(count):
         h = shingles[p]
         h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
         h = np.uint32((h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-        shingles[p] = h ^ (h >> np.uint32(16))
-    # Eight at a time, so that a slot is loaded and stored once for eight hashes; the last is
-    # repeated to fill up, which changes no minimum.
-    full = -(-count // LANES) * LANES
-    for p in range(count, full):
-        shingles[p] = shingles[count - 1]
-    for p in range(0, full, LANES):
-        h0, h1, h2, h3 = shingles[p], shingles[p + 1], shingles[p + 2], shingles[p + 3]
-        h4, h5, h6, h7 = shingles[p + 4], shingles[p + 5], shingles[p + 6], shingles[p + 7]
-        for k in range(len(a)):
+        mixed[p] = h ^ (h >> np.uint32(16))
+    least(mixed, count, a, b, slots)
+
+
+@njit(cache=True, nogil=True)
+def least(mixed: np.ndarray, count: int, a: np.ndarray, b: np.ndarray, slots: np.ndarray) -> None:
+    """Writes the least a * h + b mod 2^32 over mixed[:count] to each slot, uint32."""
+    k = 0
+    while k + 32 <= len(a):
+        lowest32(mixed, count, a, b, slots, k)
+        k += 32
+    while k + 8 <= len(a):
+        lowest8(mixed, count, a, b, slots, k)
+        k += 8
+    slots[k:] = EMPTY
+    for rest in range(k, len(a)):
+        for p in range(count):
             # Numba widens the product to 64 bits; the cast is the mod 2^32.
-            m, c = a[k], b[k]
-            low = min(np.uint32(m * h0 + c), np.uint32(m * h1 + c))
-            low = min(low, min(np.uint32(m * h2 + c), np.uint32(m * h3 + c)))
-            high = min(np.uint32(m * h4 + c), np.uint32(m * h5 + c))
-            high = min(high, min(np.uint32(m * h6 + c), np.uint32(m * h7 + c)))
-            slots[k] = min(slots[k], min(low, high))
+            slots[rest] = min(slots[rest], np.uint32(a[rest] * mixed[p] + b[rest]))
 
 
 @njit(cache=True, nogil=True)

@@ -55,17 +55,35 @@ def windows(units: np.ndarray, count: int, n: int, out: np.ndarray) -> int:
     if count == 0:
         return 0
     size = min(n, count)
-    h, leaving = np.uint64(0), _ONE
-    for i in range(size):
-        h = h * _B + units[i]
+    found = count - size + 1
+    leaving = _ONE
+    for _ in range(size):
         leaving *= _B
     salt = np.uint64(size) * _G
-    out[0] = _mixed(h + salt)
-    coming, after = units[size:count], out[1:]
-    for i in range(count - size):
+    # Two halves side by side: within one, each hash waits for the one before.
+    half = found >> 1
+    h, g = _polynomial(units, size), _polynomial(units[half:], size)
+    later, coming, last = units[half:], units[size:], units[half + size :]
+    lower, upper = out[1:], out[half:]
+    out[0], upper[0] = _mixed(h + salt), _mixed(g + salt)
+    after = upper[1:]
+    for i in range(half - 1):
         h = h * _B + (coming[i] - units[i] * leaving)
-        after[i] = _mixed(h + salt)
-    return count - size + 1
+        g = g * _B + (last[i] - later[i] * leaving)
+        lower[i] = _mixed(h + salt)
+        after[i] = _mixed(g + salt)
+    if half > 0 and found & 1:
+        g = g * _B + (last[half - 1] - later[half - 1] * leaving)
+        upper[half] = _mixed(g + salt)
+    return found
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _polynomial(units: np.ndarray, size: int) -> np.uint64:
+    h = np.uint64(0)
+    for i in range(size):
+        h = h * _B + units[i]
+    return h
 
 
 @njit(cache=True, nogil=True)

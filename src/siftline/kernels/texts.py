@@ -12,8 +12,6 @@ from siftline.kernels.machine import Kernel
 
 ALONE = np.uint64(0)
 """The key of a row that shares no band with any other."""
-LANES = 8
-"""Shingles that are signed at once."""
 
 
 class Texts(NamedTuple):
@@ -79,6 +77,7 @@ class Buffers(NamedTuple):
         words: Its words as text, where units are characters.
         units: Hashes of its units.
         shingles: Those of its shingles.
+        mixed: The same, mixed for the signature.
         ends: Ranges of values that are being sorted.
     """
 
@@ -87,6 +86,7 @@ class Buffers(NamedTuple):
     words: np.ndarray
     units: np.ndarray
     shingles: np.ndarray
+    mixed: np.ndarray
     ends: np.ndarray
 
 
@@ -98,7 +98,8 @@ def buffers(longest: int, characters: bool) -> Buffers:
         np.empty(fold_points(longest), np.uint32),
         np.empty(units + 8 if characters else 0, np.uint8),
         np.empty(units, np.uint64),
-        np.empty(units + LANES, np.uint32),
+        np.empty(units, np.uint32),
+        np.empty(units, np.uint32),
         np.empty(2 * units + 8, np.int32),
     )
 

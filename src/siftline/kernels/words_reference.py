@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from siftline.kernels.codepoints import fold_reference
-from siftline.kernels.tokens import REACH
+from siftline.kernels.signs import REACH
 
 _OPERATORS, _ALWAYS = set("+*/^<=>|~&%"), set("#$@\\")
 _OPEN, _CLOSE = set("([{"), set(")]}")
