@@ -74,6 +74,7 @@ def test_any_text_is_cut_as_the_reference_cuts_it(texts):
 
 @settings(deadline=None, max_examples=200)
 @given(TEXT)
+@example("a\u2270b \u2271 \u0385\u1fc1")
 def test_normal_forms_are_one_text(text):
     """Composed or not, in full width or not: the same words, by Unicode's own normalisation."""
     for form in ("NFC", "NFD"):

@@ -261,8 +261,11 @@ def _fold(char: str) -> str:
         parts = normalize("NFKD", folded)
         folded = normalize("NFKC", "".join(c if c == _IOTA_BELOW else c.casefold() for c in parts))
     folded = "".join(_SPELLED.get(ord(c), c) for c in folded)
-    if compat[0].isspace() and len(compat) > 1:  # an accent by itself
-        return '"'
+    apart = normalize("NFD", char)
+    if compat[0].isspace() and len(compat) > 1:  # an accent by itself; a second one is a mark on it
+        return '"' + apart[1:]
+    if len(folded) == 1 and ord(apart[0]) in _SPELLED:  # a relation that is struck through
+        folded = _SPELLED[ord(apart[0])] + apart[1:]
     if "/" in folded and category(char) == "No":
         folded = " " + folded
     # The parts of a word by itself are parted by a byte each.
