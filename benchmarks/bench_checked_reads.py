@@ -79,7 +79,7 @@ def do(step: str, root: Path, rows: int) -> None:
 
 def measured(step: str, root: Path, rows: int) -> dict[str, Any]:
     """Does a step and says what its hashing cost: seconds of processor time, bytes, files."""
-    from siftline import verified
+    from siftline.rows import verified
 
     original, hashed = hashlib.file_digest, []
 

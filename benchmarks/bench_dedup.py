@@ -131,7 +131,7 @@ def near_pairs(sets, threshold, block=500):
 
 def own_words(text):
     """Our words of a text."""
-    from siftline.kernels.text import words
+    from siftline.kernels.text.words import words
 
     return words(text).split(" ") if text else []
 

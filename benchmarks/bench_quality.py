@@ -19,9 +19,9 @@ from pathlib import Path
 
 import polars as pl
 
-from siftline import schema
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.selectors.selection import Selection, select
+from siftline.rows import schema
+from siftline.rows.selection import Selection, select
 from siftline.stages.planting import looped
 from siftline.stages.quality_rules.decide import QualityRules, Rules
 from siftline.stages.quality_rules.run import looker

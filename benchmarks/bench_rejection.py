@@ -28,10 +28,10 @@ from typing import Any
 
 from siftline.ingest.pool import Pool
 from siftline.recipe.library import find
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
+from siftline.scoring.engines.streaming import Ask, Pull
+from siftline.scoring.measures.samples import seed_of
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.samples import seed_of
-from siftline.scoring.streaming import Ask, Pull
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
 from siftline.stages.rejection_sampling.campaign import Campaign, run

@@ -173,7 +173,7 @@ def run_kmeans(kind: str, n: int) -> Callable[[], dict[str, Any]]:
     def work() -> dict[str, Any]:
         k = clusters(n)
         if kind == "siftline":
-            from siftline.kernels.kmeans import kmeans
+            from siftline.kernels.vectors.kmeans import kmeans
 
             found = kmeans(x, k, 0, [f"p{i:030d}" for i in range(n)])
             return {"inertia": float(found.distances.sum(dtype=np.float64))}

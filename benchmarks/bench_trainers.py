@@ -138,7 +138,7 @@ def compare(kind, tokenizer, ids, lines, rows):
 
 def conversation(tokenizer, messages, tools, line):
     """One conversation as a trainer has it beside ours."""
-    from siftline.native import native_messages
+    from siftline.rows.native import native_messages
     from siftline.scoring.spans import response_span
 
     tokens, (start, end) = response_span(tokenizer, messages, tools=tools)

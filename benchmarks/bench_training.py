@@ -55,7 +55,7 @@ MODELS["1B"] = (2048, 5632, 22, 32, 4, 32_000, 64)  # TinyLlama's shape
 
 def conversations(count: int) -> list[dict[str, Any]]:
     """Rows of words that the tokenizer knows, of log-normal length, median about 150 tokens."""
-    from siftline import schema
+    from siftline.rows import schema
 
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(5.0, 0.8, count)).astype(int), 20, LONGEST - 60)
@@ -133,7 +133,7 @@ def theirs(base: Path, out: Path, rows: Any, step_rows: int, name: str, device: 
 
 
 def tokenized(base: Path, rows: Any) -> Any:
-    from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.engines.base import ModelSpec
     from siftline.scoring.templates import load_tokenizer
     from siftline.training.budget import tokenize_rows
 
@@ -145,7 +145,7 @@ def one(name: str, base: Path, count: int, step_rows: int, device: str) -> None:
     import pyarrow as pa
     import torch
 
-    from siftline import schema
+    from siftline.rows import schema
 
     def run(rows: Any) -> float:
         with tempfile.TemporaryDirectory() as place:

@@ -117,8 +117,8 @@ def open_loop(folder: str, rows_at_once: int, device: str, dtype: str) -> Score:
 def open_siftline(
     folder: str, engine_name: str, details: bool, batch_tokens: int, device: str, dtype: str
 ) -> Score:
-    from siftline.scoring.batching import plan_batches
-    from siftline.scoring.engines import DETAILS, ModelSpec, open_engine
+    from siftline.scoring.engines.base import DETAILS, ModelSpec, open_engine
+    from siftline.scoring.engines.batching import plan_batches
 
     engine = open_engine(ModelSpec(folder, engine_name, dtype=dtype, device=device))
 
@@ -139,7 +139,7 @@ def open_siftline(
 
 def open_vllm(folder: str, dtype: str) -> Score:
     """vLLM's defaults, but for what this machine needs (eager mode, a small cache)."""
-    from siftline.scoring.vllm_options import installed, set_environment
+    from siftline.scoring.engines.vllm_options import installed, set_environment
 
     _, cpu = installed()
     set_environment("auto", cpu=cpu)

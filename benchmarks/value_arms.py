@@ -10,9 +10,9 @@ import pyarrow as pa
 import yaml
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import REMOVED
 from siftline.recipe.library import recipe_files
 from siftline.recipe.parse import parse
+from siftline.rows.ledger import REMOVED
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.registry import Entry, find, methods
 from siftline.stages.arm_rows import COLUMNS, Draw, rows_of_arm

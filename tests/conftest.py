@@ -72,8 +72,9 @@ def make_version() -> Callable[..., Path]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from siftline.published import version_of
-    from siftline.shards import file_hash, point_latest
+    from siftline.rows.published import version_of
+    from siftline.rows.shards import point_latest
+    from siftline.rows.verified import file_hash
 
     def make(root: Path, tables: list[pa.Table], identity: dict[str, Any] | None = None) -> Path:
         draft = root / ".draft"
@@ -295,7 +296,7 @@ def mini(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the rows that the transformers engine is asked for, by method."""
-    from siftline.scoring.transformers_engine import TransformersEngine
+    from siftline.scoring.engines.transformers_engine import TransformersEngine
 
     counts: dict[str, int] = {}
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from siftline.kernels.draws import uniforms
-from siftline.schema import digest
-from siftline.scoring.engines import Generation
+from siftline.rows.schema import digest
+from siftline.scoring.engines.base import Generation
 
 _SUM = re.compile(r"What is (\d+) \+ (\d+)\?")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.engines import ModelSpec, open_engine, positions
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import ModelSpec, open_engine, positions
+from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 
 VOCAB = 259

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from siftline.kernels.draws import uniforms
 from siftline.kernels.quotas import largest_remainder
-from siftline.schema import digest
-from siftline.selectors.selection import select
+from siftline.rows.schema import digest
+from siftline.rows.selection import select
 from siftline.stages.allocate.decide import COLUMNS, Allocate
 
 

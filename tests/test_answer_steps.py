@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.answers import find_answers
+from siftline.scoring.answers.find import find_answers
 from siftline.scoring.verifiers import get_verifier
 
 STEPPED = {

@@ -4,9 +4,9 @@ import pyarrow as pa
 import pytest
 
 from siftline.ingest.pool import Pool
-from siftline.kernels.text import words
-from siftline.ledger import REMOVED
+from siftline.kernels.text.words import words
 from siftline.recipe.sections import ARMS
+from siftline.rows.ledger import REMOVED
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier
 from siftline.stages.arm_rows import Draw, rows_of_arm

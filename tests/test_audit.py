@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from siftline.cli import cli
-from siftline.ledger import REMOVED
+from siftline.rows.ledger import REMOVED
 from siftline.stages import audit as sheets
 from siftline.stages.run import outputs
 from siftline.training.intervals import wilson

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftline.scoring.batching import in_halves, plan_batches, ran_out_of_memory
+from siftline.scoring.engines.batching import in_halves, plan_batches, ran_out_of_memory
 
 
 def test_rows_share_a_batch_while_its_padded_tokens_fit():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.words_reference import words_reference
+from siftline.kernels.sets.jaccard import jaccard_reference
+from siftline.kernels.text.words_reference import words_reference
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

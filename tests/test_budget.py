@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftline import schema
+from siftline.rows import schema
 from siftline.training.budget import plan_steps, rows_for_budget, rows_for_epochs, tokenize_rows
 from siftline.training.material import read_rows
 from siftline.training.sft import FineTune

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pytest
 
-from siftline import cache
 from siftline.cli import main
 from siftline.commands.cache import seconds, size_text
-from siftline.journal import Journal
-from siftline.store import Namespace, Store, collect
+from siftline.store import cache
+from siftline.store.journal import Journal
+from siftline.store.store import Namespace, Store, collect
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])
 FINGERPRINT = "0123456789abcdef" * 4
@@ -80,7 +80,7 @@ def said(result):
 HOLDER = """
 import sys
 from pathlib import Path
-from siftline.namespace import NamespaceFolder
+from siftline.store.namespace import NamespaceFolder
 with NamespaceFolder(Path(sys.argv[1])).lease(int(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()

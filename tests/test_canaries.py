@@ -12,21 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageResult
 from siftline.recipe.kinds import Stage, kind_of
 from siftline.recipe.parse import parse
 from siftline.recipe.sections import Canaries
+from siftline.rows import schema
+from siftline.rows.ledger import StageResult
+from siftline.rows.selection import decisions
 from siftline.scoring.verifiers import get_verifier
-from siftline.selectors.selection import decisions
 from siftline.stages import canaries, run
 from siftline.stages.canaries import _plant, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.decontamination.decide import Decontamination
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.held_rows import HeldRows as HeldRows
-from siftline.stages.held_rows import first
+from siftline.stages.held_rows import HeldRows, first
 from siftline.stages.planting import DEFECTS, SOUND, similarity
 from siftline.stages.run import outputs, run_stage
 from siftline.stages.verify.decide import Verify

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import FAILED, KEPT, REMOVED
+from siftline.rows.ledger import FAILED, KEPT, REMOVED
 from siftline.stages.run import outputs, run_stage
 from siftline.workspace import Workspace
 
@@ -203,7 +203,7 @@ from pathlib import Path
 import siftline.stages.models as models
 from siftline.assets.scores import score
 from siftline.recipe.library import find
-from siftline.scoring.transformers_engine import TransformersEngine
+from siftline.scoring.engines.transformers_engine import TransformersEngine
 from siftline.workspace import Workspace
 
 root, log, rounds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

@@ -9,9 +9,9 @@ import pytest
 
 from siftline.cli import main
 from siftline.ingest.pool import Pool
-from siftline.ledger import KEPT, REMOVED
-from siftline.namespace import BUCKETS, NamespaceFolder
+from siftline.rows.ledger import KEPT, REMOVED
 from siftline.stages.run import outputs
+from siftline.store.namespace import BUCKETS, NamespaceFolder
 from siftline.workspace import Workspace
 
 ROOTED = (

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from siftline.cli import main
-from siftline.scoring.engines import ModelSpec, open_engine
+from siftline.scoring.engines.base import ModelSpec, open_engine
 from siftline.scoring.spans import response_span, start_token
 
 SCORES = [
@@ -236,7 +236,7 @@ import os, sys, time
 from pathlib import Path
 import siftline.commands.score_tables
 from siftline.cli import main
-from siftline.scoring.transformers_engine import TransformersEngine
+from siftline.scoring.engines.transformers_engine import TransformersEngine
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Nothing is run before the forks, because pools of threads don't survive one; imports are shared.

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftline import schema
 from siftline.cli import main
+from siftline.rows import schema
 
 FAST = ("--set", "epochs=2", "--set", "batch_rows=10", "--set", "max_length=96")
 

@@ -7,8 +7,8 @@ import pytest
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.ingest.source import Source
 from siftline.recipe.parse import parse
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import Likelihood
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.stages.scores import TABLE, score_pool, trimmed_note
 from siftline.stages.tables import ScoreTable
@@ -84,7 +84,7 @@ class Engine:
     def inspect(self, tokens, spans, wanted):
         import numpy as np
 
-        from siftline.scoring.engines import Inspection
+        from siftline.scoring.engines.base import Inspection
 
         return [
             Inspection(np.full(end - start, -1, np.float32), None, None, None)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from siftline.schema import digest
-from siftline.scoring.reflection import reflection_from_choices
-from siftline.selectors.selection import select
+from siftline.rows.schema import digest
+from siftline.rows.selection import select
+from siftline.scoring.measures.reflection import reflection_from_choices
 from siftline.stages.confidence.decide import ConfidenceGate, auroc, consistency, weighted_mean
 
 SCORES = {"id": pl.String, "agreement": pl.Float64, "reflection": pl.Float64}

@@ -10,14 +10,14 @@ from sklearn.metrics import roc_auc_score
 
 from siftline.assets.shared import build
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.ledger import KEPT, StageResult
 from siftline.recipe.kinds import StageKind
 from siftline.recipe.parse import parse
-from siftline.schema import ADDED, bucket_of, make_row, message
-from siftline.scoring.engines import ModelSpec
+from siftline.rows.ledger import KEPT, StageResult
+from siftline.rows.schema import ADDED, bucket_of, make_row, message
+from siftline.rows.selection import decisions
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.reflection import AGAIN, reflections
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.reflection import AGAIN, reflections
-from siftline.selectors.selection import decisions
 from siftline.stages import models
 from siftline.stages.confidence.options import Confidence
 from siftline.stages.confidence.parts import _likelihoods

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from siftline.schema import ROW, digest, make_row, message
-from siftline.scoring.contrast import CLUSTERS, NOVELTY, Contrast, novel_clusters
-from siftline.scoring.engines import ModelSpec, open_engine
-from siftline.scoring.likelihood import score_likelihood
+from siftline.rows.schema import ROW, digest, make_row, message
+from siftline.scoring.engines.base import ModelSpec, open_engine
+from siftline.scoring.measures.contrast import CLUSTERS, NOVELTY, Contrast, novel_clusters
+from siftline.scoring.measures.likelihood import score_likelihood
+from siftline.scoring.measures.scorers import columns_of, run_scorer
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.scorers import columns_of, run_scorer
 from siftline.scoring.spans import response_span
 
 ANIMALS = ("cat", "dog", "cow", "hen", "fox", "owl")

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import siftline
-from siftline.conversations import messages_type, published, used_fields
 from siftline.ingest.readers import Source, read_sources
-from siftline.native import native_calls, native_messages, native_tools
-from siftline.schema import MESSAGE, message
+from siftline.rows.conversations import messages_type, published, used_fields
+from siftline.rows.native import native_calls, native_messages, native_tools
+from siftline.rows.schema import MESSAGE, message
 
 SPEC = importlib.util.spec_from_file_location("versions", Path(__file__).with_name("versions.py"))
 VERSIONS = importlib.util.module_from_spec(SPEC)

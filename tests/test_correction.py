@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.assets.shared import build
-from siftline.ledger import KEPT, REMOVED
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import parse
-from siftline.schema import digest
-from siftline.scoring.pairwise import preference
+from siftline.rows.ledger import KEPT, REMOVED
+from siftline.rows.schema import digest
+from siftline.scoring.measures.pairwise import preference
 from siftline.stages import models
 from siftline.stages.correct import run as correcting
 from siftline.stages.correct.decide import ADOPTED, PROPOSALS, CorrectionRule, fold_of, judged_facts

@@ -17,11 +17,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import curated, shards, shuffle
-from siftline.card import CardInfo, StageCount, escape, render, size_category
-from siftline.curated import REMOVED, publish, resolve_latest
 from siftline.kernels.draws import uniforms
-from siftline.schema import ROW, make_row, message
+from siftline.rows import curated, shuffle
+from siftline.rows.card import CardInfo, StageCount, escape, render, size_category
+from siftline.rows.curated import REMOVED, publish, resolve_latest
+from siftline.rows.schema import ROW, make_row, message
+from siftline.rows.verified import file_hash
 
 IDENTITY = {"recipe": "demo", "recipe_hash": "abc", "pool": "def", "software": "0.1"}
 STAGES = (
@@ -198,7 +199,7 @@ def test_manifest_tells_the_truth(tmp_path):
     assert {f["path"] for f in manifest["files"]} == set(contents(done.path)) - {"manifest.json"}
     for file in manifest["files"]:
         path = done.path / file["path"]
-        assert file["sha256"] == shards.file_hash(path)
+        assert file["sha256"] == file_hash(path)
         assert file["bytes"] == path.stat().st_size
     rows = [f["rows"] for f in manifest["files"] if f["path"].startswith("data/")]
     assert sum(rows) == manifest["counts"]["rows"] == 50
@@ -280,7 +281,7 @@ READER = """
 import json, sys
 from pathlib import Path
 import polars as pl
-from siftline.curated import resolve_latest
+from siftline.rows.curated import resolve_latest
 
 root, seen = Path(sys.argv[1]), []
 print("ready", flush=True)

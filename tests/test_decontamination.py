@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.text import words
-from siftline.schema import make_row, message
+from siftline.kernels.text.words import words
+from siftline.rows.schema import make_row, message
 from siftline.stages.decontamination.decide import OVERLAP, Decontamination
 
 VOCABULARY = [

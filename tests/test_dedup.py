@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, deduplicate
 from siftline.dedup.settings import Settings
-from siftline.kernels import keepers
-from siftline.kernels.codepoints import FRONT, fold_bytes, fold_points, tables
-from siftline.kernels.folding import fold
-from siftline.kernels.groups import shared, shared_reference
-from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.minhash import permutations
-from siftline.kernels.rows import sign
-from siftline.kernels.textgrams import character_units, shingles_reference, windows
-from siftline.kernels.texts import buffers
-from siftline.kernels.tokens import word_units, write_words
+from siftline.kernels.sets import keepers
+from siftline.kernels.sets.groups import shared, shared_reference
+from siftline.kernels.sets.jaccard import jaccard_reference
+from siftline.kernels.sets.minhash import permutations
+from siftline.kernels.sets.rows import sign
+from siftline.kernels.text.codepoints import FRONT, fold_bytes, fold_points, tables
+from siftline.kernels.text.folding import fold
+from siftline.kernels.text.textgrams import character_units, shingles_reference, windows
+from siftline.kernels.text.texts import buffers
+from siftline.kernels.text.tokens import word_units, write_words
 
 ODD = [
     "",

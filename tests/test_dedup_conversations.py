@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from siftline.cli import main
 from siftline.commands import dedup_conversations
-from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.keep import Keep
-from siftline.kernels.text import numbers, words
-from siftline.schema import canonical_text, make_row, message
-from siftline.selectors.selection import select
+from siftline.kernels.sets.jaccard import jaccard_reference
+from siftline.kernels.sets.keep import Keep
+from siftline.kernels.text.words import numbers, words
+from siftline.rows.schema import canonical_text, make_row, message
+from siftline.rows.selection import select
 from siftline.stages.duplicates.decide import Duplicates
 from siftline.stages.duplicates.state import StateFiles, normal_answer
 

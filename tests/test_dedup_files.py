@@ -15,8 +15,8 @@ import pytest
 from siftline.cli import main
 from siftline.dedup import run
 from siftline.dedup.engine import deduplicate
-from siftline.kernels.keep import Keep
-from siftline.kernels.spill import Keys
+from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.spill import Keys
 
 BASE = "the quick brown fox jumps over the lazy dog while seven zebras watch from a far hill"
 

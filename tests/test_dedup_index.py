@@ -13,7 +13,7 @@ import pytest
 
 from siftline.cli import main
 from siftline.dedup import index as index_module
-from siftline.kernels import keepers
+from siftline.kernels.sets import keepers
 
 
 def texts(seed=0, families=40):

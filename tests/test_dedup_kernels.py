@@ -11,14 +11,14 @@ from siftline.dedup import engine as engines
 from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Engine, deduplicate
 from siftline.dedup.settings import Settings
-from siftline.kernels import bits
-from siftline.kernels.codepoints import FRONT, fold_bytes, fold_points, tables
-from siftline.kernels.folding import fold
-from siftline.kernels.rows import least
-from siftline.kernels.shingles import write_distinct
-from siftline.kernels.signs import ALWAYS, SMALL, marked, role
-from siftline.kernels.textgrams import shingles_reference, windows
-from siftline.kernels.tokens import word_units
+from siftline.kernels.sets.rows import least
+from siftline.kernels.sets.shingles import write_distinct
+from siftline.kernels.text import bits
+from siftline.kernels.text.codepoints import FRONT, fold_bytes, fold_points, tables
+from siftline.kernels.text.folding import fold
+from siftline.kernels.text.signs import ALWAYS, SMALL, marked, role
+from siftline.kernels.text.textgrams import shingles_reference, windows
+from siftline.kernels.text.tokens import word_units
 
 SETS = {
     "letters64": set(b"abcdefghijklmnopqrstuvwxyz"),

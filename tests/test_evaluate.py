@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from siftline.scoring.engines import Generation
+from siftline.scoring.engines.base import Generation
 from siftline.scoring.verifiers import Verdict
 from siftline.training.evaluate import (
     RESULT,
@@ -222,8 +222,8 @@ def test_a_bad_configuration_is_refused(bad):
 
 
 def test_a_real_engine_answers(tiny_model):
-    from siftline.scoring import transformers_engine as engines
-    from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.engines import transformers_engine as engines
+    from siftline.scoring.engines.base import ModelSpec
 
     engine = engines.TransformersEngine(ModelSpec(path=str(tiny_model), max_length=64))
     config = Evaluation(max_new_tokens=6, batch_rows=3)

@@ -13,7 +13,7 @@ import yaml
 from siftline.cli import main
 from siftline.export.targets import TARGETS
 from siftline.export.write import export
-from siftline.native import native_messages, native_tools
+from siftline.rows.native import native_messages, native_tools
 
 SPEC = importlib.util.spec_from_file_location("versions", Path(__file__).with_name("versions.py"))
 VERSIONS = importlib.util.module_from_spec(SPEC)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.blocks import unit
-from siftline.kernels.facility import lazy_greedy, stochastic_greedy, value_of
+from siftline.kernels.vectors.blocks import unit
+from siftline.kernels.vectors.facility import lazy_greedy, stochastic_greedy, value_of
 
 
 def plain_greedy(similarities, k):

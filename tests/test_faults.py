@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftline.journal import read_journal
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.engines import Failed, ModelSpec, open_engine
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import Failed, ModelSpec, open_engine
+from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import QUESTION_ANSWER
+from siftline.store.journal import read_journal
 
 ROWS = 300
 KILLS = 10
@@ -26,8 +26,8 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import torch
-from siftline.scoring.engines import ModelSpec, open_engine
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.scoring.engines.base import ModelSpec, open_engine
+from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 
 model, rows, calm, killed = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])

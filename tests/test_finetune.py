@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftline import schema
+from siftline.rows import schema
+from siftline.rows.verified import AlteredError
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.schedule import budget_schedule, epochs_schedule
-from siftline.verified import AlteredError
 
 FAST = FineTune(learning_rate=3e-3, epochs=6, batch_rows=10, max_length=64, save_steps=100)
 LORA = FineTune(

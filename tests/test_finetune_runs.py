@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from siftline import schema
+from siftline.rows import schema
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out, training_passes
 from siftline.training.sft import check_sharding, last_checkpoint

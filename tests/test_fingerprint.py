@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from siftline.scoring.engines import ENGINES, ModelSpec, Server
+from siftline.scoring.engines.base import ENGINES, ModelSpec, Server
 from siftline.scoring.fingerprint import directory_digest, model_digest, model_fingerprint
 
 SERVER = Server("http://127.0.0.1:1/v1")

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
-from siftline.scoring.engines import Failed, ModelSpec
+from siftline.rows import schema
+from siftline.rows.verified import AlteredError
+from siftline.scoring.engines.base import Failed, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import response_span
 from siftline.selectors.less import Gradients
@@ -26,7 +27,6 @@ from siftline.training import gradients, random_projection
 from siftline.training.gradients import GradientEngine, GradientModel, gradient_features
 from siftline.training.random_projection import project, signs
 from siftline.training.warmup import read_snapshot, warm_up
-from siftline.verified import AlteredError
 
 ASKED = Gradients(dimensions=192, share=0.5, epochs=2, rank=4, learning_rate=5e-3, batch_rows=3)
 

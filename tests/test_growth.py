@@ -13,16 +13,16 @@ import pytest
 from siftline.ingest.layouts import convert, plan_for
 from siftline.ingest.limits import nesting_fault, record_fault
 from siftline.ingest.source import Source
-from siftline.kernels.mtld import mtld, words_of
-from siftline.kernels.quantities import guards, quantities
-from siftline.kernels.shingles import char_shingles, word_grams
-from siftline.kernels.text import plain, words
-from siftline.kernels.text import words_of as worded
-from siftline.schema import make_row, message, text_view
-from siftline.scoring.degenerate import degenerate
-from siftline.scoring.fences import blocks
-from siftline.scoring.similarity import word_overlap
-from siftline.scoring.steps import trace
+from siftline.kernels.sets.shingles import char_shingles, word_grams
+from siftline.kernels.text.mtld import mtld, words_of
+from siftline.kernels.text.quantities import guards, quantities
+from siftline.kernels.text.words import plain, words
+from siftline.kernels.text.words import words_of as worded
+from siftline.rows.schema import make_row, message, text_view
+from siftline.scoring.answers.fences import blocks
+from siftline.scoring.answers.steps import trace
+from siftline.scoring.measures.degenerate import degenerate
+from siftline.scoring.measures.similarity import word_overlap
 from siftline.stages import planting
 
 CHARS = 12_000

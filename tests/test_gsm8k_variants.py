@@ -20,7 +20,7 @@ from siftline.demo.gsm8k import (
 )
 from siftline.demo.problems import Dice
 from siftline.demo.sums import decimal_text, evaluate
-from siftline.scoring.answers import answer_key, extract_answer
+from siftline.scoring.answers.find import answer_key, extract_answer
 
 
 def question(i):

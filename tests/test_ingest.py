@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftline import schema
 from siftline.ingest.readers import Source, read_sources
+from siftline.rows import schema
 
 CHAT = [
     {"role": "developer", "content": "Be brief."},

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.ingest.readers import Source, read_sources
 from siftline.ingest.turns import plain, to_json
+from siftline.rows import schema
 
 WORDS = st.text(min_size=1, max_size=30).filter(lambda s: s.strip())
 MIDDLE = st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.text(max_size=30))

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.engines import DETAILS, ModelSpec, open_engine, positions
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import DETAILS, ModelSpec, open_engine, positions
+from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 
 VOCAB = 259

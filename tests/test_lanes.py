@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from siftline.scoring.cpu_parallel import can_share, side_by_side
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.transformers_engine import TransformersEngine
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.engines.cpu_parallel import can_share, side_by_side
+from siftline.scoring.engines.transformers_engine import TransformersEngine
 
 
 @pytest.fixture

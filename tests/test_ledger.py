@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.ledger import (
+from siftline.recipe.parse import parse
+from siftline.rows import schema
+from siftline.rows.ledger import (
     DECISIONS,
     Accounting,
     Chapter,
@@ -24,9 +25,8 @@ from siftline.ledger import (
     stage_chapters,
     write_stage,
 )
-from siftline.recipe.parse import parse
-from siftline.schema import bucket_of, make_row, message
-from siftline.selectors.selection import decisions
+from siftline.rows.schema import bucket_of, make_row, message
+from siftline.rows.selection import decisions
 from siftline.story import explain
 from siftline.workspace import Workspace
 

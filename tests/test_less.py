@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from siftline.cli import main
 from siftline.config import build
-from siftline.kernels.blocks import unit
 from siftline.kernels.draws import uniforms
-from siftline.ledger import KEPT
+from siftline.kernels.vectors.blocks import unit
 from siftline.recipe.parse import parse
-from siftline.schema import digest
+from siftline.rows.ledger import KEPT
+from siftline.rows.schema import digest
 from siftline.selectors.less import Gradients, Less
 from siftline.selectors.method import select
 from siftline.selectors.spending import Budget

@@ -9,10 +9,10 @@ import sympy
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.expression_equality import Decimals
-from siftline.scoring.latex import MISREAD, NORMALISATIONS, normalise, without_unit
-from siftline.scoring.value_equality import compare, same
-from siftline.scoring.values import Unreadable, read
+from siftline.scoring.answers.expression_equality import Decimals
+from siftline.scoring.answers.latex import MISREAD, NORMALISATIONS, normalise, without_unit
+from siftline.scoring.answers.value_equality import compare, same
+from siftline.scoring.answers.values import Unreadable, read
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LETTERS = {name: sympy.Symbol(name, real=True) for name in "xyab"}
@@ -361,7 +361,7 @@ def refused(made, ours, theirs):
 
 
 def judged(pair):
-    from siftline.scoring.equality import judge
+    from siftline.scoring.answers.equality import judge
 
     def ask(reference, answer):
         try:

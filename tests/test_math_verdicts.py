@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.answers import MOST_CANDIDATES, extract_answer, find_answers
-from siftline.scoring.equality import judge
-from siftline.scoring.latex import normalise, shell, without_unit
-from siftline.scoring.quantities import answer_key, parse_quantity
+from siftline.scoring.answers.equality import judge
+from siftline.scoring.answers.find import MOST_CANDIDATES, extract_answer, find_answers
+from siftline.scoring.answers.latex import normalise, shell, without_unit
+from siftline.scoring.answers.quantities import answer_key, parse_quantity
 from siftline.scoring.verifiers import MathVerifier
 
 CASES = Path(__file__).parent / "cases" / "math"

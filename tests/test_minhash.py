@@ -6,12 +6,12 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.greedy import Rows, remove_similar, remove_similar_reference
-from siftline.kernels.groups import grouped
-from siftline.kernels.jaccard import jaccard_pairs, jaccard_reference, required_overlap
-from siftline.kernels.lsh import band_keys, choose_banding, recall
-from siftline.kernels.minhash import EMPTY, signatures, signatures_reference
-from siftline.kernels.shingles import (
+from siftline.kernels.sets.greedy import Rows, remove_similar, remove_similar_reference
+from siftline.kernels.sets.groups import grouped
+from siftline.kernels.sets.jaccard import jaccard_pairs, jaccard_reference, required_overlap
+from siftline.kernels.sets.lsh import band_keys, choose_banding, recall
+from siftline.kernels.sets.minhash import EMPTY, signatures, signatures_reference
+from siftline.kernels.sets.shingles import (
     Sets,
     char_shingles,
     char_shingles_reference,

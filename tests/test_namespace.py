@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from siftline import namespace
-from siftline.journal import Journal
-from siftline.namespace import MAX_PARTS
-from siftline.store import Namespace, Store
+from siftline.store import namespace
+from siftline.store.journal import Journal
+from siftline.store.namespace import MAX_PARTS
+from siftline.store.store import Namespace, Store
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])
 
@@ -107,7 +107,7 @@ def stop_at(monkeypatch, number):
     for name in STEPS:
         monkeypatch.setattr(Path, name, dying(name, getattr(Path, name)))
     utime = dying("utime", os.utime)
-    monkeypatch.setattr("siftline.namespace.os.utime", utime)
+    monkeypatch.setattr("siftline.store.namespace.os.utime", utime)
     return done
 
 
@@ -167,7 +167,7 @@ READER = """
 import sys
 from pathlib import Path
 import pyarrow as pa
-from siftline.store import Namespace, Store
+from siftline.store.store import Namespace, Store
 schema = pa.schema([("key", pa.string()), ("value", pa.float64())])
 store = Store(Path(sys.argv[1]), Namespace("toy", 1, "weights-a", {}), schema)
 print("ready", flush=True)
@@ -260,7 +260,7 @@ RIVAL = """
 import os, sys, time
 from pathlib import Path
 import pyarrow as pa
-from siftline.store import Namespace, Store, collect
+from siftline.store.store import Namespace, Store, collect
 root, log, rounds, rows, batch = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
 schema = pa.schema([("key", pa.string()), ("value", pa.float64())])
 store = Store(root, Namespace("toy", 1, "w"), schema)

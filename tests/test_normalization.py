@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.normalization import JOINER, LONGEST_RUN, SHORT, normalized
+from siftline.kernels.text.normalization import JOINER, LONGEST_RUN, SHORT, normalized
 
 MARKS = st.sampled_from("\u0301\u0316\u0344\u0f71\u0f73\u3099\uff9e\U0001d165a ")
 

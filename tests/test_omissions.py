@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
+from siftline.rows import schema
 from siftline.scoring import omissions
 from siftline.scoring.spans import UnscorableRow, prompt_tokens, response_span, trimmed
 from siftline.scoring.templates import QUESTION_ANSWER, render
@@ -91,8 +91,8 @@ def test_rows_of_the_cases_are_whole_or_have_a_reason(plain, name):
 
 @pytest.mark.parametrize("name", DROPS)
 def test_training_and_scoring_leave_out_the_same_rows(tiny, tmp_path, name):
-    from siftline.scoring.engines import ModelSpec, open_engine
-    from siftline.scoring.likelihood import score_likelihood
+    from siftline.scoring.engines.base import ModelSpec, open_engine
+    from siftline.scoring.measures.likelihood import score_likelihood
     from siftline.scoring.reasons import FINAL
     from siftline.scoring.recorder import Recorder
 

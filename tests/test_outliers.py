@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from siftline.schema import digest
-from siftline.selectors.selection import select
+from siftline.rows.schema import digest
+from siftline.rows.selection import select
 from siftline.stages.likelihood.decide import LikelihoodOutliers, robust_scale
 
 

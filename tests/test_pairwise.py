@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.pairwise import MALFORMED, prefer, verdict_against_reference
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.pairwise import MALFORMED, prefer, verdict_against_reference
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.verifiers import Verdict
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.config import build
 from siftline.kernels.draws import uniforms
+from siftline.rows import schema
 from siftline.stages import arms
 from siftline.training.budget import epoch_order
 from siftline.training.finetune import FineTune, finetune

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, ROWS, Pool, PoolSpec, build_pool, collapse
 from siftline.ingest.readers import Source
-from siftline.schema import bucket_of, make_row, message
+from siftline.rows import schema
+from siftline.rows.schema import bucket_of, make_row, message
 
 
 def line(prompt, response="r", **more):

@@ -8,10 +8,11 @@ import polars as pl
 import pytest
 
 from siftline.assets.scores import score
-from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import load
-from siftline.scoring import likelihood, versions
+from siftline.rows.curated import resolve_latest
+from siftline.scoring import versions
+from siftline.scoring.measures import likelihood
 from siftline.stages.models import engines, named_spec
 from siftline.stages.scorers import prompt_weights, quality, score_quality, scorer_table
 from siftline.stages.scores import likelihood_table

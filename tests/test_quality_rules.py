@@ -18,8 +18,8 @@ from siftline.ingest.pool import PoolSpec, build_pool
 from siftline.ingest.readers import Source
 from siftline.recipe.kinds import GATES
 from siftline.recipe.parse import parse, scorers_read
-from siftline.scoring.languages import distinct, letters, probabilities
-from siftline.selectors.selection import select
+from siftline.rows.selection import select
+from siftline.scoring.measures.languages import distinct, letters, probabilities
 from siftline.stages.planting import looped
 from siftline.stages.quality_rules.decide import COLUMNS, QualityRules, Rules, ScoreBound
 from siftline.stages.quality_rules.measures import MEASURES
@@ -453,7 +453,7 @@ def test_the_stage_refuses_without_its_libraries(place, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"text rules need datatrove.*siftline\[quality\]"):
         TextRules("en", Rules())
-    from siftline.scoring import languages
+    from siftline.scoring.measures import languages
 
     languages._identifier.cache_clear()
     with pytest.raises(ValueError, match=r"languages need py3langid.*siftline\[quality\]"):
@@ -509,7 +509,7 @@ def test_sound_rows_stay_and_loops_go_on_real_data():
 
 
 def _loop(text, identity):
-    from siftline import schema
+    from siftline.rows import schema
 
     messages = [schema.message("user", "?"), schema.message("assistant", text)]
     return looped(schema.make_row(messages, source=identity), {})["messages"][-1]["content"]

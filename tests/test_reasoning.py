@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.reasoning import without_reasoning
+from siftline.scoring.answers.reasoning import without_reasoning
 
 BLOCKS = [
     "<think>{}</think>",

@@ -30,9 +30,9 @@ from siftline.recipe.parse import (
     parse,
 )
 from siftline.recipe.sections import Canaries
-from siftline.scoring.engines import ModelSpec, Server
-from siftline.scoring.likelihood import Likelihood
-from siftline.scoring.scorers import KINDS
+from siftline.scoring.engines.base import ModelSpec, Server
+from siftline.scoring.measures.likelihood import Likelihood
+from siftline.scoring.measures.scorers import KINDS
 from siftline.training.evaluate import Evaluation
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain

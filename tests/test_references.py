@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
 from siftline.ingest.pool import Pool, build_pool
 from siftline.recipe.parse import parse
-from siftline.scoring.engines import ModelSpec
+from siftline.rows import schema
+from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.spans import response_span
 from siftline.scoring.templates import load_tokenizer
 from siftline.stages import arms, references

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import KEPT
 from siftline.recipe.parse import parse, scorers_read
-from siftline.schema import digest
+from siftline.rows.ledger import KEPT
+from siftline.rows.schema import digest
 from siftline.selectors.method import applied, select
 from siftline.selectors.rounds import KmeansRounds
 from siftline.selectors.spending import Budget

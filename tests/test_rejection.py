@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from siftline.kernels.draws import hash64
-from siftline.schema import make_row, message
-from siftline.scoring.engines import Failed, Generation, ModelSpec
+from siftline.rows.schema import make_row, message
+from siftline.scoring.engines.base import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.verifiers import Verdict
 from siftline.stages.rejection_sampling import run as sampling

@@ -18,50 +18,31 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {
-    "config", "conversations", "disk", "locks", "native", "progress", "published", "schema",
-    "scratch", "shards", "shuffle", "verified", "workspace",
-}  # fmt: skip
-DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
-DATA = {*LEAVES, "ingest", "ledger", "store"}
+LEAVES = {"config", "disk", "locks", "progress", "scratch", "workspace"}
+DATA = {*LEAVES, "ingest", "rows", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
-RECIPES = {"recipe"}
-OUTPUT = {"card", "curated", "plots", "report"}
-BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
+BELOW_STAGES = {*DATA, *METHODS, "recipe", "plots", "report"}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"loading"},
+    "__init__": {"rows"},
     "config": set(),
     "disk": set(),
     "locks": set(),
-    "native": set(),
-    "conversations": {"native"},
     "progress": set(),
-    "schema": {"kernels", "native"},
-    "scratch": set(),
-    "shards": {"disk", "verified"},
-    "verified": set(),
-    "published": {"verified"},
+    "scratch": {"disk"},
     "workspace": set(),
-    "shuffle": {"conversations", "kernels", "schema", "shards"},
-    "journal": {"verified"},
-    "namespace": {"journal", "locks", "shards", "verified"},
-    "store": {"journal", "namespace", "schema", "shards"},
-    "cache": {"namespace"},
     "terminal": {"progress"},
-    "ingest": {*DATA_IN},
     "kernels": set(),
-    "dedup": {*DATA_IN, "ingest", "kernels", "progress"},  # one reader for every verb
-    "selectors": {"config", "kernels", "schema"},
-    "scoring": {"kernels", "native", "selectors", "schema", "shards", "store", "verified"},
-    "training": {*DATA_IN, "ingest", "kernels", "native", "selectors", "scoring", "store"},
-    "ledger": {"schema", "shards", "selectors"},
-    "recipe": {"config", "ingest", "shards", "scoring", "training"},
-    "card": {*LEAVES, "kernels"},
-    "curated": {*LEAVES, "card"},
-    "loading": {"curated", "native"},
-    "export": {"loading", "native", "shards"},
+    "rows": {*LEAVES, "kernels"},
+    "store": {"locks", "rows"},
+    "ingest": {"disk", "locks", "rows"},
+    "dedup": {"disk", "ingest", "kernels", "locks", "progress", "rows"},  # one reader for all verbs
+    "selectors": {"config", "kernels", "rows"},
+    "scoring": {"kernels", "rows", "selectors", "store"},
+    "training": {"disk", "ingest", "kernels", "rows", "scoring", "selectors", "store"},
+    "recipe": {"config", "ingest", "rows", "scoring", "training"},
+    "export": {"rows"},
     "plots": {*LEAVES, "kernels"},
-    "report": {*LEAVES, "card", "kernels", "plots"},
+    "report": {*LEAVES, "kernels", "plots", "rows"},
     "stages": BELOW_STAGES,
     "demo": {*BELOW_STAGES, "stages"},
     "assets": {*BELOW_STAGES, "stages"},
@@ -69,11 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "definitions": {*BELOW_STAGES, "stages", "assets", "pipelines"},
     # Outside the line: they read what is there, and only a verb may start anything.
     "story": {*DATA, "recipe"},
-    "status": {*DATA, "cache", "recipe", "stages"},
+    "status": {*DATA, "recipe", "stages"},
     "commands": {
         *BELOW_STAGES,
         "stages",
-        "cache",
         "dedup",
         "demo",
         "export",

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from siftline import plots
-from siftline.card import StageCount
 from siftline.report import (
     ACCURACY,
     EXAMPLES,
@@ -23,6 +22,7 @@ from siftline.report import (
     pick_examples,
     render,
 )
+from siftline.rows.card import StageCount
 
 PARTS = ("scores", "clusters", "difficulty", "curves", "accuracy", "planted", "examples", "notes")
 HOSTILE = "<script>alert(\"1\")</script> 'q' & </style> {{ 7 * 7 }}"

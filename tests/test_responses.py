@@ -7,9 +7,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from siftline.schema import ROW, bucket_of, make_row, message
-from siftline.scoring.engines import Inspection, ModelSpec
-from siftline.scoring.likelihood import (
+from siftline.rows.schema import ROW, bucket_of, make_row, message
+from siftline.scoring.engines.base import Inspection, ModelSpec
+from siftline.scoring.measures.likelihood import (
     COLUMNS,
     PLAIN,
     RECORD,
@@ -23,7 +23,7 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import unconditional
 from siftline.stages.context import by_store_bucket
 from siftline.stages.responses import score_buckets
-from siftline.store import BUCKETS, score_key
+from siftline.store.store import BUCKETS, score_key
 
 REPLIES = ("It is 2.", "Yes.", "No, it never was.")
 
@@ -144,7 +144,7 @@ def test_records_lie_in_the_bucket_of_their_own_key(recorder):
     scored([one], table)
     given, alone = keys_of(one, table)
     (folder,) = one.root.glob("likelihood-*")
-    from siftline.namespace import NamespaceFolder
+    from siftline.store.namespace import NamespaceFolder
 
     files = NamespaceFolder(folder)
     lying = {b: {k for t in files.tables(b, ["key"]) for k in t["key"].to_pylist()}

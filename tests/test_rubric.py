@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.choices import choice_question
-from siftline.scoring.engines import ModelSpec, open_engine
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import ModelSpec, open_engine
+from siftline.scoring.measures.choices import choice_question
+from siftline.scoring.measures.rubric import Rubric, expected_grade
+from siftline.scoring.measures.scorers import columns_of, run_scorer
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.rubric import Rubric, expected_grade
-from siftline.scoring.scorers import columns_of, run_scorer
 
 PAIRS = [(f"What is {i} + {i}?", f"It is {2 * i}." + " Yes." * (i % 4)) for i in range(7)]
 ROWS = pa.Table.from_pylist(

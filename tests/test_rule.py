@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.kernels import neighbours
-from siftline.kernels.mtld import mtld, words_of
-from siftline.kernels.neighbours import kth_distances
+from siftline.kernels.text.mtld import mtld, words_of
+from siftline.kernels.vectors import neighbours
+from siftline.kernels.vectors.neighbours import kth_distances
 
 # ---- lexical diversity ---------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.decode import choose, gumbel_noise
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
+from siftline.scoring.engines.decode import choose, gumbel_noise
 
 
 def mix64(x):

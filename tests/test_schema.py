@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftline import schema
-from siftline.schema import (
+from siftline.rows import schema
+from siftline.rows.schema import (
     HALF_ID,
     bucket_of,
     canonical_text,
@@ -181,7 +181,7 @@ def test_text_view_flattens_and_keeps_row_order():
 
 def test_ids_are_the_same_in_another_process():
     code = (
-        "from siftline.schema import make_row, message\n"
+        "from siftline.rows.schema import make_row, message\n"
         "print(make_row([message('user', 'é ∑'), message('assistant', '1')], source='x')['id'])"
     )
     command = [sys.executable, "-c", code]

@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.schema import PROVENANCE, ROW, digest, make_row, message
-from siftline.scoring.columns import Column, Function, attach_leftovers, score_column, split_values
-from siftline.scoring.scorers import columns_of, needs_leftovers, run_scorer
+from siftline.rows.schema import PROVENANCE, ROW, digest, make_row, message
+from siftline.scoring.measures.columns import (
+    Column,
+    Function,
+    attach_leftovers,
+    score_column,
+    split_values,
+)
+from siftline.scoring.measures.scorers import columns_of, needs_leftovers, run_scorer
 
 
 def values(frame):

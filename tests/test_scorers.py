@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from siftline.config import build
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.classifiers import Classifier, Reward, open_classifier
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.recorder import Recorder
-from siftline.scoring.scorers import (
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.engines.sequence_classifier import SequenceClassifier
+from siftline.scoring.measures.classifiers import Classifier, Reward, open_classifier
+from siftline.scoring.measures.scorers import (
     KINDS,
     columns_of,
     models_of,
     needs_classifier,
     run_scorer,
 )
-from siftline.scoring.sequence_classifier import SequenceClassifier
+from siftline.scoring.recorder import Recorder
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"

@@ -408,7 +408,7 @@ class _Steps:
         return set(pl.concat(states).sort("size", "id")["id"][: budget.size])
 
     def apply(self, bucket, plan):
-        from siftline.selectors.selection import Selection, decisions
+        from siftline.rows.selection import Selection, decisions
 
         assert "text" in bucket.columns
         kept = [i in plan for i in bucket["id"]]

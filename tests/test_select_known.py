@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from siftline.kernels.kmeans import Clusters
+from siftline.kernels.vectors.kmeans import Clusters
 from siftline.selectors.baselines import BalancedRandom, Ifd, Length, Perplexity, Random
 from siftline.selectors.best_fit import BestFit
 from siftline.selectors.deita import Deita

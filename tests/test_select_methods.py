@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.config import build
-from siftline.schema import digest
+from siftline.rows.schema import digest
+from siftline.rows.selection import DECISION
 from siftline.selectors import own
 from siftline.selectors.method import select
 from siftline.selectors.registry import METHODS, find
-from siftline.selectors.selection import DECISION
 from siftline.selectors.spending import Budget, spend, spend_by_group
 
 WORDS = ["river", "stone", "moon", "apple", "logic", "verb", "sum", "proof", "quick", "lazy"]
@@ -350,7 +350,7 @@ class Shortest:
         return pl.concat(states).sort("n_tokens", "id").head(budget.size)
 
     def apply(self, bucket, plan):
-        from siftline.selectors.selection import Selection, decisions
+        from siftline.rows.selection import Selection, decisions
 
         kept = bucket["id"].is_in(plan["id"].to_list())
         return Selection(decisions(bucket["id"], kept=kept, reason=["long"] * bucket.height))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.schema import digest
+from siftline.rows.schema import digest
 from siftline.selectors.rounds import Rounds
 
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from siftline import schema
 from siftline.assets import keys
 from siftline.assets.stages import stage_asset
 from siftline.ingest.pool import Pool
-from siftline.ledger import KEPT, REMOVED
 from siftline.recipe.parse import parse
-from siftline.scoring.engines import ModelSpec
+from siftline.rows import schema
+from siftline.rows.ledger import KEPT, REMOVED
+from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
 from siftline.selectors.registry import METHODS, find

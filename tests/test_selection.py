@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftline.selectors.selection import DECISION, Selection, decisions, select
+from siftline.rows.selection import DECISION, Selection, decisions, select
 from siftline.stages.diversity.options import Shortlist
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline import schema
-from siftline.ledger import KEPT, REMOVED
 from siftline.recipe.parse import parse
-from siftline.schema import make_row, message
-from siftline.scoring.engines import Failed, Generation, ModelSpec
+from siftline.rows import schema
+from siftline.rows.ledger import KEPT, REMOVED
+from siftline.rows.schema import make_row, message
+from siftline.scoring.engines.base import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier

@@ -23,12 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring import server_client, server_engine
-from siftline.scoring.engines import Failed, ModelSpec, Sampling, Server, open_engine
-from siftline.scoring.likelihood import score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines import server_client, server_engine
+from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, Server, open_engine
+from siftline.scoring.engines.server_replies import ROUTES
+from siftline.scoring.measures.likelihood import score_likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.server_replies import ROUTES
 
 TRIES = 4
 FAULTS = {
@@ -696,7 +696,7 @@ def test_the_fingerprint_names_weights_and_server_but_neither_address_nor_name(
 
 def test_importing_the_engine_loads_no_model_library():
     code = (
-        "import sys, siftline.scoring.server_engine as e; "
+        "import sys, siftline.scoring.engines.server_engine as e; "
         "sys.exit(bool({'torch', 'vllm', 'transformers', 'dagster'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring import server_client, server_http
-from siftline.scoring.engines import Failed, ModelSpec, Sampling, Server, open_engine
-from siftline.scoring.likelihood import score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines import server_client, server_http
+from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, Server, open_engine
+from siftline.scoring.engines.server_http import NoAnswer, without
+from siftline.scoring.engines.server_replies import read_draw, read_echo, read_prompt_logprobs
+from siftline.scoring.measures.likelihood import score_likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.server_http import NoAnswer, without
-from siftline.scoring.server_replies import read_draw, read_echo, read_prompt_logprobs
 
 KEY = "sk-Abc/123+secret"
 BAD = Failed("bad_reply")

@@ -14,22 +14,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.shards import (
+from siftline.rows.shards import (
     Manifest,
     Part,
     PartWriter,
     RowHash,
     building,
-    canonical_json,
-    content_hash,
-    file_hash,
     point_latest,
     read_bucket,
     write_json,
     write_parquet,
     write_text,
 )
-from siftline.verified import AlteredError, read_parquet
+from siftline.rows.verified import (
+    AlteredError,
+    canonical_json,
+    content_hash,
+    file_hash,
+    read_parquet,
+)
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), ("text", pa.string())])
 
@@ -60,7 +63,7 @@ def test_bytes_depend_on_the_table_alone(tmp_path):
     write_parquet(chunked, tmp_path / "deeper" / "b.parquet")
     script = (
         "import sys, pyarrow.parquet as pq; from pathlib import Path\n"
-        "from siftline.shards import write_parquet\n"
+        "from siftline.rows.shards import write_parquet\n"
         "write_parquet(pq.read_table(sys.argv[1]), Path(sys.argv[2]))"
     )
     source, target = tmp_path / "a.parquet", tmp_path / "c.parquet"

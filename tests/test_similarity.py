@@ -9,10 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.classifiers import open_classifier
-from siftline.scoring.engines import ModelSpec, open_engine
+from siftline.scoring.engines.base import ModelSpec, open_engine
+from siftline.scoring.measures.classifiers import open_classifier
+from siftline.scoring.measures.similarity import (
+    Held,
+    agreements,
+    cosines,
+    overlaps,
+    word_overlap,
+)
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.similarity import Held, agreements, cosines, overlaps, word_overlap
 from siftline.scoring.spans import encode, start_token
 
 QUESTION = "What is 3 + 4?"

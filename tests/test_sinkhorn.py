@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import spearmanr
 
-from siftline.kernels import sinkhorn as module
-from siftline.kernels.sinkhorn import sinkhorn, soft_transform
+from siftline.kernels.vectors import sinkhorn as module
+from siftline.kernels.vectors.sinkhorn import sinkhorn, soft_transform
 
 
 def costs(x, y, kind="squared"):

@@ -175,7 +175,7 @@ def test_every_verb_of_the_folder_is_in_the_table():
 SHARED = """
 import sys
 import numpy as np
-from siftline.kernels.groups import shared
+from siftline.kernels.sets.groups import shared
 rows, groups, found = shared(np.array([5, 0, 7, 5, 0, 7, 9], np.uint64))
 print(rows.tolist(), groups.tolist(), found, "numba" in sys.modules)
 """
@@ -223,7 +223,7 @@ def test_what_is_kept_is_what_was_computed(tmp_path, monkeypatch):
 
 def test_kernels_take_no_array_with_gaps():
     with pytest.raises(AssertionError, match="C-contiguous"):
-        machine.Kernel("siftline.kernels.group_loops", "among")(np.zeros(4, np.uint64)[::2])
+        machine.Kernel("siftline.kernels.sets.group_loops", "among")(np.zeros(4, np.uint64)[::2])
 
 
 def test_what_a_kernel_was_made_for_is_in_its_name(monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.expressions import Reader, tokens
-from siftline.scoring.steps import Trace, equations, steps, trace
+from siftline.scoring.answers.expressions import Reader, tokens
+from siftline.scoring.answers.steps import Trace, equations, steps, trace
 from siftline.scoring.verifiers import verify_math
 
 DATA = os.environ.get("SIFTLINE_TEST_DATA")

@@ -13,15 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline.journal import Journal, read_journal
-from siftline.store import (
-    DiskFullError,
-    Namespace,
-    Store,
-    collect,
-    score_key,
-)
-from siftline.verified import AlteredError
+from siftline.rows.verified import AlteredError
+from siftline.store.journal import Journal, read_journal
+from siftline.store.store import DiskFullError, Namespace, Store, collect, score_key
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])
 NAMESPACE = Namespace("toy", 1, "weights-a", {"temperature": 1.0})
@@ -134,7 +128,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import pyarrow as pa
-from siftline.store import Namespace, Store, collect
+from siftline.store.store import Namespace, Store, collect
 root, log, rows, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 schema = pa.schema([("key", pa.string()), ("value", pa.float64())])
 store = Store(root, Namespace("toy", 1, "w"), schema)

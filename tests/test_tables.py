@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.schema import bucket_of
+from siftline.rows.schema import bucket_of
 from siftline.stages.tables import ScoreTable, reasons_of
-from siftline.store import BUCKETS
+from siftline.store.store import BUCKETS
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.float64())])
 

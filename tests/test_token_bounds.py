@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.scoring.engines.token_bounds import least_tokens, longest_token
 from siftline.scoring.spans import UnscorableRow, encode, prompt_tokens, response_span
-from siftline.scoring.token_bounds import least_tokens, longest_token
 from siftline.training.tokenizers import bpe_tokenizer, char_tokenizer
 
 LONG = "a very long token of its own"

@@ -5,9 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels import topk
-from siftline.kernels.blocks import COSINE, block_rows, cosine_blocks, on_grid, over_blocks, unit
-from siftline.kernels.topk import round_robin, round_robin_reference, top_lists
+from siftline.kernels.vectors import topk
+from siftline.kernels.vectors.blocks import (
+    COSINE,
+    block_rows,
+    cosine_blocks,
+    on_grid,
+    over_blocks,
+    unit,
+)
+from siftline.kernels.vectors.topk import round_robin, round_robin_reference, top_lists
 
 
 def lists_of(scores, r, block=7):

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring.engines import DETAILS, Engine, ModelSpec, Sampling, open_engine
-from siftline.scoring.likelihood import score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines.base import DETAILS, Engine, ModelSpec, Sampling, open_engine
+from siftline.scoring.engines.transformers_engine import PASS_TOKENS, TransformersEngine
+from siftline.scoring.measures.likelihood import score_likelihood
 from siftline.scoring.projection import TILES
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import prompt_tokens, response_span
-from siftline.scoring.transformers_engine import PASS_TOKENS, TransformersEngine
 
 PROMPT = [{"role": "user", "content": "What is 6 times 7?"}]
 

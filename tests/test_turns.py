@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines import check_spans, positions
+from siftline.scoring.engines.base import check_spans, positions
 from siftline.scoring.spans import (
     UnscorableRow,
     prompt_tokens,

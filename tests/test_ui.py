@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageOutput
+from siftline.rows.ledger import StageOutput
 
 pytestmark = pytest.mark.browser
 

@@ -13,21 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siftline import verified
-from siftline.journal import Journal
-from siftline.schema import ADDED, ROW, make_row, message
-from siftline.scoring.fingerprint import confirm_files, directory_digest, record_files
-from siftline.shards import file_hash, read_named, write_json, write_named, write_parquet
-from siftline.store import Namespace, Store
-from siftline.verified import (
+from siftline.rows import verified
+from siftline.rows.schema import ADDED, ROW, make_row, message
+from siftline.rows.shards import read_named, write_json, write_named, write_parquet
+from siftline.rows.verified import (
     AlteredError,
     SchemaError,
     UnhashedError,
     conform,
+    file_hash,
     read_hashed,
     read_parquet,
     with_hash,
 )
+from siftline.scoring.fingerprint import confirm_files, directory_digest, record_files
+from siftline.store.journal import Journal
+from siftline.store.store import Namespace, Store
 
 # ---- a file's hash, once ---------------------------------------------------------------------
 

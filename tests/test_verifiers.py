@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.recipe.kinds import Stage
-from siftline.scoring.answers import answer_key, extract_answer, parse_quantity
-from siftline.scoring.equivalence import Equivalence, EquivalenceError
+from siftline.rows.selection import select
+from siftline.scoring.answers.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.answers.find import answer_key, extract_answer, parse_quantity
 from siftline.scoring.verifiers import (
     ExactVerifier,
     MathVerifier,
@@ -17,7 +18,6 @@ from siftline.scoring.verifiers import (
     get_verifier,
     verify_math,
 )
-from siftline.selectors.selection import select
 from siftline.stages.verify.decide import Verify
 
 

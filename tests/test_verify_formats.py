@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.fences import Block, blocks
+from siftline.scoring.answers.fences import Block, blocks
 from siftline.scoring.verifiers import (
     NAMED,
     JsonSchemaVerifier,

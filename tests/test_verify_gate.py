@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from siftline import schema
 from siftline.recipe.kinds import Stage
+from siftline.rows import schema
 from siftline.stages.verify.decide import Verify
 from siftline.stages.verify.notes import notes
 from siftline.stages.verify.run import run as verify

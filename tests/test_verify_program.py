@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.fences import Block, blocks
+from siftline.scoring.answers.fences import Block, blocks
 from siftline.scoring.verifiers import get_verifier
 from siftline.scoring.verifiers.program import program_of
 from siftline.scoring.verifiers.sandbox import Limits, Sandbox, waited

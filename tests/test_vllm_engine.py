@@ -21,10 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines import Failed, ModelSpec, Sampling, open_engine
-from siftline.scoring.pipe import Frame, list_column
-from siftline.scoring.vllm_backend import TRIES, VllmBackend
-from siftline.scoring.vllm_options import engine_options, set_environment
+from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, open_engine
+from siftline.scoring.engines.pipe import Frame, list_column
+from siftline.scoring.engines.vllm_backend import TRIES, VllmBackend
+from siftline.scoring.engines.vllm_options import engine_options, set_environment
 
 VOCAB = 259
 needs_vllm = pytest.mark.skipif(
@@ -218,7 +218,7 @@ def test_fingerprint_names_the_backend_and_not_the_path(engine, reference, spec,
 
 @needs_vllm
 def test_importing_the_engine_loads_no_vllm():
-    code = "import sys, siftline.scoring.vllm_engine; sys.exit('vllm' in sys.modules)"
+    code = "import sys, siftline.scoring.engines.vllm_engine; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -229,7 +229,7 @@ def test_a_killed_parent_leaves_no_worker(spec, tmp_path):
         textwrap.dedent(
             f"""
             import os, signal, sys, threading, time
-            from siftline.scoring.engines import Failed, ModelSpec, Sampling, open_engine
+            from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, open_engine
             with open_engine(ModelSpec(**{dataclasses.asdict(spec)!r})) as engine:
                 print(engine.pid, flush=True)
                 engine.generate([[5] * 20] * 60, [[s, s + 1] for s in range(60)],

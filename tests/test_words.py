@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from siftline.dedup.engine import deduplicate
-from siftline.kernels.codepoints import (
+from siftline.kernels.sets.shingles import word_grams_reference
+from siftline.kernels.text.codepoints import (
     EXPANDS,
     GROWTH,
     LIMIT,
@@ -24,13 +25,12 @@ from siftline.kernels.codepoints import (
     fold_reference,
     tables,
 )
-from siftline.kernels.quantities import guards, quantities
-from siftline.kernels.shingles import word_grams_reference
-from siftline.kernels.text import numbers, words, words_of
-from siftline.kernels.textgrams import shingles_reference
-from siftline.kernels.words_reference import words_reference
-from siftline.schema import make_row, message
-from siftline.selectors.selection import select
+from siftline.kernels.text.quantities import guards, quantities
+from siftline.kernels.text.textgrams import shingles_reference
+from siftline.kernels.text.words import numbers, words, words_of
+from siftline.kernels.text.words_reference import words_reference
+from siftline.rows.schema import make_row, message
+from siftline.rows.selection import select
 from siftline.stages.decontamination.decide import Decontamination
 from siftline.stages.duplicates.decide import Duplicates
 

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.pipe import HEADER, Frame, decode, encode, list_column, read_frame
-from siftline.scoring.worker import one_line
-from siftline.scoring.worker_process import WorkerProcess
+from siftline.scoring.engines.pipe import HEADER, Frame, decode, encode, list_column, read_frame
+from siftline.scoring.engines.worker import one_line
+from siftline.scoring.engines.worker_process import WorkerProcess
 
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from siftline.scoring import worker
-from siftline.scoring.pipe import Frame
+from siftline.scoring.engines.pipe import Frame
 
 class Backend:
     def facts(self):
@@ -277,8 +277,8 @@ def test_a_killed_parent_leaves_no_worker_even_in_mid_call(command, tmp_path, op
         textwrap.dedent(
             f"""
             import os, sys, threading, time
-            from siftline.scoring.pipe import Frame
-            from siftline.scoring.worker_process import WorkerProcess
+            from siftline.scoring.engines.pipe import Frame
+            from siftline.scoring.engines.worker_process import WorkerProcess
             found = []
             def start():
                 found.append(WorkerProcess({command!r}))

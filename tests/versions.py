@@ -7,9 +7,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline.card import CardInfo
-from siftline.curated import REMOVED, publish
-from siftline.schema import ROW, make_row, message
+from siftline.rows.card import CardInfo
+from siftline.rows.curated import REMOVED, publish
+from siftline.rows.schema import ROW, make_row, message
 
 TOOLS = [
     {

@@ -11,6 +11,6 @@ __all__ = ["load"]
 
 def load(*folders: "str | Path", **options: Any) -> Any:
     """Published versions as one `datasets.Dataset` with native messages; see `loading.load`."""
-    from siftline.loading import load as read
+    from siftline.rows.loading import load as read
 
     return read(*folders, **options)

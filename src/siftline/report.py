@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from siftline import plots
-from siftline.card import StageCount
 from siftline.kernels.draws import uniforms
+from siftline.rows.card import StageCount
 
 CLUSTERS = {"x": pl.Float64, "y": pl.Float64, "cluster": pl.Int64, "chosen": pl.Boolean}
 DIFFICULTY = {"level": pl.String, "before": pl.Int64, "after": pl.Int64}

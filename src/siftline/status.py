@@ -6,12 +6,12 @@ from typing import Any
 
 import polars as pl
 
-from siftline.cache import as_json, list_store
 from siftline.ingest.pool import REJECTED, Pool, notes_of, reading_of
 from siftline.recipe.library import all_recipes
-from siftline.shards import Manifest, read_part
+from siftline.rows.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
+from siftline.store.cache import as_json, list_store
 from siftline.workspace import Workspace
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import polars as pl
 
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, REJECTED, ROWS, Pool
-from siftline.ledger import Chapter, StageOutput, stage_chapters
-from siftline.published import is_version, read_config, read_version
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
-from siftline.schema import bucket_of
+from siftline.rows.ledger import Chapter, StageOutput, stage_chapters
+from siftline.rows.published import is_version, read_config, read_version
+from siftline.rows.schema import bucket_of
 from siftline.workspace import Workspace
 
 SHORTEST = 8

@@ -9,9 +9,9 @@ import pyarrow as pa
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline import plots
-from siftline.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Bounds
+from siftline.rows.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:

@@ -15,8 +15,8 @@ from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import Recipe
-from siftline.scoring.scorers import models_of
-from siftline.shards import Manifest
+from siftline.rows.shards import Manifest
+from siftline.scoring.measures.scorers import models_of
 from siftline.stages.models import engines, model_spec
 from siftline.stages.scorers import score_quality, scorer_model, scorer_table
 from siftline.stages.scores import TABLE, Observe, likelihood_table, score_pool

@@ -7,13 +7,14 @@ from typing import Any
 
 import dagster as dg
 
-from siftline import schema, shards
 from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe, expand, expand_pool
+from siftline.rows import schema, shards
+from siftline.rows.verified import content_hash, file_hash
 from siftline.scoring.fingerprint import confirm_files
 from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace
@@ -39,7 +40,7 @@ def generate_inputs(workspace: Workspace, recipe: Recipe) -> tuple[Path, bool]:
     assert recipe.inputs is not None
     out, truth = workspace.inputs(recipe.name), workspace.truth(recipe.name)
     args = {k: expand(v) if isinstance(v, str) else v for k, v in recipe.inputs.args.items()}
-    asked = shards.content_hash([recipe.inputs.generator, recipe.inputs.args, recipe.seed])
+    asked = content_hash([recipe.inputs.generator, recipe.inputs.args, recipe.seed])
     mark = out / "generated.json"
     if mark.exists() and mark.read_text(encoding="utf-8").find(asked) >= 0:
         return out, False
@@ -61,9 +62,7 @@ def inputs_asset(recipe: Recipe) -> dg.AssetsDefinition:
         sizes = {path.name: path.stat().st_size for path in files}
         return dg.MaterializeResult(
             metadata={"files": dg.MetadataValue.json(sizes), "computed": fresh},
-            data_version=dg.DataVersion(
-                shards.content_hash({p.name: shards.file_hash(p) for p in files})
-            ),
+            data_version=dg.DataVersion(content_hash({p.name: file_hash(p) for p in files})),
         )
 
     return generated

@@ -13,7 +13,7 @@ from siftline.commands.options import json_option, root_option
 from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from siftline.cache import Entry
+    from siftline.store.cache import Entry
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
@@ -32,7 +32,7 @@ def list_namespaces(root: Path, as_json: bool) -> None:
 
 
 def _list(store: Path, wanted_json: bool) -> None:
-    from siftline.cache import as_json, list_store
+    from siftline.store.cache import as_json, list_store
 
     entries = list_store(store)
     if wanted_json:
@@ -49,7 +49,7 @@ def _list(store: Path, wanted_json: bool) -> None:
 
 
 def _line(entry: "Entry") -> str:
-    from siftline.shards import canonical_json
+    from siftline.rows.verified import canonical_json
 
     of = entry.namespace
     what = (
@@ -85,7 +85,7 @@ def collect(root: Path, older_than: str, scorer: str | None, dry_run: bool, as_j
     Journals of dead runs are sealed, so nothing committed is lost unless its namespace goes. What a
     running process writes is never touched.
     """
-    from siftline.cache import collect_garbage
+    from siftline.store.cache import collect_garbage
 
     store = _store(root)
     swept = collect_garbage(store, seconds(older_than), scorer, dry=dry_run)

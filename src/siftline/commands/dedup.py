@@ -126,7 +126,7 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
         return
     from siftline.dedup.run import Job, dedup_files
     from siftline.dedup.settings import Settings
-    from siftline.kernels.keep import Keep
+    from siftline.kernels.sets.keep import Keep
 
     threshold = given["threshold"]
     if threshold is None:
@@ -152,7 +152,7 @@ _OF_TEXTS = ("text_column", "unit", "bands", "target", "embeddings", "nearest", 
 
 def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     from siftline.commands.dedup_conversations import Conversations, dedup_conversations
-    from siftline.kernels.keep import Keep
+    from siftline.kernels.sets.keep import Keep
     from siftline.stages.duplicates.decide import Duplicates
 
     context = click.get_current_context()

@@ -16,16 +16,16 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.dedup.arrow import arrow_of
 from siftline.dedup.files import Table, open_tables, read_pieces
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.ingest.layouts import Plan, convert, plan_for
 from siftline.ingest.source import Source
-from siftline.kernels.keep import Keep, as_integers
+from siftline.kernels.sets.keep import Keep, as_integers
 from siftline.progress import Tracker
-from siftline.shards import building, write_parquet
+from siftline.rows import schema
+from siftline.rows.shards import building, write_parquet
 from siftline.stages.duplicates.decide import Duplicates
 from siftline.stages.duplicates.state import StateFiles
 

@@ -60,10 +60,10 @@ def evaluate(model: Path, files: tuple[str, ...], out: Path, as_json: bool, **gi
     if harness_asked(bool(files), given):
         evaluate_tasks(model, out, as_json, given)
         return
-    from siftline.scoring.engines import ModelSpec
+    from siftline.rows.shards import write_parquet, write_text
+    from siftline.scoring.engines.base import ModelSpec
     from siftline.scoring.fingerprint import directory_digest
     from siftline.scoring.verifiers import get_verifier
-    from siftline.shards import write_parquet, write_text
     from siftline.stages.models import engines
     from siftline.training.evaluate import Evaluation, summarise_accuracy
     from siftline.training.evaluate import evaluate as ask
@@ -133,7 +133,7 @@ def _questions(
     import polars as pl
 
     from siftline.ingest.pool import PROVENANCE, Pool, PoolSpec, build_pool
-    from siftline.schema import messages_type
+    from siftline.rows.schema import messages_type
 
     out.mkdir(parents=True, exist_ok=True)
     rows = out / ".rows"

@@ -11,8 +11,8 @@ from siftline.commands.options import json_option, named_recipe, root_option, sa
 from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from siftline.ledger import StageOutput
     from siftline.recipe.kinds import Stage
+    from siftline.rows.ledger import StageOutput
 from siftline.recipe.parse import Recipe
 
 

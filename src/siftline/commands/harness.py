@@ -80,7 +80,7 @@ def harness_asked(files: bool, given: Mapping[str, Any]) -> bool:
 
 def evaluate_tasks(model: Path, out: Path, as_json: bool, given: Mapping[str, Any]) -> None:
     """Runs the tasks of `given` and writes the table, the answers and a picture."""
-    from siftline.shards import write_parquet
+    from siftline.rows.shards import write_parquet
     from siftline.training.harness import (
         Harness,
         answers_of,

@@ -25,8 +25,8 @@ def start(workspace: Workspace, recipe: "Recipe", overrides: Sequence[str], **op
 
 def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     """Paths and numbers of the newest version of a recipe."""
-    from siftline.curated import resolve_latest
-    from siftline.verified import AlteredError, read_hashed
+    from siftline.rows.curated import resolve_latest
+    from siftline.rows.verified import AlteredError, read_hashed
 
     folder = resolve_latest(workspace.curated(recipe.name))
     rewrite = f"`siftline run {recipe.name}` writes it again"

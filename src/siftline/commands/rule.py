@@ -99,7 +99,7 @@ def fit(runs: Path, names: str, loss: str, scores: Path | None, out: Path, as_js
     is fitted by ordinary least squares. `siftline select linear_rule --rule FILE` takes the result.
     """
     from siftline.commands.rule_tables import fitted
-    from siftline.shards import write_json
+    from siftline.rows.shards import write_json
 
     if out.exists():
         raise ValueError(f"{out} exists: name a new file")

@@ -20,13 +20,13 @@ from siftline.commands.select_columns import (
 from siftline.config import nearest
 from siftline.ingest.pool import Pool
 from siftline.ingest.readers import Source, source_files
-from siftline.kernels.mtld import mtld, words_of
-from siftline.kernels.neighbours import kth_distances
+from siftline.kernels.text.mtld import mtld, words_of
+from siftline.kernels.vectors.neighbours import kth_distances
 from siftline.progress import Tracker
-from siftline.schema import ROW, text_view
+from siftline.rows.schema import ROW, text_view
+from siftline.rows.shards import building, write_parquet
 from siftline.selectors.linear_rule import fit_rule
 from siftline.selectors.vectors import matrix
-from siftline.shards import building, write_parquet
 
 MakeTracker = Callable[[str, int, str], Tracker]
 

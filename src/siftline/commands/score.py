@@ -132,7 +132,7 @@ def score(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     FILE is a file, a folder, a glob or a URL in any format a recipe's pool reads.
     """
     from siftline.commands.score_tables import FAILED, SCORES, score_files
-    from siftline.scoring.likelihood import Likelihood
+    from siftline.scoring.measures.likelihood import Likelihood
 
     out: Path = given["out"].absolute()
     if given["gradients"] is not None:
@@ -215,7 +215,7 @@ def _differentiate(files: tuple[str, ...], given: dict[str, Any], out: Path, as_
 
 
 def _spec(given: dict[str, Any]) -> Any:
-    from siftline.scoring.engines import ModelSpec, Server
+    from siftline.scoring.engines.base import ModelSpec, Server
 
     server = None
     if given["engine"] == "server":

@@ -31,7 +31,7 @@ from siftline.commands.score_tables import (
 from siftline.ingest.pool import Pool
 from siftline.ingest.readers import Source, source_files
 from siftline.progress import Tracker
-from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.scoring.engines.base import ModelSpec, check_directory
 from siftline.selectors.less import Gradients
 from siftline.stages.context import by_store_bucket
 from siftline.stages.parallel import total

@@ -23,16 +23,16 @@ from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_p
 from siftline.ingest.readers import Source, source_files
 from siftline.locks import held
 from siftline.progress import Tracker
-from siftline.scoring.engines import ModelSpec, check_directory
-from siftline.scoring.likelihood import Likelihood
+from siftline.rows.shards import write_parquet
+from siftline.scoring.engines.base import ModelSpec, check_directory
+from siftline.scoring.measures.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import trimmed_ids
-from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
 from siftline.stages.parallel import total
 from siftline.stages.responses import score_buckets
-from siftline.store import BUCKETS
+from siftline.store.store import BUCKETS
 
 MARK = ".siftline-score"
 """Says that a folder is ours, and is locked by the process that writes it."""

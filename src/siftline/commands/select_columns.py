@@ -15,7 +15,7 @@ from siftline.ingest.files import input_files
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.ingest.readers import Source
 from siftline.progress import Tracker
-from siftline.schema import ROW, text_view
+from siftline.rows.schema import ROW, text_view
 from siftline.stages.select.run import narrow, whole_text
 
 SCORES = "scores.parquet"
@@ -280,8 +280,8 @@ def _vectors(path: Path, keys: list[str], column: str) -> pl.DataFrame:
 
 def embedded(model: str, pools: Sequence[Pool], make_tracker: MakeTracker) -> Embeddings:
     """Embeds the whole text of every row, float16, with the model in a directory."""
-    from siftline.scoring.embedders import open_embedder
-    from siftline.scoring.engines import ModelSpec, check_directory
+    from siftline.scoring.engines.base import ModelSpec, check_directory
+    from siftline.scoring.measures.embedders import open_embedder
 
     spec = ModelSpec(model)
     if (check_directory(spec) / "modules.json").exists():

@@ -14,7 +14,7 @@ from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool
 from siftline.ingest.readers import Source
 from siftline.ingest.records import Record, batches_of, read_records
-from siftline.shards import write_parquet
+from siftline.rows.shards import write_parquet
 
 SELECTION, DATA = "selection.parquet", "data"
 IDENTICAL = "identical_row"

@@ -30,11 +30,11 @@ from siftline.ingest.pool import REJECTED, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
 from siftline.ingest.records import EmptyFile
 from siftline.progress import Tracker
+from siftline.rows.shards import building, write_json, write_parquet
 from siftline.selectors.method import RANKS
 from siftline.selectors.registry import Entry, find
 from siftline.selectors.rounds import RECIPES_ONLY
 from siftline.selectors.spending import Budget
-from siftline.shards import building, write_json, write_parquet
 from siftline.stages.select.options import LIKELIHOODS
 
 BUCKETS = 16

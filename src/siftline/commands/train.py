@@ -87,8 +87,8 @@ def _shards(paths: Sequence[Path]) -> tuple[list[Path], str]:
     Raises:
         ValueError: if a place has none.
     """
-    from siftline.curated import resolve_latest
-    from siftline.published import confirmed_files, is_version
+    from siftline.rows.curated import resolve_latest
+    from siftline.rows.published import confirmed_files, is_version
 
     files: list[Path] = []
     names = []

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from siftline.kernels.texts import Texts
+from siftline.kernels.text.texts import Texts
 
 TextColumn: TypeAlias = pa.Array | pa.ChunkedArray
 

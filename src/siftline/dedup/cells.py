@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from siftline.dedup.cosine import BLOCK, CHUNK, SLACK, Exact, cosines, first_similar, unit_rows
-from siftline.kernels.blocks import pooled
 from siftline.kernels.draws import hash64, uniforms
+from siftline.kernels.vectors.blocks import pooled
 
 SAMPLE = 64
 """Rows drawn to train, times the root of all rows."""

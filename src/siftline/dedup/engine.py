@@ -18,17 +18,10 @@ import numpy as np
 from siftline.dedup.arrow import TextColumn, cuts, pieces
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings, threads
-from siftline.kernels.codepoints import tables
-from siftline.kernels.groups import Groups, grouped
-from siftline.kernels.keepers import (
-    KEPT,
-    NEW,
-    Candidates,
-    Decisions,
-    drop_all,
-    keep_first,
-)
-from siftline.kernels.texts import (
+from siftline.kernels.sets.groups import Groups, grouped
+from siftline.kernels.sets.keepers import KEPT, NEW, Candidates, Decisions, drop_all, keep_first
+from siftline.kernels.text.codepoints import tables
+from siftline.kernels.text.texts import (
     Buffers,
     Held,
     Rows,

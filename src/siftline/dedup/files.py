@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.disk import Sink
-from siftline.published import confirm_inputs
+from siftline.rows.published import confirm_inputs
 
 PIECE_BYTES = 32 << 20
 """Bytes of one piece, roughly."""

@@ -36,17 +36,18 @@ from siftline.dedup.files import Table
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.disk import writing
-from siftline.kernels.codepoints import digest
-from siftline.kernels.groups import Groups
-from siftline.kernels.keep import Keep
-from siftline.kernels.keepers import KEPT, NEW, Decisions
-from siftline.kernels.texts import Texts
+from siftline.kernels.sets.groups import Groups
+from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import KEPT, NEW, Decisions
+from siftline.kernels.text.codepoints import digest
+from siftline.kernels.text.texts import Texts
 from siftline.locks import held, warn_if_shared
-from siftline.shards import file_hash, write_json, write_parquet
-from siftline.verified import (
+from siftline.rows.shards import write_json, write_parquet
+from siftline.rows.verified import (
     AlteredError,
     UnhashedError,
     confirm,
+    file_hash,
     read_hashed,
     read_parquet,
     with_hash,

@@ -22,11 +22,11 @@ from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, sum
 from siftline.dedup.result import Clock, Deduplicated
 from siftline.dedup.settings import Settings
 from siftline.disk import need
-from siftline.kernels.keep import Keep
-from siftline.kernels.spill import Keys, values_room
-from siftline.kernels.texts import Texts
+from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.spill import Keys, values_room
+from siftline.kernels.text.texts import Texts
 from siftline.progress import Tracker
-from siftline.shards import building, write_parquet
+from siftline.rows.shards import building, write_parquet
 
 TEXTS_IN_MEMORY = 1 << 30
 """Bytes of text above which files are read a second time rather than held."""

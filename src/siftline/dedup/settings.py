@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from siftline.kernels.lsh import Banding, banding_for, recall
+from siftline.kernels.sets.lsh import Banding, banding_for, recall
 
 Unit = Literal["word", "char"]
 Bands = Literal["recall", "datasketch"]

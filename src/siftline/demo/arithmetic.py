@@ -23,7 +23,7 @@ from siftline.demo.problems import LEVELS, Dice, Problem, make_problem
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
 from siftline.demo.styles import SOURCES, render, style_of
 from siftline.kernels.draws import hash64
-from siftline.kernels.text import words
+from siftline.kernels.text.words import words
 from siftline.stages.planting import similarity
 
 OVERLAP = 8

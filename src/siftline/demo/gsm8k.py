@@ -25,9 +25,9 @@ from siftline.demo.problems import Dice
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
 from siftline.demo.sums import decimal_text, evaluate
 from siftline.kernels.draws import hash64
-from siftline.schema import canonical_text
-from siftline.scoring.answers import extract_answer
-from siftline.scoring.reflection import REFLECTION
+from siftline.rows.schema import canonical_text
+from siftline.scoring.answers.find import extract_answer
+from siftline.scoring.measures.reflection import REFLECTION
 
 SOURCES = ("north", "east", "south", "west")
 FORMS = ("original", "steps", "list", "paragraph")

@@ -15,7 +15,7 @@ from typing import Any
 
 from siftline.demo.problems import Dice
 from siftline.kernels.draws import hash64
-from siftline.schema import make_row, message
+from siftline.rows.schema import make_row, message
 
 LANGUAGE = "en"
 

@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 
 from siftline.demo.audit import ACCEPTED, audit
-from siftline.ledger import FAILED, KEPT, StageOutput
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
+from siftline.rows.ledger import FAILED, KEPT, StageOutput
 from siftline.stages.evaluation import evaluate_arms
 from siftline.stages.reporting import write_report
 from siftline.stages.run import outputs

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from siftline.native import is_function_call, text_calls
+from siftline.rows.native import is_function_call, text_calls
 
 Message = dict[str, Any]
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from siftline.export.forms import Unfit, earlier
 from siftline.export.targets import KINDS, SFT, TARGETS, Convert, Facts
-from siftline.loading import SFT as DEFAULT
-from siftline.loading import config_names, native_rows, version_folder
-from siftline.shards import building, write_text
+from siftline.rows.loading import SFT as DEFAULT
+from siftline.rows.loading import config_names, native_rows, version_folder
+from siftline.rows.shards import building, write_text
 
 BATCH = 1024  # rows written at once
 LEFT_OUT = "left_out.jsonl"

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from siftline.ingest.source import Source, file_format, read_name
-from siftline.published import confirm_inputs
+from siftline.rows.published import confirm_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from siftline.ingest.turns import (
     to_json,
     user,
 )
-from siftline.schema import canonical_text, make_row, message
+from siftline.rows.schema import canonical_text, make_row, message
 
 __all__ = ["Converted", "Plan", "convert", "plan_for"]
 

@@ -22,21 +22,13 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from siftline import schema
 from siftline.disk import writing
 from siftline.ingest.readers import Source, fingerprint, read_sources
 from siftline.ingest.source import Holds
 from siftline.locks import held
-from siftline.shards import (
-    Manifest,
-    Part,
-    PartWriter,
-    RowHash,
-    content_hash,
-    no_rows,
-    read_bucket,
-)
-from siftline.verified import RERUN, AlteredError, SchemaError
+from siftline.rows import schema
+from siftline.rows.shards import Manifest, Part, PartWriter, RowHash, no_rows, read_bucket
+from siftline.rows.verified import RERUN, AlteredError, SchemaError, content_hash
 
 logger = logging.getLogger(__name__)
 

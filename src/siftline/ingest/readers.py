@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.files import InputFile, fingerprint, input_files, source_files
 from siftline.ingest.layouts import Converted, Plan, convert, plan_for
 from siftline.ingest.records import BINARY, Fault, Record, excerpt, read_records
 from siftline.ingest.source import Holds, Source
+from siftline.rows import schema
 
 __all__ = ["Batch", "Source", "fingerprint", "read_sources", "source_files"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from siftline.ingest.meanings import check_of, filled, has_placeholder, is_media_part, truth
-from siftline.schema import message
+from siftline.rows.schema import message
 
 Turn = dict[str, Any]
 

@@ -235,7 +235,7 @@ def _sources() -> bytes:
     assert spec is not None
     assert spec.origin is not None
     compiler = Path(spec.origin).with_name("_version.py").read_bytes()
-    kernels = [file.read_bytes() for file in sorted(HERE.glob("*.py"))]
+    kernels = [file.read_bytes() for file in sorted(HERE.rglob("*.py"))]
     return hashlib.sha256(b"\0".join([compiler, *kernels])).digest()
 
 

@@ -51,7 +51,7 @@ PRELOADED = (
     "dagster._core.executor.multiprocess",
     "dagster._core.storage.sqlite_storage",
     "siftline.pipelines.compose",
-    "siftline.scoring.transformers_engine",
+    "siftline.scoring.engines.transformers_engine",
     "transformers.generation",
     "transformers.masking_utils",
     "transformers.models.auto.modeling_auto",

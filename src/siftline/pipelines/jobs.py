@@ -7,7 +7,7 @@ from siftline.assets import keys
 from siftline.assets.outcome import outcomes
 from siftline.ingest.readers import source_files
 from siftline.recipe.parse import Recipe, expand_pool
-from siftline.shards import content_hash
+from siftline.rows.verified import content_hash
 from siftline.workspace import Workspace
 
 RETRIES = {

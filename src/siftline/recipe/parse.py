@@ -22,10 +22,10 @@ from siftline.config import build, check_names, convert, nearest, override, read
 from siftline.ingest.pool import PoolSpec
 from siftline.recipe.kinds import Stage, StageKind, kind_of
 from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import Likelihood
-from siftline.scoring.scorers import KINDS, models_of
-from siftline.shards import content_hash
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.likelihood import Likelihood
+from siftline.scoring.measures.scorers import KINDS, models_of
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from siftline.ingest.pool import PoolSpec
-from siftline.scoring.engines import ModelSpec
+from siftline.scoring.engines.base import ModelSpec
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
 

@@ -15,9 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from siftline.scoring.engines import ModelSpec, check_directory
-from siftline.shards import write_json
-from siftline.verified import confirm, file_hash, read_hashed, with_hash
+from siftline.rows.shards import write_json
+from siftline.rows.verified import confirm, file_hash, read_hashed, with_hash
+from siftline.scoring.engines.base import ModelSpec, check_directory
 
 PATTERNS = (
     "config.json",

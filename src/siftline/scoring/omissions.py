@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from siftline.native import native_message, native_tools
+from siftline.rows.native import native_message, native_tools
 
 PROMPT, TOOLS = "template_drops_prompt", "template_drops_tools"
 CONTENT, REASONING = "template_drops_content", "template_drops_reasoning"

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.batching import plan_batches
-from siftline.scoring.engines import ModelSpec
-from siftline.store import Namespace, Store, collect
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.engines.batching import plan_batches
+from siftline.store.store import Namespace, Store, collect
 
 logger = logging.getLogger(__name__)
 Question = TypeVar("Question")

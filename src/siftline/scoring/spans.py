@@ -11,11 +11,11 @@ from itertools import takewhile
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from siftline.native import native_message
-from siftline.scoring.engines import Span, positions
+from siftline.rows.native import native_message
+from siftline.scoring.engines.base import Span, positions
+from siftline.scoring.engines.token_bounds import least_tokens
 from siftline.scoring.omissions import OMISSIONS, omission
 from siftline.scoring.templates import chat_template_of, render
-from siftline.scoring.token_bounds import least_tokens
 
 Turns = Literal["last", "all"]
 """Which assistant turns are the response."""

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from siftline.native import native_message, native_tools, text_calls
-from siftline.scoring.engines import ModelSpec, check_directory
+from siftline.rows.native import native_message, native_tools, text_calls
+from siftline.scoring.engines.base import ModelSpec, check_directory
 
 QUESTION_ANSWER = (
     "{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import COSINE, on_grid
+from siftline.kernels.vectors.blocks import COSINE, on_grid
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.spending import Budget, Spent
 from siftline.selectors.vectors import matrix

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import cosine_blocks, unit
 from siftline.kernels.draws import uniforms
-from siftline.kernels.facility import Facilities, lazy_greedy, stochastic_greedy
+from siftline.kernels.vectors.blocks import cosine_blocks, unit
+from siftline.kernels.vectors.facility import Facilities, lazy_greedy, stochastic_greedy
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.spending import Budget, spend_lazily
 from siftline.selectors.vectors import matrix

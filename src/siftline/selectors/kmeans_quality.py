@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import uniforms
-from siftline.kernels.kmeans import (
+from siftline.kernels.vectors.kmeans import (
     SILHOUETTE_SAMPLE,
     Clusters,
     default_clusters,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import block_rows, cosine_blocks, over_blocks
+from siftline.kernels.vectors.blocks import block_rows, cosine_blocks, over_blocks
 from siftline.selectors.method import Plan, Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.nearest import TASK
 from siftline.selectors.spending import Budget, spend

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import block_rows
 from siftline.kernels.draws import uniforms
+from siftline.kernels.vectors.blocks import block_rows
+from siftline.rows.selection import Selection
 from siftline.selectors.method import (
     Plan,
     Ranking,
@@ -23,7 +24,6 @@ from siftline.selectors.method import (
     planned,
 )
 from siftline.selectors.nearest import Turns, by_turns, takers, with_ids
-from siftline.selectors.selection import Selection
 from siftline.selectors.spending import Budget, spend
 from siftline.selectors.vectors import target_rows
 

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from siftline.config import nearest
-from siftline.kernels.least_squares import Fit, least_squares
+from siftline.kernels.vectors.least_squares import Fit, least_squares
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.spending import Budget, spend
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import polars as pl
 
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 from siftline.selectors.spending import Budget, Spent
 
 MAX_ROWS = 100_000_000

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.topk import Picks, round_robin, top_lists
+from siftline.kernels.vectors.topk import Picks, round_robin, top_lists
 from siftline.selectors.method import Ranking
 from siftline.selectors.spending import Budget, spend_lazily
 from siftline.selectors.vectors import target_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from siftline.kernels.blocks import cosine_blocks
+from siftline.kernels.vectors.blocks import cosine_blocks
 from siftline.selectors.method import Ranked, Ranking, amounts_of
 from siftline.selectors.nearest import Turns, by_turns, takers, with_ids
 from siftline.selectors.spending import Budget

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import cosine_blocks, unit
 from siftline.kernels.draws import uniforms
-from siftline.kernels.kmeans import kmeans
-from siftline.kernels.topk import Lists, top_lists
+from siftline.kernels.vectors.blocks import cosine_blocks, unit
+from siftline.kernels.vectors.kmeans import kmeans
+from siftline.kernels.vectors.topk import Lists, top_lists
 from siftline.selectors.method import Ranked, Ranking, amounts_of
 from siftline.selectors.spending import Budget, Spent, spend_lazily
 from siftline.selectors.vectors import both, target_rows

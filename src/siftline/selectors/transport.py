@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from siftline.kernels.blocks import block_rows
 from siftline.kernels.draws import uniforms
-from siftline.kernels.sinkhorn import Cost, sinkhorn, soft_transform
+from siftline.kernels.vectors.blocks import block_rows
+from siftline.kernels.vectors.sinkhorn import Cost, sinkhorn, soft_transform
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
 from siftline.selectors.spending import Budget, spend
 from siftline.selectors.vectors import both

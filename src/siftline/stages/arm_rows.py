@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import hash64
-from siftline.ledger import REMOVED
 from siftline.recipe.parse import Recipe
+from siftline.rows import schema
+from siftline.rows.ledger import REMOVED
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
 from siftline.stages.run import outputs

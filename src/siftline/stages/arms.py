@@ -12,12 +12,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import shards
-from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
-from siftline.published import read_config, read_version
 from siftline.recipe.parse import Recipe
+from siftline.rows import shards
+from siftline.rows.curated import resolve_latest
+from siftline.rows.published import read_config, read_version
+from siftline.rows.verified import content_hash, read_hashed, with_hash
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import identity, model_spec, named_spec
@@ -25,7 +26,6 @@ from siftline.stages.references import reference_scores
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
 from siftline.training.material import with_source
-from siftline.verified import read_hashed, with_hash
 from siftline.workspace import Workspace
 
 BASE, CURATED = "base", "curated"
@@ -108,7 +108,7 @@ def _record(workspace: Workspace, recipe: Recipe) -> Path:
         [Pool(workspace.pool(spec.name)).version for spec in recipe.sets.dev],
         [identity(named_spec(workspace, recipe, name)) for name in (*named, *training.reference)],
     ]
-    return workspace.model(f"{recipe.name}-arms-{shards.content_hash(made_of)[:12]}.json")
+    return workspace.model(f"{recipe.name}-arms-{content_hash(made_of)[:12]}.json")
 
 
 def found_arms(workspace: Workspace, recipe: Recipe) -> list[Arm] | None:
@@ -224,5 +224,5 @@ def arm_folder(
     made_of = [ids, decisive, seed, directory_digest(Path(base)), template, watched]
     if references is not None:
         made_of.append([references.get(identity) for identity in ids])
-    key = shards.content_hash(made_of)
+    key = content_hash(made_of)
     return workspace.model(f"{recipe.name}-{arm}-s{seed}-{key[:12]}")

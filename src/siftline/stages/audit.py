@@ -15,11 +15,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema, shards
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.ledger import REMOVED, StageOutput
 from siftline.recipe.kinds import Stage
+from siftline.rows import schema, shards
+from siftline.rows.ledger import REMOVED, StageOutput
 from siftline.stages.context import Context
 from siftline.training.intervals import wilson
 

@@ -17,15 +17,14 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import Pool
-from siftline.ledger import KEPT, StageResult
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
-from siftline.shards import no_rows
+from siftline.rows import schema
+from siftline.rows.ledger import KEPT, StageResult
+from siftline.rows.shards import no_rows
 from siftline.stages.context import Context, StageRun
-from siftline.stages.held_rows import HeldRows as HeldRows
-from siftline.stages.held_rows import first
+from siftline.stages.held_rows import HeldRows, first
 from siftline.stages.planting import DEFECTS, SOUND, Canary, Row
 from siftline.training.intervals import wilson
 

@@ -11,18 +11,19 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema, store
 from siftline.ingest.pool import Pool
-from siftline.ledger import KEPT, StageOutput, StageResult
 from siftline.progress import Progress
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
-from siftline.scoring.engines import ModelSpec
+from siftline.rows import schema
+from siftline.rows.ledger import KEPT, StageOutput, StageResult
+from siftline.rows.selection import DECISION, Selection
+from siftline.rows.shards import no_rows
+from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.selectors.selection import DECISION, Selection
-from siftline.shards import no_rows
-from siftline.stages.held_rows import HeldRows as HeldRows
+from siftline.stages.held_rows import HeldRows
 from siftline.stages.models import Engines, model_spec
+from siftline.store import store
 from siftline.workspace import Workspace
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from siftline import shards
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe
-from siftline.scoring.engines import ModelSpec
+from siftline.rows import shards
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
 from siftline.stages.arms import BASE, Arm, found_arms, train_arms
 from siftline.stages.models import engines, identity, model_spec
 from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
@@ -220,7 +221,7 @@ def _answers(
     workspace: Workspace, recipe: Recipe, model: Path, questions: pl.DataFrame
 ) -> tuple[Path, str]:
     """Where a model's graded answers are: folder, and a name made of all that decides them."""
-    asked = shards.content_hash(
+    asked = content_hash(
         [
             questions["id"].to_list(),
             {k: v for k, v in vars(recipe.evaluation).items() if k != "retained"},

@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from siftline.selectors.selection import Selection
+from siftline.rows.selection import Selection
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 
 UNDECIDED = ["verifier_error"]

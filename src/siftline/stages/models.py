@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from siftline.recipe.parse import Model, Recipe, expand
+from siftline.rows.verified import content_hash, file_hash
 from siftline.scoring import versions
-from siftline.scoring.engines import EngineName, ModelSpec, open_engine
+from siftline.scoring.engines.base import EngineName, ModelSpec, open_engine
 from siftline.scoring.fingerprint import confirm_files, directory_digest, model_digest
 from siftline.scoring.recorder import Recorder
-from siftline.shards import content_hash, file_hash
 from siftline.workspace import Workspace
 
 
@@ -148,11 +148,11 @@ class Engines:
 
 def _opened(spec: ModelSpec, head: str) -> Any:
     if spec.engine == "sentence-transformers":
-        from siftline.scoring.embedders import SentenceEmbedder
+        from siftline.scoring.measures.embedders import SentenceEmbedder
 
         return SentenceEmbedder(spec)
     if head == "classifier":
-        from siftline.scoring.classifiers import open_classifier
+        from siftline.scoring.measures.classifiers import open_classifier
 
         return open_classifier(spec)
     return open_engine(spec)

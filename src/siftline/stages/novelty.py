@@ -4,11 +4,11 @@ import math
 
 import polars as pl
 
-from siftline import schema
 from siftline.kernels.draws import uniforms
 from siftline.recipe.parse import Recipe
 from siftline.report import NOVELTY
-from siftline.scoring.contrast import Contrast, novel_clusters
+from siftline.rows import schema
+from siftline.scoring.measures.contrast import Contrast, novel_clusters
 from siftline.stages.context import Context
 from siftline.stages.scorers import scorer_table
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from siftline import schema
 from siftline.kernels.draws import hash64
-from siftline.kernels.text import words
-from siftline.scoring.quantities import answer_key
+from siftline.kernels.text.words import words
+from siftline.rows import schema
+from siftline.scoring.answers.quantities import answer_key
 
 CLOSE = 0.85
 """Similarity that a near copy keeps in prompt and response: above the gates' usual 0.8."""

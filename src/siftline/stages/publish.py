@@ -5,13 +5,14 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import __version__, schema
-from siftline.card import CardInfo, StageCount
-from siftline.curated import Published, publish, published_before
+from siftline import __version__
 from siftline.ingest.pool import Pool
-from siftline.ledger import REMOVED, StageOutput, reasons
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
+from siftline.rows import schema
+from siftline.rows.card import CardInfo, StageCount
+from siftline.rows.curated import Published, publish, published_before
+from siftline.rows.ledger import REMOVED, StageOutput, reasons
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.run import outputs

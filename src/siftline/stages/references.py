@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema, shards
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe
-from siftline.scoring import likelihood
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import Likelihood
-from siftline.shards import no_rows
+from siftline.rows import schema, shards
+from siftline.rows.shards import no_rows
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures import likelihood
+from siftline.scoring.measures.likelihood import Likelihood
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, named_spec
 from siftline.stages.responses import score_buckets
@@ -103,7 +104,7 @@ def _of_model(
 
 def _stem(spec: ModelSpec, ids: Sequence[str]) -> str:
     """Named by the model and the rows, whose ids are made of what they say."""
-    return shards.content_hash([likelihood.VERSION, identity(spec), list(ids)])[:16]
+    return content_hash([likelihood.VERSION, identity(spec), list(ids)])[:16]
 
 
 def _asked(

@@ -7,15 +7,23 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import __version__, schema, shards
-from siftline.curated import resolve_latest
+from siftline import __version__
 from siftline.ingest.pool import COUNTED, Pool, notes_of, reading_of
 from siftline.kernels.draws import uniforms
-from siftline.ledger import KEPT, StageOutput
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
 from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
-from siftline.shards import content_hash
+from siftline.rows import schema, shards
+from siftline.rows.curated import resolve_latest
+from siftline.rows.ledger import KEPT, StageOutput
+from siftline.rows.verified import (
+    AlteredError,
+    UnhashedError,
+    content_hash,
+    file_hash,
+    read_hashed,
+    with_hash,
+)
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
 from siftline.stages.models import model_spec, role_engine
@@ -25,7 +33,6 @@ from siftline.stages.rejection_sampling.difficulty import level_of
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
 from siftline.stages.scores import likelihood_table, trimmed_note
-from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
 VERSION = 1
@@ -109,7 +116,7 @@ def write_report(
         "accuracy": accuracy.to_dicts() if accuracy is not None else None,
         "notes": list(notes),
         "made_of": made_of,
-        "page": shards.file_hash(page_file),
+        "page": file_hash(page_file),
     }
     shards.write_json(page_file.with_suffix(".json"), with_hash(numbers))
     return page_file, numbers
@@ -127,7 +134,7 @@ def _written(page: Path, made_of: str) -> dict[str, Any] | None:
         numbers = read_hashed(beside, "a report's numbers")
     except (AlteredError, UnhashedError):
         return None
-    page_hash = shards.file_hash(page)
+    page_hash = file_hash(page)
     return (
         numbers if (numbers.get("made_of"), numbers.get("page")) == (made_of, page_hash) else None
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.likelihood import (
+from siftline.scoring.measures.likelihood import (
     ALONE,
     Likelihood,
     Question,

@@ -12,15 +12,14 @@ from typing import Any
 
 from siftline.disk import writing
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageOutput, write_stage
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe, scorers_read
-from siftline.shards import content_hash
+from siftline.rows.ledger import StageOutput, write_stage
+from siftline.rows.verified import RERUN, AlteredError, UnhashedError, content_hash, plain
 from siftline.stages.canaries import held_rows_of
 from siftline.stages.context import Context
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.scorers import scorer_table
-from siftline.verified import RERUN, AlteredError, UnhashedError, plain
 from siftline.workspace import Workspace
 
 DRAWS = 2

@@ -13,11 +13,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import PROVENANCE, REJECTED
 from siftline.kernels.draws import uniforms
-from siftline.ledger import KEPT, StageOutput
 from siftline.recipe.kinds import Stage
+from siftline.rows import schema
+from siftline.rows.ledger import KEPT, StageOutput
 from siftline.stages.context import Context
 from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
 

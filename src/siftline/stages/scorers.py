@@ -16,21 +16,22 @@ import pyarrow as pa
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe, expand
-from siftline.schema import HALF_ID
-from siftline.scoring import classifiers, likelihood, rubric
-from siftline.scoring.classifiers import Classifier, Reward
-from siftline.scoring.columns import Function, attach_leftovers
-from siftline.scoring.contrast import Contrast
-from siftline.scoring.recorder import Recorder
-from siftline.scoring.rubric import Rubric
-from siftline.scoring.scorers import (
+from siftline.rows.schema import HALF_ID
+from siftline.rows.shards import Manifest
+from siftline.rows.verified import file_hash
+from siftline.scoring.measures import classifiers, likelihood, rubric
+from siftline.scoring.measures.classifiers import Classifier, Reward
+from siftline.scoring.measures.columns import Function, attach_leftovers
+from siftline.scoring.measures.contrast import Contrast
+from siftline.scoring.measures.rubric import Rubric
+from siftline.scoring.measures.scorers import (
     columns_of,
     models_of,
     needs_classifier,
     needs_leftovers,
     run_scorer,
 )
-from siftline.shards import Manifest, file_hash
+from siftline.scoring.recorder import Recorder
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity, named_spec
 from siftline.stages.parallel import counted, over_buckets, total

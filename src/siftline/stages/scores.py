@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
-from siftline.scoring import likelihood
-from siftline.scoring.engines import ModelSpec
-from siftline.scoring.likelihood import COLUMNS, Likelihood
+from siftline.rows.shards import Manifest
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures import likelihood
+from siftline.scoring.measures.likelihood import COLUMNS, Likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import trimmed_ids
-from siftline.shards import Manifest
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity
 from siftline.stages.parallel import total

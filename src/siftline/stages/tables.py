@@ -16,9 +16,9 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
-from siftline.schema import bucket_of
-from siftline.shards import Manifest, PartWriter, RowHash, no_rows, read_bucket
-from siftline.store import BUCKETS
+from siftline.rows.schema import bucket_of
+from siftline.rows.shards import Manifest, PartWriter, RowHash, no_rows, read_bucket
+from siftline.store.store import BUCKETS
 
 FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])
 

@@ -15,8 +15,8 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.kernels.draws import uniforms
-from siftline.native import native_message
-from siftline.selectors.selection import DECISION
+from siftline.rows.native import native_message
+from siftline.rows.selection import DECISION
 
 STAGE = "training order"
 

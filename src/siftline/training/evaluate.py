@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import hash64
-from siftline.scoring.batching import plan_batches
-from siftline.scoring.engines import Engine, Failed, Sampling
+from siftline.scoring.engines.base import Engine, Failed, Sampling
+from siftline.scoring.engines.batching import plan_batches
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.training.intervals import Interval, crossed_interval, paired_difference, wilson
 

@@ -27,15 +27,15 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.disk import check_folder, need, writing
-from siftline.schema import digest
+from siftline.rows.schema import digest
+from siftline.rows.selection import DECISION
+from siftline.rows.verified import AlteredError
 from siftline.scoring.fingerprint import RETRAIN, confirm_files, record_files
-from siftline.selectors.selection import DECISION
 from siftline.training.card import write_json, write_record
 from siftline.training.material import dev_passes, lay_out, read_rows, training_passes
 from siftline.training.passes import Passes
 from siftline.training.schedule import Schedule
 from siftline.training.sft import FineTune, check_sharding, last_checkpoint, sft_arguments
-from siftline.verified import AlteredError
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def finetune(
         ValueError: if no row can be trained on, the budget can't be laid out in its steps, `out`
             holds another run, the loss is not finite, or memory runs out; it says what helps.
     """
-    from siftline.scoring.engines import ModelSpec
+    from siftline.scoring.engines.base import ModelSpec
     from siftline.scoring.templates import load_tokenizer
     from siftline.training.methods import export
 
@@ -305,7 +305,7 @@ def _tensorboard(folder: Path) -> Any:
 @contextmanager
 def _memory_remedy(config: FineTune, schedule: Schedule) -> Iterator[None]:
     """Says what helps where memory runs out."""
-    from siftline.scoring.batching import ran_out_of_memory
+    from siftline.scoring.engines.batching import ran_out_of_memory
 
     try:
         yield

@@ -26,16 +26,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from siftline.schema import digest
-from siftline.scoring.devices import torch_device
-from siftline.scoring.engines import Failed, ModelSpec, Span
+from siftline.rows.schema import digest
+from siftline.rows.verified import file_hash
+from siftline.scoring.engines.base import Failed, ModelSpec, Span
+from siftline.scoring.engines.devices import torch_device
 from siftline.scoring.fingerprint import model_digest
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, response_span
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.less import Gradients
-from siftline.shards import file_hash
-from siftline.store import score_key
+from siftline.store.store import score_key
 from siftline.training.logprobs import read_tokens, token_scores
 from siftline.training.methods import load_model
 from siftline.training.packing import Row, check_head, padded

@@ -227,9 +227,9 @@ def run_harness(model: Path, config: Harness, loaded: Loaded) -> dict[str, Any]:
     check_model(model)
     import lm_eval
 
-    from siftline.scoring.batching import ran_out_of_memory
-    from siftline.scoring.devices import torch_device
-    from siftline.scoring.vllm_options import installed, set_environment
+    from siftline.scoring.engines.batching import ran_out_of_memory
+    from siftline.scoring.engines.devices import torch_device
+    from siftline.scoring.engines.vllm_options import installed, set_environment
 
     vllm = config.engine == "vllm"
     if vllm:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.published import confirm_inputs
+from siftline.rows.published import confirm_inputs
 from siftline.training.budget import tokenize_rows
 from siftline.training.passes import (
     Corruption,

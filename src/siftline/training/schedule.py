@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from siftline.scoring.batching import plan_batches
+from siftline.scoring.engines.batching import plan_batches
 from siftline.training.budget import TokenRows, plan_steps, rows_for_budget, rows_for_epochs
 from siftline.training.phases import Phase, rows_for_phases
 

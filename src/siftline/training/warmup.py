@@ -22,8 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from siftline.schema import digest
-from siftline.scoring.engines import ModelSpec
+from siftline.rows.schema import digest
+from siftline.rows.verified import (
+    AlteredError,
+    UnhashedError,
+    confirm,
+    file_hash,
+    read_hashed,
+    with_hash,
+)
+from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.fingerprint import RETRAIN, model_digest
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.less import Gradients
@@ -34,14 +42,6 @@ from siftline.training.objectives import Objective
 from siftline.training.passes import Passes
 from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
 from siftline.training.trainer import PlannedTrainer
-from siftline.verified import (
-    AlteredError,
-    UnhashedError,
-    confirm,
-    file_hash,
-    read_hashed,
-    with_hash,
-)
 
 FACTS = "warmup.json"
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from siftline.scoring.reasoning import without_reasoning
+from siftline.scoring.answers.reasoning import without_reasoning
 from siftline.scoring.verifiers.verdict import Verdict
 
 LONGEST_CHOICE = 1_000_000

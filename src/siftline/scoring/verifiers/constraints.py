@@ -1,7 +1,7 @@
 """Whether a text satisfies a regular expression or a JSON schema, in a process that may be killed.
 
 Both can cost exponential time or memory, and neither can be interrupted from Python. So they are
-judged where mathematical expressions are (see `scoring.equivalence`): in a child process that arms
+judged where mathematical expressions are (see `answers.equivalence`): in a child process that arms
 a timer whose default action ends it, whatever it is doing.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any, Literal
 
-from siftline.scoring.equivalence import Equivalence, EquivalenceError, limited, prepare
+from siftline.scoring.answers.equivalence import Equivalence, EquivalenceError, limited, prepare
 from siftline.scoring.verifiers.verdict import Verdict
 
 MEMORY = 1 << 30  # bytes of address space of the child

@@ -42,7 +42,7 @@ _VARIETIES = {"ar": ("ary", "arz"), "no": ("nn",), "zh": ("wuu", "yue")}
 _SURE, _NEVER, _LETTERS = 0.9, 0.01, 20
 """Of a language: its probability when it is that one, when it is not, and letters it takes to say.
 
-py3langid is right on 99.9 % of English texts from 80 letters on (`scoring.languages`)."""
+py3langid is right on 99.9 % of English texts from 80 letters on (`scoring.measures.languages`)."""
 
 
 class Unusable(ValueError):
@@ -117,7 +117,12 @@ def letter_frequency(text: str, letter: Any, let_frequency: Any, let_relation: A
 
 def response_language(text: str, language: Any) -> Truth:
     """The text is in a language, by its code."""
-    from siftline.scoring.languages import distinct, known_languages, letters, probabilities
+    from siftline.scoring.measures.languages import (
+        distinct,
+        known_languages,
+        letters,
+        probabilities,
+    )
 
     code = _text(language, "language").strip().lower().partition("-")[0].partition("_")[0]
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from siftline.scoring.reasoning import without_reasoning
+from siftline.scoring.answers.reasoning import without_reasoning
 from siftline.scoring.verifiers.instruction_checks import CHECKS, Unusable
 from siftline.scoring.verifiers.verdict import Verdict
 

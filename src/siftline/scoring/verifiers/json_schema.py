@@ -3,7 +3,7 @@
 import importlib.util
 from functools import cache
 
-from siftline.scoring.fences import blocks
+from siftline.scoring.answers.fences import blocks
 from siftline.scoring.verifiers.constraints import Constraint, strict_json
 from siftline.scoring.verifiers.text import final_text
 from siftline.scoring.verifiers.verdict import Verdict

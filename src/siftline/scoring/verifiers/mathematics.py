@@ -1,16 +1,16 @@
 """Final answers of mathematical responses.
 
-They are found (`scoring.answers`), then judged (`scoring.equality`): two steps that know nothing of
+They are found (`answers.find`), then judged (`answers.equality`): two steps that know nothing of
 each other.
 """
 
 import re
 from functools import cache
 
-from siftline.scoring.answers import Candidate, extract_answer, find_answers
-from siftline.scoring.equality import LONGEST_EXPRESSION, Judged, judge
-from siftline.scoring.equivalence import Equivalence, EquivalenceError
-from siftline.scoring.steps import trace
+from siftline.scoring.answers.equality import LONGEST_EXPRESSION, Judged, judge
+from siftline.scoring.answers.equivalence import Equivalence, EquivalenceError
+from siftline.scoring.answers.find import Candidate, extract_answer, find_answers
+from siftline.scoring.answers.steps import trace
 from siftline.scoring.verifiers.verdict import Verdict
 
 __all__ = ["LONGEST_EXPRESSION", "MathVerifier", "plain_math", "verify_math"]
@@ -25,10 +25,10 @@ class MathVerifier:
     behind an equal number (`18 apples left over`, `18, since 3*6=18`) are a match if they are a
     unit or a reason. Expressions are read by math-verify. Of several final answers all have to
     match for a match, and none for a mismatch. A refuted response is searched for its first false
-    equation (`scoring.steps`).
+    equation (`scoring.answers.steps`).
 
     Attributes:
-        strict: Take only marked final answers (see `scoring.answers.find_answers`).
+        strict: Take only marked final answers (see `scoring.answers.find.find_answers`).
         steps: Whether refuted responses are searched.
     """
 

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from siftline.scoring.answers import extract_answer
+from siftline.scoring.answers.find import extract_answer
 from siftline.scoring.verifiers.constraints import Constraint
 from siftline.scoring.verifiers.text import final_text
 from siftline.scoring.verifiers.verdict import Verdict

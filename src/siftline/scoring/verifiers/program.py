@@ -5,8 +5,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
-from siftline.scoring.fences import Block, blocks
-from siftline.scoring.reasoning import without_reasoning
+from siftline.scoring.answers.fences import Block, blocks
+from siftline.scoring.answers.reasoning import without_reasoning
 
 _PYTHON = re.compile(r"(?:i?python|py)[\d.]*|pycon|python-repl|doctest")
 _UNNAMED = ("", "text", "txt", "plaintext", "code")

@@ -19,10 +19,10 @@ from siftline.scoring.verifiers.isolation import (
     PROGRAM,
     REMEDY,
     WAYS,
+    Confinement,
     lonely_user,
     python,
 )
-from siftline.scoring.verifiers.isolation import Confinement as Confinement
 
 logger = logging.getLogger(__name__)
 

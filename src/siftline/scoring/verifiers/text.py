@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from siftline.scoring.reasoning import without_reasoning
+from siftline.scoring.answers.reasoning import without_reasoning
 from siftline.scoring.verifiers.verdict import Verdict
 
 LONGEST_TEXT = 1_000_000
@@ -41,9 +41,9 @@ class VerbatimVerifier:
 
     def __call__(self, response: str, answer: str) -> Verdict:
         """Judges `response` against `answer`."""
-        from siftline.schema import (
-            canonical_text,
-        )  # needs pyarrow, which the sandbox's part has not
+        from siftline.rows.schema import (
+            canonical_text,  # needs pyarrow, which the sandbox's part has not
+        )
 
         if len(response) > LONGEST_TEXT:
             return Verdict(None, None, f"unreadable: {len(response)} characters are too many")

@@ -14,7 +14,7 @@ class Verdict:
         reason: `match`; `wrong_answer`, which is a proof; or why the verdict is open:
             `no_final_answer`, `no_reference`, `unreadable: <what can't be told, and why>`, or
             `verifier_error: <what happened>` where the verifier itself failed.
-        first_error: Of a refuted response, the step (see `scoring.steps`, counted from 0) with its
+        first_error: Of a refuted response, the step (see `answers.steps`, counted from 0) with its
             first false equation; None where no equation is false, or nobody looked.
         last_right: Of a refuted response, the last right intermediate result before that step, or
             in all of it where no equation is false; None if there is none.

@@ -15,8 +15,8 @@ import polars as pl
 
 from siftline.kernels.draws import uniforms
 from siftline.kernels.quotas import largest_remainder
+from siftline.rows.selection import Selection, decisions
 from siftline.selectors.mixture import check_mixture, group_of, split
-from siftline.selectors.selection import Selection, decisions
 from siftline.stages.rejection_sampling.difficulty import level_of, prop2diff, uniform
 
 MAX_ROWS = 100_000_000

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from siftline.config import nearest
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 
 PARTS = ("agreement", "jaccard", "embedding", "nli", "reflection", "perplexity")
 """What confidence may be made of, each a number in [0, 1]: the share of samples with the row's own

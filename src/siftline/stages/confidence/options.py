@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
 from siftline.stages.confidence.decide import BSDETECTOR, ConfidenceGate
 
 

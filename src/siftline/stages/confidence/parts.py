@@ -8,17 +8,17 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.progress import Progress
-from siftline.scoring.reasons import unanswered
-from siftline.scoring.recorder import Recorder
-from siftline.scoring.reflection import (
+from siftline.scoring.measures.reflection import (
     SAMPLED,
     final_answer,
     prompts_of,
     reflections,
     sampled_answers,
 )
-from siftline.scoring.samples import draw_samples
-from siftline.scoring.similarity import Held, Similar, agreements, cosines, overlaps
+from siftline.scoring.measures.samples import draw_samples
+from siftline.scoring.measures.similarity import Held, Similar, agreements, cosines, overlaps
+from siftline.scoring.reasons import unanswered
+from siftline.scoring.recorder import Recorder
 from siftline.stages.confidence.decide import PARTS, consistency
 from siftline.stages.confidence.options import Confidence
 from siftline.stages.context import Context

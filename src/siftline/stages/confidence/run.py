@@ -8,12 +8,12 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageResult
+from siftline.rows.ledger import StageResult
+from siftline.rows.selection import Selection, decisions
+from siftline.scoring.measures.reflection import prompts_of, reflections
+from siftline.scoring.measures.samples import draw_samples
 from siftline.scoring.reasons import unanswered
-from siftline.scoring.reflection import prompts_of, reflections
-from siftline.scoring.samples import draw_samples
 from siftline.scoring.verifiers import get_verifier
-from siftline.selectors.selection import Selection, decisions
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.confidence.calibration import calibration, kept_by, shown
 from siftline.stages.confidence.decide import auroc

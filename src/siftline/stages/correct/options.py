@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
 from siftline.stages.correct.decide import CorrectionRule
 from siftline.training.finetune import FineTune
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from siftline.scoring.engines import ModelSpec
-from siftline.shards import content_hash
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
 from siftline.stages.correct.options import Correct
 from siftline.training.finetune import TrainResult, finetune
 

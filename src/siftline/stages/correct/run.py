@@ -16,16 +16,16 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
-from siftline.ledger import REMOVED, StageResult
 from siftline.progress import Progress
-from siftline.scoring.pairwise import Preference, prefer
+from siftline.rows import schema
+from siftline.rows.ledger import REMOVED, StageResult
+from siftline.rows.selection import decisions
+from siftline.scoring.measures.pairwise import Preference, prefer
+from siftline.scoring.measures.reflection import prompts_of
+from siftline.scoring.measures.samples import draw_samples
 from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.scoring.reflection import prompts_of
-from siftline.scoring.samples import draw_samples
 from siftline.scoring.verifiers import get_verifier
-from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, by_store_bucket
 from siftline.stages.correct.decide import ADOPTED, PROPOSALS, fold_of, judged_facts
 from siftline.stages.correct.options import Correct

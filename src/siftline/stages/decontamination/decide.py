@@ -10,8 +10,8 @@ A pool row overlaps an evaluation row if any of these holds:
   response. Numbers are words, so instances of one template with different numbers share only what
   stands between the numbers.
 
-What a word or a sign is says `kernels.tokens`: case, punctuation and typography make no difference,
-"x > 5" and "x < 5" are two texts.
+What a word or a sign is says `kernels.text.tokens`: case, punctuation and typography make no
+difference, "x > 5" and "x < 5" are two texts.
 
 N-grams that more than `common` evaluation prompts of one set share are boilerplate (task
 definitions, few-shot headers) and are not counted: they say which set a row resembles, not which
@@ -25,10 +25,10 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import hash64_each
-from siftline.kernels.lsh import band_keys, banding_for
-from siftline.kernels.text import WordTexts, words_of
-from siftline.schema import HALF_ID
-from siftline.selectors.selection import Selection, decisions
+from siftline.kernels.sets.lsh import band_keys, banding_for
+from siftline.kernels.text.words import WordTexts, words_of
+from siftline.rows.schema import HALF_ID
+from siftline.rows.selection import Selection, decisions
 
 ROLES = ("test", "dev", "target")
 """The worst leak first; a row that overlaps several is charged with the first."""
@@ -53,7 +53,7 @@ class ContaminationIndex:
             whole (hash of its words) and grams (n-grams counted).
         postings: gram (uint64) and row, the n-grams worth counting.
         bands: key (uint64) and row, the MinHash bands of the prompts.
-        shingles: `kernels.shingles.Sets` of the prompts, by row.
+        shingles: `kernels.sets.shingles.Sets` of the prompts, by row.
     """
 
     rows: pl.DataFrame
@@ -105,7 +105,7 @@ class Decontamination:
         Raises:
             ValueError: if a role is unknown.
         """
-        from siftline.kernels.shingles import word_grams
+        from siftline.kernels.sets.shingles import word_grams
 
         unknown = reference.filter(~pl.col("role").is_in(ROLES))
         if unknown.height:
@@ -184,8 +184,8 @@ class Decontamination:
         folded: list[str],
         worded: WordTexts,
     ) -> pl.DataFrame:
-        from siftline.kernels.jaccard import jaccard_pairs
-        from siftline.kernels.shingles import concatenate
+        from siftline.kernels.sets.jaccard import jaccard_pairs
+        from siftline.kernels.sets.shingles import concatenate
 
         shingles, bands = self._near(folded, worded)
         pairs = bands.rename({"row": "pool"}).join(index.bands, on="key").select("pool", "row")
@@ -201,7 +201,7 @@ class Decontamination:
     def _shared_grams(
         self, bucket: pl.DataFrame, index: ContaminationIndex, folded: list[str]
     ) -> pl.DataFrame:
-        from siftline.kernels.shingles import word_grams
+        from siftline.kernels.sets.shingles import word_grams
 
         grams = _long(word_grams(folded, self.ngram), "gram", "line")
         ids = bucket.select("id").with_row_index("line").with_columns(pl.col("line").cast(pl.Int64))
@@ -217,9 +217,9 @@ class Decontamination:
 
     def _near(self, folded: list[str], worded: WordTexts) -> tuple[Any, pl.DataFrame]:
         """Shingles of some texts, given as strings and as bytes, and their band keys."""
-        from siftline.kernels.minhash import signatures
-        from siftline.kernels.quantities import guards
-        from siftline.kernels.shingles import char_shingles
+        from siftline.kernels.sets.minhash import signatures
+        from siftline.kernels.sets.shingles import char_shingles
+        from siftline.kernels.text.quantities import guards
 
         banding = banding_for(self.near, self.num_perm)
         shingles = char_shingles(folded, self.shingle)

@@ -5,8 +5,8 @@ from collections import Counter
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import Pool
+from siftline.rows import schema
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.decontamination.decide import Decontamination

@@ -14,15 +14,15 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.kernels.kmeans import (
+from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.vectors.kmeans import (
     SILHOUETTE_SAMPLE,
     default_clusters,
     kmeans,
     project_2d,
     silhouette,
 )
-from siftline.kernels.quotas import largest_remainder
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 
 MAX_VALUES = 4_000_000_000
 """Embedding values (prompts x dimensions) clustered at once: 16 GB at float32."""

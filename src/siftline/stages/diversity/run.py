@@ -5,9 +5,9 @@ import math
 import numpy as np
 import polars as pl
 
-from siftline import schema
 from siftline.progress import Progress
-from siftline.scoring.embedding import embed_texts
+from siftline.rows import schema
+from siftline.scoring.measures.embedding import embed_texts
 from siftline.scoring.recorder import Recorder
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.diversity import decide as prompts_selector

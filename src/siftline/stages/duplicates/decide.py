@@ -16,7 +16,7 @@ Near means Jaccard similarity of character 5-grams: 5 is the length Leskovec, Ra
 pages) one changed word in a question of 45 words already costs a fifth of the similarity.
 
 The steps are those of `siftline dedup` on texts: keys of all rows, groups of the rows that share
-one (`kernels.groups`), the sets of these rows alone, and decisions in keep order.
+one (`kernels.sets.groups`), the sets of these rows alone, and decisions in keep order.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,9 +26,9 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.keep import Keep
-from siftline.kernels.lsh import Banding, banding_for
-from siftline.selectors.selection import Selection, decisions
+from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.lsh import Banding, banding_for
+from siftline.rows.selection import Selection, decisions
 from siftline.stages.duplicates.state import (
     DuplicateState,
     MakeRoom,
@@ -142,8 +142,8 @@ class Duplicates:
         states: Sequence[DuplicateState],
         make_room: MakeRoom = lambda size: np.empty(size, np.uint32),
     ) -> DuplicatePlan:
-        from siftline.kernels.greedy import remove_similar
-        from siftline.kernels.groups import grouped
+        from siftline.kernels.sets.greedy import remove_similar
+        from siftline.kernels.sets.groups import grouped
 
         everyone = pl.concat([state.rows for state in states])
         self._check(everyone)
@@ -250,7 +250,7 @@ def against(
     Returns:
         The earlier rows that matter, and `state`.
     """
-    from siftline.kernels.groups import among
+    from siftline.kernels.sets.groups import among
 
     prompts = state.rows["prompt_id"].unique().to_list()
     wanted = state.bands[:]
@@ -289,8 +289,8 @@ def _compared(
     make_room: MakeRoom,
 ) -> tuple[Any, Any]:
     """What the kernel takes: the rows that share a key, in keep order, and the sets they need."""
-    from siftline.kernels.greedy import Rows
-    from siftline.kernels.pairs import told_apart
+    from siftline.kernels.sets.greedy import Rows
+    from siftline.kernels.sets.pairs import told_apart
 
     sides = [rows[side].to_numpy() for side in ("prompt_key", "response_key")]
     keys = np.unique(np.concatenate(sides))

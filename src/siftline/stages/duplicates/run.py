@@ -6,11 +6,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import Pool
-from siftline.kernels.keep import Keep, as_integers
+from siftline.kernels.sets.keep import Keep, as_integers
 from siftline.progress import Progress
-from siftline.scoring.columns import Column, attach_leftovers, score_column
+from siftline.rows import schema
+from siftline.scoring.measures.columns import Column, attach_leftovers, score_column
 from siftline.scratch import scratch_folder
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun

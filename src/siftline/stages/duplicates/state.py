@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import hash64, hash64_each
-from siftline.kernels.lsh import Banding
-from siftline.kernels.text import plain
+from siftline.kernels.sets.lsh import Banding
+from siftline.kernels.text.words import plain
 
 HELD = 64 << 20
 """Bytes of bands and shingles that stay in memory; those of later rows go to files."""
@@ -63,7 +63,7 @@ class StateFiles:
 
     def add(self, state: DuplicateState) -> None:
         """Appends a state, in memory or shelved."""
-        from siftline.kernels.spill import shelved
+        from siftline.kernels.sets.spill import shelved
 
         self._held += state.bands.nbytes + state.values.nbytes
         if self._held > self.limit:
@@ -74,7 +74,7 @@ class StateFiles:
 
     def make_room(self, size: int) -> np.ndarray:
         """Room for the sets that are compared, see `spill.values_room`."""
-        from siftline.kernels.spill import values_room
+        from siftline.kernels.sets.spill import values_room
 
         return values_room(size, self.folder)
 
@@ -93,12 +93,12 @@ def summarised(
         seed: Of the signatures.
         guarded: Rows with different numbers share no band.
     """
-    from siftline.kernels.minhash import signatures
-    from siftline.kernels.pairs import pair_keys
-    from siftline.kernels.quantities import guards
-    from siftline.kernels.shingles import char_shingles, concatenate
-    from siftline.kernels.text import words_of
-    from siftline.kernels.texts import ALONE
+    from siftline.kernels.sets.minhash import signatures
+    from siftline.kernels.sets.pairs import pair_keys
+    from siftline.kernels.sets.shingles import char_shingles, concatenate
+    from siftline.kernels.text.quantities import guards
+    from siftline.kernels.text.texts import ALONE
+    from siftline.kernels.text.words import words_of
 
     n = bucket.height
     sides = [t or "" for side in ("prompt", "response") for t in bucket[side].to_list()]
@@ -147,10 +147,10 @@ def gathered(
         make_room: Gives a uint32 array of a size.
 
     Returns:
-        `kernels.shingles.Sets` of length t.
+        `kernels.sets.shingles.Sets` of length t.
     """
-    from siftline.kernels.pairs import copy_sets
-    from siftline.kernels.shingles import Sets
+    from siftline.kernels.sets.pairs import copy_sets
+    from siftline.kernels.sets.shingles import Sets
 
     wanted, sizes = wanted.copy(), np.zeros(len(keys), np.int64)
     found = []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 
 _STATE = {"source": pl.String, "n_tokens": pl.Int64, "logprob_mean": pl.Float64}
 

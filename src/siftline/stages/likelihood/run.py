@@ -6,8 +6,8 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline.ledger import StageResult
-from siftline.scoring.likelihood import COLUMNS
+from siftline.rows.ledger import StageResult
+from siftline.scoring.measures.likelihood import COLUMNS
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 from siftline.stages.likelihood.decide import LikelihoodOutliers

@@ -1,7 +1,7 @@
 """The quality gate: rules about a text's form, its language, listed words, bounds on scores.
 
 Pure: what was found out about each row (`COLUMNS`) comes in as a narrow frame, from
-`scoring.languages`, `text_rules` and the recipe's scorers. A row's fate depends on nothing but the
+`measures.languages`, `text_rules` and the recipe's scorers. A row's fate depends on nothing but the
 row, and the first rule that speaks against it is its reason.
 
 The published rules were tuned to tell prose from the rest of the web, on documents of 50 words and
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 
 COLUMNS = {
     "id": pl.String,

@@ -8,12 +8,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.progress import Progress
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import expand
-from siftline.scoring import languages
-from siftline.shards import file_hash
+from siftline.rows import schema
+from siftline.rows.verified import file_hash
+from siftline.scoring.measures import languages
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.gathering import gather

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from siftline.scoring.languages import REMEDY
+from siftline.scoring.measures.languages import REMEDY
 from siftline.stages.quality_rules.decide import Rules
 from siftline.stages.quality_rules.measures import MEASURES, gram_share, spoken
 

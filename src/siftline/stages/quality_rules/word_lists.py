@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from siftline.kernels.text import words as plain_words
+from siftline.kernels.text.words import words as plain_words
 
 
 class WordList:

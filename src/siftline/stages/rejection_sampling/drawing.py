@@ -10,10 +10,10 @@ ends. Both read the same draws.
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
+from siftline.scoring.engines.streaming import Streaming
+from siftline.scoring.measures.samples import draw_samples, text_of
 from siftline.scoring.recorder import MAX_ROWS, REFUSED, Recorder
-from siftline.scoring.samples import draw_samples, text_of
-from siftline.scoring.streaming import Streaming
 from siftline.stages.parallel import over_buckets
 from siftline.stages.rejection_sampling.campaign import Campaign, run
 from siftline.stages.rejection_sampling.streaming import Judge, Made, Prompt, stream_campaign

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from siftline.schema import canonical_text
-from siftline.scoring.engines import Generation
-from siftline.scoring.pairwise import verdict_against_reference
+from siftline.rows.schema import canonical_text
+from siftline.scoring.engines.base import Generation
+from siftline.scoring.measures.pairwise import verdict_against_reference
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict, get_verifier
 from siftline.stages.rejection_sampling.options import JUDGE

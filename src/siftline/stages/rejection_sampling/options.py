@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
 from siftline.stages.verify.decide import check_verifier
 
 JUDGE = "judge"

@@ -8,12 +8,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
-from siftline.scoring.degenerate import degenerate
-from siftline.scoring.engines import Generation
-from siftline.scoring.pairwise import DISAGREE
+from siftline.rows import schema
+from siftline.scoring.engines.base import Generation
+from siftline.scoring.measures.degenerate import degenerate
+from siftline.scoring.measures.pairwise import DISAGREE
+from siftline.scoring.measures.reflection import final_answer, prompts_of
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.reflection import final_answer, prompts_of
 from siftline.scoring.verifiers import Verdict
 from siftline.stages.rejection_sampling.difficulty import DRAWS
 from siftline.stages.rejection_sampling.streaming import Prompt

@@ -8,14 +8,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.ledger import StageResult
 from siftline.progress import Progress
+from siftline.rows import schema
+from siftline.rows.ledger import StageResult
+from siftline.rows.selection import decisions
 from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import isolation_of
-from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun
 from siftline.stages.rejection_sampling.campaign import Campaign
 from siftline.stages.rejection_sampling.difficulty import accept, difficulty, tally, targets_for

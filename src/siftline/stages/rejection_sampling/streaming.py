@@ -15,13 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from siftline.scoring.engines import Failed, Generation, Sampling
+from siftline.scoring.engines.base import Failed, Generation, Sampling
+from siftline.scoring.engines.streaming import Ask
+from siftline.scoring.measures.samples import RECORD, sample_store, seed_of, text_of
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.samples import RECORD, sample_store, seed_of, text_of
-from siftline.scoring.streaming import Ask
 from siftline.stages.rejection_sampling.campaign import Campaign
 from siftline.stages.rejection_sampling.trials import Outcome
-from siftline.store import Store, score_key
+from siftline.store.store import Store, score_key
 
 Draw = tuple[str, int, Generation]
 """Prompt id, index and text of an ended draw."""

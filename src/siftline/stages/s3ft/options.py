@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from siftline.scoring.engines import Sampling
+from siftline.scoring.engines.base import Sampling
 from siftline.stages.verify.decide import check_verifier
 
 PARAPHRASE = (

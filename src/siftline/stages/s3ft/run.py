@@ -7,15 +7,15 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
-from siftline.ledger import StageResult
 from siftline.progress import Progress
-from siftline.scoring.engines import Generation
+from siftline.rows import schema
+from siftline.rows.ledger import StageResult
+from siftline.rows.selection import decisions
+from siftline.scoring.engines.base import Generation
+from siftline.scoring.measures.samples import draw_samples, text_of
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.samples import draw_samples, text_of
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.verifiers import Verifier, get_verifier, isolation_of
-from siftline.selectors.selection import decisions
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.parallel import over_buckets
 from siftline.stages.rejection_sampling.problems import Problem, fault_of, judge_draw

@@ -18,10 +18,10 @@ import pyarrow as pa
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.progress import Progress
-from siftline.scoring.engines import ModelSpec
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
-from siftline.shards import content_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import identity, on_devices
 from siftline.stages.parallel import over_buckets, total

@@ -13,19 +13,19 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe
-from siftline.scoring.columns import Column
-from siftline.scoring.engines import ModelSpec, Sampling
+from siftline.rows import schema
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec, Sampling
 from siftline.scoring.fingerprint import directory_digest
-from siftline.scoring.likelihood import score_likelihood
+from siftline.scoring.measures.columns import Column
+from siftline.scoring.measures.likelihood import score_likelihood
+from siftline.scoring.measures.reflection import prompts_of
+from siftline.scoring.measures.samples import draw_samples
+from siftline.scoring.measures.scorers import models_of, needs_classifier, run_scorer
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.reflection import prompts_of
-from siftline.scoring.samples import draw_samples
-from siftline.scoring.scorers import models_of, needs_classifier, run_scorer
 from siftline.selectors.rounds import PERPLEXITY, KmeansRounds
-from siftline.shards import content_hash
 from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import named_spec
 from siftline.stages.parallel import over_buckets

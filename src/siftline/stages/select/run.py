@@ -8,15 +8,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
-from siftline.scoring.embedding import embed_texts
+from siftline.rows import schema
+from siftline.rows.selection import Selection
+from siftline.scoring.measures.embedding import embed_texts
 from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
 from siftline.selectors.method import MAX_ROWS, MAX_VALUES, RANKS
-from siftline.selectors.selection import Selection
 from siftline.selectors.spending import Budget
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
 from siftline.stages.parallel import over_buckets

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import polars as pl
 
 from siftline.recipe.kinds import Stage
-from siftline.selectors.selection import Selection, decisions
+from siftline.rows.selection import Selection, decisions
 
 VERIFIERS = (
     "math", "exact", "verbatim", "choice", "regex", "json_schema", "code", "instructions",

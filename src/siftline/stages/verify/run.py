@@ -6,11 +6,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from siftline import schema
 from siftline.progress import Progress
+from siftline.rows import schema
+from siftline.rows.selection import Selection
 from siftline.scoring.verifiers import get_verifier, isolation_of
 from siftline.scoring.verifiers.instructions import not_followed
-from siftline.selectors.selection import Selection
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.gathering import gather, without_undecided

@@ -1,0 +1,1 @@
+"""Sets: shingles, signatures, bands, groups of near copies."""

@@ -1,0 +1,1 @@
+"""Texts: words, folds, signs, numbers."""

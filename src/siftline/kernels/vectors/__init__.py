@@ -1,0 +1,1 @@
+"""Vectors: clusters, neighbours, coverage, transport."""

@@ -1,0 +1,1 @@
+"""Answers: the final answer of a response, and whether two are the same."""

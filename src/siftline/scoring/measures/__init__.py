@@ -1,0 +1,1 @@
+"""Measures: what is asked of a model about a row."""

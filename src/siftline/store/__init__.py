@@ -1,0 +1,1 @@
+"""The store: scores and draws by key, written once, never computed again."""
