@@ -2,7 +2,8 @@
 
 Run as `python -m siftline.scoring.engines.worker --parent PID`, by `worker_process` only. A process
 of its own keeps vLLM's pins out of ours, and its end is the one sure way to give the card back
-(vLLM has no clean shutdown in-process). It may run under another interpreter: that environment needs siftline
+(vLLM has no clean shutdown in-process). It may run under another interpreter: that environment
+needs siftline
 (`pip install --no-deps` will do), pyarrow, numpy and vllm.
 
 It must not outlive its parent. Three things see to that: stdin ends when the parent closes it or
