@@ -19,6 +19,7 @@ from siftline.cli import guarded, main
 from siftline.disk import check_folder, check_temporary, explained, need, writing
 from siftline.kernels.spill import values_room
 from siftline.pipelines.execute import prepare_home
+from siftline.scratch import scratch_folder
 from siftline.shards import building, write_json, write_parquet
 from siftline.workspace import Workspace
 
@@ -162,6 +163,20 @@ def test_what_is_written_appears_whole_or_not_at_all(full):
         building(full / "folder") as folder,
     ):
         (folder / "x").write_bytes(b"x" * 3_000_000)
+    assert list(full.iterdir()) == []
+
+
+def test_a_writer_of_scratch_files_that_names_none_is_told(full):
+    """As Arrow's streams, which rows are put in order with."""
+
+    def spooled():
+        with (
+            scratch_folder(full, "publish") as folder,
+            pa.ipc.new_stream(str(folder / "s"), NOISE.schema) as stream,
+        ):
+            stream.write_table(NOISE)
+
+    assert str(full) in said(spooled)
     assert list(full.iterdir()) == []
 
 
