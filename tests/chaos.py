@@ -69,14 +69,14 @@ def mounted(folder):
     return not subprocess.run(mount, capture_output=True, check=False).returncode
 
 
-def live(name, moments, work, seed, inputs):
+def live(name, moments, work, seed, inputs, done):
     """One lane on a disk of its own; returns its figures."""
     own = mounted(work)
     if not own:
         SHARES[name].pop("full disk", None)
     try:
-        small = inputs if name == "chain" and moments >= MANY else None
-        lane = CLASSES[name](name, work / "lane", seed, inputs, small)
+        aged = name == "chain" and moments >= MANY
+        lane = CLASSES[name](name, work / "lane", seed, inputs, aged, done)
         lane.disturb(moments)
         return lane.figures
     finally:
@@ -90,6 +90,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lanes", default=",".join(f"{k}={n}" for k, n in LANES.items()))
     parser.add_argument("--inputs", type=Path, help="a root with inputs and models of mini")
+    parser.add_argument("--done", action="store_true", help="that root is finished: no calm run")
     parser.add_argument("--serve", type=int)
     asked = parser.parse_args()
     if asked.serve is not None:
@@ -113,7 +114,10 @@ def main():
         if not child:
             code = 3
             try:
-                found = {n: vars(live(n, lanes[n], work / n, asked.seed, inputs)) for n in group}
+                found = {
+                    n: vars(live(n, lanes[n], work / n, asked.seed, inputs, asked.done))
+                    for n in group
+                }
                 out.write_text(json.dumps(found))
                 code = 0
             except BaseException:

@@ -1,4 +1,4 @@
-"""Hashes of what a verb wrote, in a list beside it, compared where another verb reads it.
+"""Hashes of what a verb or a trainer wrote, in a list beside it, compared before it is read.
 
 Outputs of verbs are meant to be moved, split and edited. A file that is copied elsewhere has no
 list and is an input like any other; one that was changed where it lies is told, and so is how to
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from siftline.shards import file_hash, write_json
-from siftline.verified import confirm, read_hashed, with_hash
+from siftline.verified import AlteredError, confirm, read_hashed, with_hash
 
 LISTED = "siftline-files.json"
 """Holds the hashes of the files beside it, and its own; trained models have one as well."""
@@ -34,6 +34,19 @@ def record_outputs(folder: Path, names: Sequence[str] = ()) -> None:
 def forget_outputs(folder: Path) -> None:
     """Takes the list away before the files it names change."""
     (folder / LISTED).unlink(missing_ok=True)
+
+
+def confirm_outputs(folder: Path, remedy: str) -> None:
+    """Compares all files that the list in a folder names.
+
+    Raises:
+        AlteredError: naming the first that is not what was written, and the remedy.
+    """
+    listed = read_hashed(folder / LISTED, "a list of files", remedy).get(OUTPUTS)
+    if listed is None:
+        raise AlteredError(f"{folder / LISTED} is a list of other files: {remedy}")
+    for name, sha256 in listed.items():
+        confirm(folder / name, sha256, remedy)
 
 
 def confirm_output(path: Path) -> None:
