@@ -457,7 +457,7 @@ class TreeLane(Lane):
 
 REFUSED = re.compile(
     r"No space left for .*free some|has .* free and .* needs at least|"
-    r"is larger than files may be here: raise the limit|"
+    r"is larger than files may be here: raise the limit|fails to read or write|"
     r"no space left for .*: free some and run again"
 )
 CLASSES = {"chain": Lane, "server": ServerLane, "tree": TreeLane, "vllm": VllmLane}

@@ -211,7 +211,10 @@ class _Watcher:
 
     def _follow(self) -> None:
         while not self._stop.is_set():
-            self._drain()
+            try:
+                self._drain()
+            except Exception:  # the last `_drain`, in the run's own thread, meets it again
+                return
             time.sleep(POLL_SECONDS)
 
     def _drain(self) -> None:
