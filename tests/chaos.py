@@ -105,7 +105,7 @@ def main():
     prepare()
     inputs = asked.inputs or made(work / "inputs")
     # Two side by side: the longest alone, the others one after the other.
-    first = [n for n in lanes if n == "vllm"]
+    first = [n for n in lanes if n == "chain"]
     groups = [g for g in (first, [n for n in lanes if n not in first]) if g]
     said = [work / f"said-{k}" for k in range(len(groups))]
     children = []
