@@ -4,7 +4,7 @@ ROOT   ?= build/demo
 # uv does not read pip's settings: hand over a folder of wheels where there is one.
 UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS=$(PIP_FIND_LINKS) )$(CURDIR)/.venv/bin/uv
 
-.PHONY: help setup lint types check test test-slow chaos demo ui clean
+.PHONY: help setup lint types check test test-slow chaos docs demo ui clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -18,8 +18,8 @@ help:            ## this list
 setup: .venv/current  ## make .venv with everything the tests need; nothing where it is current
 
 lint: setup      ## ruff: rules and format
-	.venv/bin/ruff check src tests benchmarks
-	.venv/bin/ruff format --check src tests benchmarks
+	.venv/bin/ruff check src tests benchmarks docs
+	.venv/bin/ruff format --check src tests benchmarks docs
 
 types: setup     ## mypy
 	.venv/bin/mypy
@@ -35,6 +35,9 @@ test-slow: setup ## the slow ones
 
 chaos: setup    ## 200 kills, full disks and damages over the whole chain, all engines (10 minutes)
 	.venv/bin/python tests/chaos.py --work build/chaos
+
+docs: setup      ## write the generated parts of docs/ anew
+	.venv/bin/python docs/generate.py
 
 demo: setup      ## the whole chain on generated data, without GPU or network
 	.venv/bin/siftline demo --root $(ROOT) --engine $(ENGINE)

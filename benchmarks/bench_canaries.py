@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     from siftline.ingest.pool import build_pool
-    from siftline.recipe import parse
+    from siftline.recipe.parse import parse
     from siftline.stages.run import run_stage
     from siftline.workspace import Workspace
 

@@ -50,7 +50,7 @@ def write_inputs(folder: Path, rows: int) -> None:
 def do(step: str, root: Path, rows: int) -> None:
     """One step of the chain, as its asset does it."""
     from siftline.assets.shared import build
-    from siftline.recipe import parse
+    from siftline.recipe.parse import parse
     from siftline.stages.arms import curated_version
     from siftline.stages.models import engines
     from siftline.stages.publish import publish_curated

@@ -30,10 +30,10 @@ from siftline.assets.shared import build, train_base
 from siftline.demo.arithmetic import Rates, generate
 from siftline.kernels.draws import hash64, uniforms
 from siftline.ledger import KEPT, StageOutput
-from siftline.recipe import Recipe, parse
+from siftline.recipe.parse import Recipe, parse
 from siftline.scoring.pairwise import BETTER
 from siftline.scoring.verifiers import verify_math
-from siftline.selectors.confidence import auroc
+from siftline.stages.confidence.decide import auroc
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 

@@ -21,10 +21,10 @@ import polars as pl
 
 from siftline import schema
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.selectors.quality_rules import QualityRules, Rules
 from siftline.selectors.selection import Selection, select
 from siftline.stages.planting import looped
-from siftline.stages.quality import looker
+from siftline.stages.quality_rules.decide import QualityRules, Rules
+from siftline.stages.quality_rules.run import looker
 
 WEB = {
     "top_n_grams": {"2": 0.2, "3": 0.18, "4": 0.16},

@@ -27,20 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from siftline.ingest.pool import Pool
-from siftline.library import find
+from siftline.recipe.library import find
 from siftline.scoring.engines import Sampling
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.rejection import RejectionSampling
 from siftline.scoring.samples import seed_of
-from siftline.scoring.streaming import Ask, Prompt, Pull
-from siftline.selectors.campaign import Campaign, run
-from siftline.selectors.trials import Outcome, Rule, fit_prior
+from siftline.scoring.streaming import Ask, Pull
 from siftline.stages.context import by_store_bucket
-from siftline.stages.drawing import run_campaign
-from siftline.stages.grading import by_verifier
 from siftline.stages.models import engines, model_spec
-from siftline.stages.problems import problems_of
-from siftline.stages.sampler import Sampler
+from siftline.stages.rejection_sampling.campaign import Campaign, run
+from siftline.stages.rejection_sampling.drawing import run_campaign
+from siftline.stages.rejection_sampling.grading import by_verifier
+from siftline.stages.rejection_sampling.options import RejectionSampling
+from siftline.stages.rejection_sampling.problems import problems_of
+from siftline.stages.rejection_sampling.sampler import Sampler
+from siftline.stages.rejection_sampling.streaming import Prompt
+from siftline.stages.rejection_sampling.trials import Outcome, Rule, fit_prior
 from siftline.workspace import Workspace
 
 PILOT = 4

@@ -61,7 +61,7 @@ def prepare(root: Path, data: dict[str, Any]) -> None:
     import yaml
 
     from siftline.pipelines.execute import run_recipe
-    from siftline.recipe import load
+    from siftline.recipe.parse import load
     from siftline.workspace import Workspace
 
     recipes = root / "recipes"  # stands before the shipped recipe of this name

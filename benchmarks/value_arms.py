@@ -11,15 +11,15 @@ import yaml
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import REMOVED
-from siftline.library import recipe_files
-from siftline.recipe import parse
+from siftline.recipe.library import recipe_files
+from siftline.recipe.parse import parse
 from siftline.scoring.templates import load_tokenizer
-from siftline.selectors.chosen import Select
 from siftline.selectors.registry import Entry, find, methods
 from siftline.stages.arm_rows import COLUMNS, Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.publish import final_context, kept_rows
 from siftline.stages.run import outputs, run_stage
+from siftline.stages.select.options import Select
 from siftline.training.budget import tokenize_rows
 from siftline.workspace import Workspace
 

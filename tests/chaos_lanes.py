@@ -133,8 +133,8 @@ class Lane:
 
     def recipe(self):
         from siftline.config import read_yaml
-        from siftline.library import find, recipe_files
-        from siftline.recipe import parse
+        from siftline.recipe.library import find, recipe_files
+        from siftline.recipe.parse import parse
 
         if self.sections is None:
             return find("mini", self.changed)

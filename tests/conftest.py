@@ -215,7 +215,8 @@ def run_chain(root: Path, recipe: Any, until: str | None = None) -> list[tuple[s
     def quiet(line: str) -> None: ...
 
     workspace = Workspace(root)
-    generate_inputs(workspace, recipe)
+    if recipe.inputs is not None:
+        generate_inputs(workspace, recipe)
     for spec in (recipe.pool, *(spec for _, spec in recipe.sets.items())):
         build(workspace, recipe, spec.name, quiet)
     for name, model in recipe.models.items():
@@ -284,7 +285,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Fini
 @pytest.fixture
 def mini(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`mini(*overrides)` is the recipe, in a process that finds it; with its generator."""
-    from siftline.library import find
+    from siftline.recipe.library import find
 
     monkeypatch.setenv("SIFTLINE_RECIPES", str(RECIPES))
     monkeypatch.syspath_prepend(str(RECIPES))

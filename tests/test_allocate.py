@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from siftline.kernels.draws import uniforms
 from siftline.kernels.quotas import largest_remainder
 from siftline.schema import digest
-from siftline.selectors.allocate import COLUMNS, Allocate
 from siftline.selectors.selection import select
+from siftline.stages.allocate.decide import COLUMNS, Allocate
 
 
 def pool(n=300, answers=4, seed=0, clusters=6):

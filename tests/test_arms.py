@@ -6,9 +6,9 @@ import pytest
 from siftline.ingest.pool import Pool
 from siftline.kernels.text import words
 from siftline.ledger import REMOVED
+from siftline.recipe.sections import ARMS
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier
-from siftline.sections import ARMS
 from siftline.stages.arm_rows import Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.run import outputs

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.selectors.baselines import Length
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

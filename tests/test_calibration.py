@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from siftline import plots
 from siftline.report import CALIBRATION, Report, render
-from siftline.selectors.calibration import (
+from siftline.stages.confidence.calibration import (
     SHOWN_GROUPS,
     calibration,
     calibration_error,

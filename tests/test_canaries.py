@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +15,20 @@ from hypothesis import strategies as st
 from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageResult
-from siftline.recipe import Stage, parse
+from siftline.recipe.kinds import Stage, kind_of
+from siftline.recipe.parse import parse
+from siftline.recipe.sections import Canaries
 from siftline.scoring.verifiers import get_verifier
-from siftline.sections import Canaries
-from siftline.selectors.decontamination import Decontamination
-from siftline.selectors.duplicates import Duplicates, against
 from siftline.selectors.selection import decisions
-from siftline.selectors.verify import Verify
-from siftline.stages import canaries, gates, run
-from siftline.stages.canaries import PLANTED, _plant, measured
+from siftline.stages import canaries, run
+from siftline.stages.canaries import _plant, measured
 from siftline.stages.context import Context, StageRun
+from siftline.stages.decontamination.decide import Decontamination
+from siftline.stages.duplicates.decide import Duplicates, against
 from siftline.stages.lane import Lane, first
 from siftline.stages.planting import DEFECTS, SOUND, similarity
-from siftline.stages.run import outputs, run_stage, runner
+from siftline.stages.run import outputs, run_stage
+from siftline.stages.verify.decide import Verify
 from siftline.workspace import Workspace
 
 
@@ -199,7 +201,7 @@ class InMemory:
 
 def test_intervals_cover_what_planting_everywhere_finds():
     """Over 100 seeded pools, each kind; 95 % is promised and 93 asked for."""
-    covered = dict.fromkeys(PLANTED["verify"], 0)
+    covered = dict.fromkeys(kind_of("verify").planted, 0)
     strict = 0
     for seed in range(100):
         rng = random.Random(seed)
@@ -250,17 +252,18 @@ def stock(seed):
 def test_intervals_cover_what_the_real_gates_do(kind, planted, options, monkeypatch):
     """As above with whole gates, too strict for the shorter texts; 20 pools, 5 draws of each."""
     runs, covered, truths = [], 0, []
-    monkeypatch.setattr(gates, "measured", lambda *run: runs.append(run) or run[2])
-    monkeypatch.setitem(PLANTED, kind, (planted,))
+    gate = import_module(f"siftline.stages.{kind}.run")
+    monkeypatch.setattr(gate, "measured", lambda *run: runs.append(run) or run[2])
+    monkeypatch.setattr(canaries, "_kinds", lambda stage: (planted,))
     ours, theirs = stock(1), stock(2)
     for number in range(20):
         rng = random.Random(number)
         held = added(rng.sample(theirs, 120)).select(schema.ROW.names).cast(schema.ROW)
-        for module in (gates, canaries):
+        for module in (gate, canaries):
             pool = SimpleNamespace(all_rows=lambda held=held: held)
-            monkeypatch.setattr(module, "Pool", lambda name, pool=pool: pool)
+            monkeypatch.setattr(module, "Pool", lambda name, pool=pool: pool, raising=False)
         context = RealGate(kind, options, rng.sample(ours, 120 if kind == "duplicates" else 8))
-        runner(kind)(context)
+        gate.run(context)
 
         def share(per_kind, seed, context=context):
             context.recipe.canaries, context.recipe.seed = Canaries(per_kind), seed
@@ -341,10 +344,10 @@ def test_every_gate_is_measured_and_no_decision_changes(finished, mini, mini_too
         output, _ = run_stage(workspace, recipe, stage.name, quiet)
         assert output.manifest.version == before[stage.name].manifest.version
         assert output.accounting == before[stage.name].accounting
-        if stage.kind not in PLANTED:
+        if not stage.of.planted:
             continue
         lines = {line["kind"]: line for line in output.facts["canaries"]}
-        expected = {*PLANTED[stage.kind]}
+        expected = {*stage.of.planted}
         assert set(lines) - {"proven"} == expected
         table = output.table("canaries")
         assert set(table["id"]).isdisjoint(output.all_decisions()["id"])

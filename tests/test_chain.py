@@ -202,7 +202,7 @@ import os, sys, time
 from pathlib import Path
 import siftline.stages.models as models
 from siftline.assets.scores import score
-from siftline.library import find
+from siftline.recipe.library import find
 from siftline.scoring.transformers_engine import TransformersEngine
 from siftline.workspace import Workspace
 

@@ -8,14 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from siftline.schema import digest
-from siftline.selectors.confidence import (
-    ConfidenceGate,
-    auroc,
-    consistency,
-    reflection_from_choices,
-    weighted_mean,
-)
+from siftline.scoring.reflection import reflection_from_choices
 from siftline.selectors.selection import select
+from siftline.stages.confidence.decide import ConfidenceGate, auroc, consistency, weighted_mean
 
 SCORES = {"id": pl.String, "agreement": pl.Float64, "reflection": pl.Float64}
 

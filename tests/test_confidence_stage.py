@@ -11,16 +11,17 @@ from sklearn.metrics import roc_auc_score
 from siftline.assets.shared import build
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import KEPT, StageResult
-from siftline.recipe import parse
+from siftline.recipe.kinds import StageKind
+from siftline.recipe.parse import parse
 from siftline.schema import ADDED, bucket_of, make_row, message
-from siftline.scoring.confidence import AGAIN, Confidence, reflections
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
+from siftline.scoring.reflection import AGAIN, reflections
 from siftline.selectors.selection import decisions
 from siftline.stages import models
-from siftline.stages import run as stages_run
-from siftline.stages.confidence import _calibrate
-from siftline.stages.confidence_parts import _likelihoods
+from siftline.stages.confidence.options import Confidence
+from siftline.stages.confidence.parts import _likelihoods
+from siftline.stages.confidence.run import _calibrate
 from siftline.stages.context import StageRun
 from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage
@@ -301,8 +302,8 @@ def test_an_instance_for_added_rows_asks_about_these_alone_by_its_own_line(
     # The judge can't read what `correct` brings; nobody has to ask it.
     unfit = [row(f"What is {i} + 1?", "y" * 900) for i in range(90, 94)]
     fresh = [row(f"What is {i} + 2?", f"It makes {i + 2}.\n#### {i + 2}") for i in range(60, 72)]
-    instead, real = {"correct": adds(*unfit), "s3ft": adds(*fresh)}, stages_run.runner
-    monkeypatch.setattr(stages_run, "runner", lambda kind: instead.get(kind) or real(kind))
+    instead, real = {"correct": adds(*unfit), "s3ft": adds(*fresh)}, StageKind.runner
+    monkeypatch.setattr(StageKind, "runner", lambda kind: instead.get(kind.name) or real(kind))
     engine = scripted.Scripted("base", tokenizer, votes=scripted.noisy_judge)
     monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
     gate = {"weights": {"reflection": 1}, "reflection": "on", "threshold": "quantile"}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import siftline
 from siftline.conversations import messages_type, published, used_fields
+from siftline.ingest.readers import Source, read_sources
 from siftline.native import native_calls, native_messages, native_tools
 from siftline.schema import MESSAGE, message
 
@@ -211,3 +213,81 @@ def test_calls_are_read_from_every_form_in_use():
         assert native_calls(form) == native_calls(json.dumps(form)) == wanted
     assert native_calls([{"name": "f", "arguments": "{a"}])[0]["function"]["arguments"] == "{a"
     assert native_calls([{"name": "f"}, 3]) == [{"name": "f"}, 3]
+
+
+WRITTEN = st.one_of(
+    st.dictionaries(TEXT, VALUE | st.floats(allow_nan=False), max_size=3),
+    st.dictionaries(TEXT, VALUE | st.floats(allow_nan=False), max_size=3).map(json.dumps),
+    st.lists(VALUE, max_size=2),
+    st.sampled_from(
+        ["", " ", "null", "5", "[1]", "no JSON", '{"a":1,"a":2}', '{"a": 1.0000000000000000001}']
+    ),
+    st.sampled_from(['{"a": NaN}', '{"a": 1e999}', '{"a": null}', '"{}"', None, 7, True]),
+)
+FUNCTION = st.fixed_dictionaries({"name": TEXT.filter(bool), "arguments": WRITTEN})
+ANY_CALL = st.one_of(
+    FUNCTION,
+    st.builds(
+        lambda function, more: {"function": function} | more,
+        FUNCTION,
+        st.fixed_dictionaries(
+            {}, optional={"id": TEXT.filter(bool) | st.none(), "type": st.just("function")}
+        ),
+    ),
+)
+OTHER = st.fixed_dictionaries({"tool": TEXT.filter(bool), "input": VALUE})
+ASKED = st.fixed_dictionaries({"role": st.just("user"), "content": st.just("Do it.")})
+
+
+def replying(call):
+    """An assistant's message in the form that files have it in."""
+    calls = st.lists(call, max_size=2)
+    return st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": st.just("Done.")},
+        optional={
+            "reasoning_content": TEXT.filter(str.strip),
+            "tool_calls": st.one_of(calls, calls.map(json.dumps), call),
+            "name": TEXT.filter(bool),
+        },
+    )
+
+
+RESULT = st.fixed_dictionaries(
+    {"role": st.just("tool"), "content": TEXT},
+    optional={"tool_call_id": TEXT.filter(bool), "name": TEXT.filter(bool)},
+)
+
+
+def rows_of(path):
+    batches = list(read_sources([Source(str(path), source="s")]))
+    assert sum(batch.quarantine.num_rows for batch in batches) == 0
+    return pa.concat_tables([batch.rows for batch in batches])
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_published_version_read_back_has_the_ids_of_its_rows(data):
+    call = data.draw(st.sampled_from([ANY_CALL, ANY_CALL | OTHER]))
+    chat = st.tuples(ASKED, replying(call), st.lists(RESULT, max_size=2), replying(call))
+    chats = data.draw(st.lists(chat, min_size=1, max_size=3))
+    records = [{"messages": [ask, first, *results, last]} for ask, first, results, last in chats]
+    for record in records:
+        if data.draw(st.booleans()):
+            record["tools"] = VERSIONS.TOOLS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        rows = rows_of(folder / "in.jsonl")
+        kind = messages_type(used_fields(rows["messages"].combine_chunks()))
+        column = published(rows["messages"], kind)
+        table = pa.table({"messages": column, "tools": rows["tools"]})
+        pq.write_table(table, folder / "version.parquet")
+        native = [
+            {"messages": native_messages(row["messages"]), "tools": native_tools(row["tools"])}
+            for row in table.to_pylist()
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in native)
+        (folder / "native.jsonl").write_text(lines)
+        wanted = rows["id"].to_pylist()
+        assert rows_of(folder / "version.parquet")["id"].to_pylist() == wanted
+        assert rows_of(folder / "native.jsonl")["id"].to_pylist() == wanted

@@ -12,18 +12,14 @@ from hypothesis import strategies as st
 
 from siftline.assets.shared import build
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import parse
 from siftline.schema import digest
-from siftline.selectors.correction import (
-    ADOPTED,
-    PROPOSALS,
-    CorrectionRule,
-    fold_of,
-    judged_facts,
-    preference,
-)
-from siftline.stages import correcting, models
-from siftline.stages.reporting import _correct_notes
+from siftline.scoring.pairwise import preference
+from siftline.stages import models
+from siftline.stages.correct import run as correcting
+from siftline.stages.correct.decide import ADOPTED, PROPOSALS, CorrectionRule, fold_of, judged_facts
+from siftline.stages.correct.notes import notes
 from siftline.stages.run import outputs_so_far, run_stage
 from siftline.story import explain
 from siftline.workspace import Workspace
@@ -479,9 +475,11 @@ def test_a_fold_without_prompts_trains_on_nothing(
 def test_the_report_counts_pairs_judged_by_place_alone():
     judge = {"asked": 10, "failed": 1, "undecided": 9, "always_first": 3, "always_second": 1}
     facts = {"corrected": 0, "rescued": 0, "judge": judge}
-    assert not any("by place" in note for note in _correct_notes("correct", facts))
+    assert not any("by place" in note for note in notes(Stage("correct", "correct", None), facts))
     facts["judge"] = {**judge, "always_second": 2}
-    assert "correct: the judge chose by place in 5 of 9 pairs." in _correct_notes("correct", facts)
+    assert "correct: the judge chose by place in 5 of 9 pairs." in notes(
+        Stage("correct", "correct", None), facts
+    )
 
 
 def test_no_candidate_where_nothing_whole_was_said(lab):
@@ -561,7 +559,7 @@ def test_added_rows_go_through_the_earlier_gates_but_not_through_confidence(lab)
 
 
 def test_confidence_for_later_rows_leaves_corrected_ones_alone(lab):
-    from siftline.stages.confidence import _judged
+    from siftline.stages.confidence.run import _judged
 
     output, _ = lab.run(lab.recipe())
     recipe = lab.recipe()

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from siftline.library import all_recipes
+from siftline.recipe.library import all_recipes
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siftline.kernels.text import words
 from siftline.schema import make_row, message
-from siftline.selectors.decontamination import OVERLAP, Decontamination
+from siftline.stages.decontamination.decide import OVERLAP, Decontamination
 
 VOCABULARY = [
     f"{a}{b}" for a in ("ba", "ko", "li", "mu", "te", "ra") for b in ("ne", "so", "ti", "va")

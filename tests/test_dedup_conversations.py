@@ -14,9 +14,9 @@ from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep
 from siftline.kernels.text import numbers, words
 from siftline.schema import canonical_text, make_row, message
-from siftline.selectors.duplicate_state import Shelf, normal_answer
-from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import select
+from siftline.stages.duplicates.decide import Duplicates
+from siftline.stages.duplicates.state import Shelf, normal_answer
 
 PLACES = ["market", "school", "library", "station", "bakery", "garden", "harbour", "museum"]
 THINGS = ["apples", "pencils", "stickers", "marbles", "books", "oranges", "tickets", "candles"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.selectors.difficulty import (
+from siftline.stages.rejection_sampling.difficulty import (
     DRAWS,
     PASS_RATES,
     accept,

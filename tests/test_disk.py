@@ -40,18 +40,11 @@ def mounted(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    with mounted(tmp_path_factory.mktemp("disk") / "small", "1m") as folder:
-        yield folder
-
-
 @pytest.fixture
-def full(small):
-    """A disk of a megabyte, empty at first."""
-    yield small
-    for left in sorted(small.rglob("*"), reverse=True):
-        left.rmdir() if left.is_dir() and not left.is_symlink() else left.unlink()
+def full(tmp_path):
+    """A disk of a megabyte of its own: a file that is still open keeps its room when removed."""
+    with mounted(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def by_safetensors(path):

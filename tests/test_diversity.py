@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from siftline.kernels.kmeans import kmeans, lloyd, project_2d, silhouette
+from siftline.kernels.kmeans import default_clusters, kmeans, lloyd, project_2d, silhouette
 from siftline.schema import digest
-from siftline.selectors.diversity import (
-    Diversity,
-    default_clusters,
-    draw,
-    expand,
-    shortlist_size,
-)
 from siftline.selectors.selection import select
+from siftline.stages.diversity.decide import Diversity, draw, expand, shortlist_size
 
 
 def blobs(n, k, d=16, spread=10.0, seed=0):

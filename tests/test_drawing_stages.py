@@ -3,10 +3,13 @@
 import pytest
 
 from siftline.assets.shared import build
-from siftline.recipe import parse
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import parse
 from siftline.scoring.verifiers.own import OwnVerifier
-from siftline.stages import grading, models
-from siftline.stages.reporting import _notes, _sampling_notes
+from siftline.stages import models
+from siftline.stages.rejection_sampling import grading
+from siftline.stages.rejection_sampling.notes import notes
+from siftline.stages.reporting import _notes
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 
@@ -116,13 +119,13 @@ def test_notes_name_capped_prompts_and_both_pass_rates_without_a_correlation():
     rates = {"prompts": 3, "target": 0.5, "sampler": 1.0, "correlation": None}
     ends = {"unsolved": 2, "capped": 1, "met": 4}
     facts = {"targets": ends, "refused": {}, "draws": 9, "pass_rates": rates}
-    first, second, third = _sampling_notes("more", facts)
+    first, second, third = notes(Stage("more", "rejection_sampling", None), facts)
     assert "status unsolved" in first
     assert second.startswith("more: 1 prompts reached the cap")
     assert "status capped" in second
     assert third.endswith("on 3 prompts are 50.0 % and 100.0 %, no correlation.")
     none = {**rates, "prompts": 0, "target": None, "sampler": None}
-    assert len(_sampling_notes("more", {**facts, "pass_rates": none})) == 2
+    assert len(notes(Stage("more", "rejection_sampling", None), {**facts, "pass_rates": none})) == 2
 
 
 def test_self_answers_as_a_stage(scripted, staged):

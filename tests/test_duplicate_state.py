@@ -18,8 +18,8 @@ from siftline.kernels.shingles import Sets, char_shingles_reference
 from siftline.kernels.spill import Shelved, values_room
 from siftline.kernels.spill import shelved as on_shelf
 from siftline.kernels.text import numbers, words
-from siftline.selectors.duplicate_state import Shelf, _mixed, normal_answer
-from siftline.selectors.duplicates import Duplicates, against
+from siftline.stages.duplicates.decide import Duplicates, against
+from siftline.stages.duplicates.state import Shelf, _mixed, normal_answer
 
 WORDS = [
     *["red", "blue", "three", "half", "7", "1,200", "5%", "-", "no", "on", "yes", "YES", "x2"],

@@ -18,13 +18,13 @@ from siftline.ingest.readers import Source
 from siftline.kernels.jaccard import jaccard_reference
 from siftline.kernels.keep import Keep, as_integers
 from siftline.kernels.text import numbers, words
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import make_row, message
-from siftline.selectors.duplicate_state import Shelf, normal_answer
-from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import select
-from siftline.stages import gates
-from siftline.stages.gates import LAST, keep_order
+from siftline.stages.duplicates import run as gate
+from siftline.stages.duplicates.decide import Duplicates
+from siftline.stages.duplicates.run import LAST, keep_order
+from siftline.stages.duplicates.state import Shelf, normal_answer
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 
@@ -402,7 +402,7 @@ def test_a_recipe_decides_from_files_and_leaves_none(place, tmp_path, monkeypatc
         folders.append(folder)
         return Shelf(folder, 0)
 
-    monkeypatch.setattr(gates, "Shelf", shelf)
+    monkeypatch.setattr(gate, "Shelf", shelf)
     assert place(keep="longest")[:2] == (" Indeed.", "book")
     assert folders[0].parent == tmp_path / "root"
     assert not folders[0].exists()

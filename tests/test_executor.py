@@ -1,5 +1,6 @@
 """The executor: light steps in the run's process, those that ask a model in their own."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,13 +9,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 from dagster._core.definitions.reconstruct import build_reconstructable_job
 
 from siftline.pipelines import executor
-from siftline.pipelines.execute import instance_settings
+from siftline.pipelines.execute import instance_settings, run_recipe
+from siftline.workspace import Workspace
 
 HERE = Path(__file__).parent
 
@@ -165,3 +168,12 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_script_that_begins_a_run_anew_in_its_own_steps_is_told(tmp_path, monkeypatch):
+    """A step process imports the script that began the run, and would begin another."""
+    recipe = SimpleNamespace(name="mine")
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ValueError, match=r'mine .* put the call there under `if __name__ == "__m'):
+        run_recipe(Workspace(tmp_path), recipe, (), say=print)
+    assert list(tmp_path.iterdir()) == []

@@ -382,3 +382,17 @@ def test_an_export_is_a_function_of_the_version(version, tmp_path):
                 {p.name: p.read_bytes().replace(str(out).encode(), b"") for p in out.iterdir()}
             )
         assert parts[0] == parts[1]
+
+
+def test_pairs_for_swift_take_earlier_turns_out_of_the_loss():
+    ask = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "which?"},
+        {"role": "user", "content": "this"},
+    ]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+    made = TARGETS["swift"].rows["preferences"]({"prompt": ask, "chosen": good, "rejected": bad})
+    assert made == {
+        "messages": [ask[0], {**ask[1], "loss": False}, ask[2], *good],
+        "rejected_response": "no",
+    }

@@ -18,10 +18,10 @@ from siftline import schema
 from siftline.scoring.engines import Failed, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import response_span
-from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients
-from siftline.stages import gradients as stage
-from siftline.stages.gradients import warmed
+from siftline.stages.select import gradients as stage
+from siftline.stages.select.gradients import warmed
+from siftline.stages.select.options import Select
 from siftline.training import gradients, random_projection
 from siftline.training.gradients import GradientEngine, GradientModel, gradient_features
 from siftline.training.random_projection import project, signs

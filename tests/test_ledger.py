@@ -24,7 +24,7 @@ from siftline.ledger import (
     stage_chapters,
     write_stage,
 )
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import bucket_of, make_row, message
 from siftline.selectors.selection import decisions
 from siftline.story import explain

@@ -13,14 +13,14 @@ from siftline.config import build
 from siftline.kernels.blocks import unit
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
-from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients, Less
 from siftline.selectors.method import select
 from siftline.selectors.spending import Budget
-from siftline.stages.gradients import warm_share
 from siftline.stages.run import models_used, run_stage, sets_used
+from siftline.stages.select.gradients import warm_share
+from siftline.stages.select.options import Select
 from siftline.workspace import Workspace
 
 

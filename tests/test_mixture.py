@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import digest
-from siftline.selectors.allocate import COLUMNS, Allocate
 from siftline.selectors.mixture import check_mixture, group_of, split
 from siftline.selectors.selection import select
-from siftline.stages import spend
+from siftline.stages.allocate import run as spend
+from siftline.stages.allocate.decide import COLUMNS, Allocate
 from siftline.stages.context import Context
 from siftline.workspace import Workspace
 

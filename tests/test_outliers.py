@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
 from siftline.schema import digest
-from siftline.selectors.outliers import LikelihoodOutliers, robust_scale
 from siftline.selectors.selection import select
+from siftline.stages.likelihood.decide import LikelihoodOutliers, robust_scale
 
 
 def pool(n=2000, seed=0):

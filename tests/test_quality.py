@@ -10,7 +10,7 @@ import pytest
 from siftline.assets.scores import score
 from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
-from siftline.recipe import load
+from siftline.recipe.parse import load
 from siftline.scoring import likelihood, versions
 from siftline.stages.models import engines, named_spec
 from siftline.stages.scorers import prompt_weights, quality, score_quality, scorer_table

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import PoolSpec, build_pool
 from siftline.ingest.readers import Source
-from siftline.recipe import GATES, parse, scorers_read
+from siftline.recipe.kinds import GATES
+from siftline.recipe.parse import parse, scorers_read
 from siftline.scoring.languages import distinct, letters, probabilities
-from siftline.scoring.rule_measures import MEASURES
-from siftline.scoring.text_rules import TextRules
-from siftline.scoring.word_lists import WordList
-from siftline.selectors.quality_rules import COLUMNS, QualityRules, Rules, ScoreBound
 from siftline.selectors.selection import select
 from siftline.stages.planting import looped
-from siftline.stages.quality import looker, quality_inputs
+from siftline.stages.quality_rules.decide import COLUMNS, QualityRules, Rules, ScoreBound
+from siftline.stages.quality_rules.measures import MEASURES
+from siftline.stages.quality_rules.run import looker, quality_inputs
+from siftline.stages.quality_rules.text_rules import TextRules
+from siftline.stages.quality_rules.word_lists import WordList
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 
@@ -457,14 +458,14 @@ def test_the_stage_refuses_without_its_libraries(place, monkeypatch):
     languages._identifier.cache_clear()
     with pytest.raises(ValueError, match=r"languages need py3langid.*siftline\[quality\]"):
         probabilities("text")
-    monkeypatch.setattr("siftline.stages.quality.version", _absent)
+    monkeypatch.setattr("siftline.stages.quality_rules.run.version", _absent)
     with pytest.raises(ValueError, match=r"quality_rules needs datatrove.*siftline\[quality\]"):
         run_stage(workspace, recipe(), "quality_rules", quiet)
     bare = recipe(languages={}, keep=["en"])
     with pytest.raises(ValueError, match=r"quality_rules needs py3langid"):
         run_stage(workspace, bare, "quality_rules", quiet)
     listed = recipe(words=str(folder / "no.txt")).stages[0]
-    monkeypatch.setattr("siftline.stages.quality.version", lambda name: "1.0")
+    monkeypatch.setattr("siftline.stages.quality_rules.run.version", lambda name: "1.0")
     with pytest.raises(ValueError, match=r"words: no file '.*no\.txt'"):
         quality_inputs(listed)
 
@@ -520,7 +521,7 @@ def test_rows_that_were_judged_before_stay_when_samples_are_judged(place):
 
     from siftline.ingest.pool import Pool
     from siftline.stages.context import Context
-    from siftline.stages.quality import quality_rules
+    from siftline.stages.quality_rules.run import run as quality_rules
 
     class Before(Context):
         def judged(self, bucket):

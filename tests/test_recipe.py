@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siftline import library
 from siftline.ingest.pool import PoolSpec
 from siftline.ingest.readers import Source
-from siftline.recipe import (
-    GATES,
-    STAGE_ROLES,
-    STAGES,
+from siftline.recipe import library
+from siftline.recipe.kinds import BUILT_IN, GATES, kind_of
+from siftline.recipe.parse import (
     Bounds,
     Budget,
     Card,
@@ -31,10 +29,10 @@ from siftline.recipe import (
     load,
     parse,
 )
+from siftline.recipe.sections import Canaries
 from siftline.scoring.engines import ModelSpec, Server
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.scorers import KINDS
-from siftline.sections import Canaries
 from siftline.training.evaluate import Evaluation
 from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
@@ -62,7 +60,7 @@ def test_shipped_recipes_parse_without_their_environment(path, monkeypatch):
     assert recipe.name == path.stem
     assert recipe.stages
     assert recipe.sets.test, "a shipped recipe proves itself"
-    assert all(stage.kind in STAGES for stage in recipe.stages)
+    assert all(stage.kind in BUILT_IN for stage in recipe.stages)
 
 
 def test_there_are_shipped_recipes():
@@ -86,7 +84,7 @@ def test_defaults_are_filled_in():
 
 
 def test_the_seed_reaches_every_stage_but_the_hash_functions_of_duplicates():
-    stages = [*(k for k in STAGES if k != "allocate"), {"allocate": {"seed": 4}}]
+    stages = [*(k for k in BUILT_IN if k != "allocate"), {"allocate": {"seed": 4}}]
     recipe = small(seed=3, stages=stages)
     for stage in recipe.stages:
         if stage.kind == "duplicates":
@@ -256,7 +254,7 @@ def test_hash_is_the_same_in_another_process_and_without_the_environment(tmp_pat
     data = SMALL | {"inputs": {"generator": "a:b", "args": {"data": "${SIFTLINE_NOWHERE}"}}}
     path.write_text(yaml.safe_dump(data))
     code = (
-        "import sys; from pathlib import Path; from siftline.recipe import load\n"
+        "import sys; from pathlib import Path; from siftline.recipe.parse import load\n"
         "print(load(Path(sys.argv[1])).hash)"
     )
     done = subprocess.run(
@@ -335,9 +333,9 @@ def test_sampling_twice_names_both_rounds_of_gates():
 
 
 def test_roles_of_stages():
-    assert set(STAGE_ROLES) == set(STAGES)
-    assert all(STAGE_ROLES[kind] == "gate" for kind in GATES)
-    assert [kind for kind, role in STAGE_ROLES.items() if role == "budget"] == ["allocate"]
+    roles = {kind: kind_of(kind).role for kind in BUILT_IN}
+    assert all(roles[kind] == "gate" for kind in GATES)
+    assert [kind for kind, role in roles.items() if role == "budget"] == ["allocate"]
 
 
 # Files
@@ -428,7 +426,8 @@ PUBLIC = {
 CLASSES = (
     Recipe, Inputs, Sets, Model, Budget, Bounds, Canaries, Card, Training, PoolSpec, Source,
     ModelSpec,
-    Server, Likelihood, *KINDS.values(), Evaluation, FineTune, Pretrain, *STAGES.values(),
+    Server, Likelihood, *KINDS.values(), Evaluation, FineTune, Pretrain,
+    *(kind_of(kind).options for kind in BUILT_IN),
 )  # fmt: skip
 
 

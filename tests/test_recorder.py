@@ -11,17 +11,11 @@ import pytest
 
 from siftline.kernels.draws import hash64
 from siftline.schema import ROW, make_row, message
-from siftline.scoring.confidence import (
-    VERDICTS,
-    final_answer,
-    prompts_of,
-    reflect,
-    sampled_answers,
-)
 from siftline.scoring.embedding import embed_texts
 from siftline.scoring.engines import Failed, Inspection, ModelSpec, Sampling, open_engine
 from siftline.scoring.likelihood import COLUMNS, Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder, Tally
+from siftline.scoring.reflection import VERDICTS, final_answer, prompts_of, reflect, sampled_answers
 from siftline.scoring.samples import draw_samples
 from siftline.scoring.spans import response_span, start_token
 

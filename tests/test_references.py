@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.ingest.pool import Pool, build_pool
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.spans import response_span
 from siftline.scoring.templates import load_tokenizer
 from siftline.stages import arms, references
 from siftline.stages.arms import train_arms
 from siftline.stages.references import reference_scores
-from siftline.stages.refining import round_options
+from siftline.stages.select.rounds import round_options
 from siftline.workspace import Workspace
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT
-from siftline.recipe import parse, scorers_read
+from siftline.recipe.parse import parse, scorers_read
 from siftline.schema import digest
-from siftline.selectors.chosen import Select
 from siftline.selectors.method import applied, select
 from siftline.selectors.rounds import KmeansRounds
 from siftline.selectors.spending import Budget
-from siftline.stages import refining
 from siftline.stages.run import models_used, outputs_so_far, run_stage
+from siftline.stages.select import rounds as refining
+from siftline.stages.select.options import Select
 from siftline.workspace import Workspace
 
 # ---- the course, with a caller that only pretends to train ---------------------------------------

@@ -10,8 +10,8 @@ import pytest
 
 from siftline.cli import main
 from siftline.config import build
-from siftline.selectors.chosen import Select
 from siftline.selectors.registry import METHODS, find, methods
+from siftline.stages.select.options import Select
 
 CODE = '''
 from dataclasses import dataclass

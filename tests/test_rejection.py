@@ -12,20 +12,17 @@ from siftline.kernels.draws import hash64
 from siftline.schema import make_row, message
 from siftline.scoring.engines import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.scoring.rejection import RejectionSampling
-from siftline.scoring.streaming import Made, Prompt
 from siftline.scoring.verifiers import Verdict
-from siftline.selectors.difficulty import (
-    accept,
-    tally,
-)
-from siftline.selectors.trials import Rule
-from siftline.stages import sampler as sampler_stage
-from siftline.stages import sampling
-from siftline.stages.drawing import run_campaign
-from siftline.stages.grading import by_verifier, grader
-from siftline.stages.problems import Problem, negatives
-from siftline.stages.sampler import SILENCE, Sampler
+from siftline.stages.rejection_sampling import run as sampling
+from siftline.stages.rejection_sampling import sampler as sampler_stage
+from siftline.stages.rejection_sampling.difficulty import accept, tally
+from siftline.stages.rejection_sampling.drawing import run_campaign
+from siftline.stages.rejection_sampling.grading import by_verifier, grader
+from siftline.stages.rejection_sampling.options import RejectionSampling
+from siftline.stages.rejection_sampling.problems import Problem, negatives
+from siftline.stages.rejection_sampling.sampler import SILENCE, Sampler
+from siftline.stages.rejection_sampling.streaming import Made, Prompt
+from siftline.stages.rejection_sampling.trials import Rule
 
 RATES = {"ten": 0.9, "half": 0.5, "rare": 0.15, "never": 0.0, "always": 1.0}
 

@@ -19,13 +19,13 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
 LEAVES = {
-    "config", "conversations", "disk", "locks", "native", "progress", "published", "schema",
-    "scratch", "shards", "spool", "verified", "workspace",
+    "config", "conversations", "disk", "locks", "native", "outputs", "progress", "published",
+    "schema", "scratch", "shards", "spool", "verified", "workspace",
 }  # fmt: skip
-DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
+DATA_IN = {"disk", "locks", "outputs", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
-RECIPES = {"recipe", "library", "sections"}
+RECIPES = {"recipe"}
 OUTPUT = {"card", "curated", "plots", "report"}
 BELOW_STAGES = {*DATA, *METHODS, *RECIPES, *OUTPUT}
 ALLOWED: dict[str, set[str]] = {
@@ -36,17 +36,18 @@ ALLOWED: dict[str, set[str]] = {
     "native": set(),
     "conversations": {"native"},
     "progress": set(),
-    "schema": {"kernels"},
-    "scratch": set(),
-    "shards": {"disk", "verified"},
+    "schema": {"kernels", "native"},
+    "scratch": {"disk"},
+    "shards": {"disk", "scratch", "verified"},
+    "outputs": {"shards", "verified"},
     "verified": set(),
-    "published": {"verified"},
+    "published": {"outputs", "verified"},
     "workspace": set(),
     "spool": {"conversations", "kernels", "schema", "shards"},
     "journal": {"verified"},
     "namespace": {"journal", "locks", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
-    "cache": {"namespace"},
+    "cache": {"locks", "namespace"},
     "terminal": {"progress"},
     "ingest": {*DATA_IN},
     "kernels": set(),
@@ -55,9 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"kernels", "native", "selectors", "schema", "shards", "store", "verified"},
     "training": {*DATA_IN, "ingest", "kernels", "native", "selectors", "scoring", "store"},
     "ledger": {"schema", "shards", "selectors"},
-    "sections": {"ingest", "scoring", "training"},
-    "recipe": {"config", "sections", "ingest", "shards", "scoring", "selectors", "training"},
-    "library": {"config", "recipe"},
+    "recipe": {"config", "ingest", "shards", "scoring", "training"},
     "card": {*LEAVES, "kernels"},
     "curated": {*LEAVES, "card"},
     "loading": {"curated", "native"},
@@ -71,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "definitions": {*BELOW_STAGES, "stages", "assets", "pipelines"},
     # Outside the line: they read what is there, and only a verb may start anything.
     "story": {*DATA, "recipe"},
-    "status": {*DATA, "cache", "recipe", "library", "stages"},
+    "status": {*DATA, "cache", "recipe", "stages"},
     "commands": {
         *BELOW_STAGES,
         "stages",
@@ -131,6 +130,17 @@ def test_imports_go_one_way(path):
             allowed = {mine, *ALLOWED[mine]}
             late = (mine, rest[0]) in LATE and not at_load
             assert rest[0] in allowed or late, f"{mine} may not import {rest[0]}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("stages/*/decide.py")), ids=str)
+def test_decisions_are_pure(path):
+    """What a stage decides needs no file, no model and no run: it imports what selectors may."""
+    pure = {*ALLOWED["selectors"], "selectors", "recipe", "stages"}
+    for name, at_load in imports_of(path):
+        top, *rest = name.split(".")
+        assert not at_load or top != "siftline" or rest[0] in pure, name
+        if top == "siftline" and rest[0] == "stages":
+            assert len(rest) > 2, f"{name} is no decision"
 
 
 def test_every_part_has_its_rule():
@@ -278,6 +288,10 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def contributing() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_says_what_this_is():
     text = readme()
     assert len(text) > 2000
@@ -305,18 +319,22 @@ def tree_paths(text: str) -> list[str]:
     return paths
 
 
-def test_the_file_tree_of_the_readme_names_existing_files():
+def test_file_trees_name_existing_files_and_all_of_the_package():
     drawn = "  src/\n  ├── a/  what\n  │   ├── b.py\n  │   └── c/\n  │       └── d\n  └── e  f"
     assert tree_paths(drawn) == ["src/a", "src/a/b.py", "src/a/c", "src/a/c/d", "src/e"]
     assert tree_paths("Files:\n\n├── a b\n└── c") == ["a", "b", "c"]
-    missing = [path for path in tree_paths(readme()) if not (ROOT / path).exists()]
+    drawn_paths = tree_paths(contributing())
+    missing = [path for path in (*tree_paths(readme()), *drawn_paths) if not (ROOT / path).exists()]
     assert not missing
+    there = {f"src/siftline/{p.name}" for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert there <= set(drawn_paths), "the tree of CONTRIBUTING.md lacks some"
 
 
 def test_links_of_the_readme_lead_to_files():
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", readme())
     missing = [target for target in targets if not (ROOT / target).exists()]
     assert not missing
+    assert len(targets) > 20
 
 
 def verbs(group: click.Group, prefix: str = "") -> list[tuple[str, click.Command]]:
@@ -354,4 +372,4 @@ def test_the_readme_names_no_verb_that_is_not_there():
     known = {name.split()[0] for name, _ in verbs(cli)}
     code = re.findall(r"```[a-z]*\n(.*?)```", readme(), flags=re.S)
     named = {m for block in code for m in re.findall(r"^\$?\s*siftline ([a-z]+)", block, re.M)}
-    assert named <= known
+    assert {"run", "explain"} <= named <= known

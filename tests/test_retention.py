@@ -172,7 +172,7 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[4])
 import chaos_hook
 import siftline.pipelines.compose, siftline.stages.publish, siftline.stages.reporting
-from siftline.library import find
+from siftline.recipe.library import find
 from siftline.pipelines.execute import run_recipe
 from siftline.workspace import Workspace
 

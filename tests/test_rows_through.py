@@ -7,7 +7,7 @@ import pytest
 
 from siftline.assets.shared import build
 from siftline.ingest.pool import REJECTED, Pool, notes_of
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.stages import models
 from siftline.stages.publish import publish_curated
 from siftline.stages.reporting import _inputs, _inputs_said

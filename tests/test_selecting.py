@@ -15,15 +15,15 @@ from siftline.assets import keys
 from siftline.assets.stages import stage_asset
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.selectors.chosen import Select
 from siftline.selectors.less import Gradients
 from siftline.selectors.registry import METHODS, find
 from siftline.selectors.spending import Budget
-from siftline.stages import selecting
 from siftline.stages.run import models_used, run_stage, sets_used
+from siftline.stages.select import run as selecting
+from siftline.stages.select.options import Select
 from siftline.workspace import Workspace
 
 BUDGET = 1200
@@ -36,7 +36,7 @@ def quiet(line): ...
 @pytest.fixture
 def recipe_of(mini):
     """The mini recipe with duplicates and one selection; its dev set plays the target."""
-    from siftline.library import recipe_files
+    from siftline.recipe.library import recipe_files
 
     mini()
     data = yaml.safe_load(recipe_files()["mini"].read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline.selectors.selection import DECISION, Selection, decisions, select
-from siftline.selectors.shortlist import Shortlist
+from siftline.stages.diversity.options import Shortlist
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=4), st.booleans(), max_size=10))

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from siftline import schema
 from siftline.ledger import KEPT, REMOVED
-from siftline.recipe import parse
+from siftline.recipe.parse import parse
 from siftline.schema import make_row, message
 from siftline.scoring.engines import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.s3ft import SelfAnswers
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier
-from siftline.stages.self_answers import ROUTES, _answers, _result
+from siftline.stages.s3ft.options import SelfAnswers
+from siftline.stages.s3ft.run import ROUTES, _answers, _result
 
 
 class Scripted:

@@ -26,6 +26,12 @@ HEAVY = {
     *("pandas", "polars", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "spacy", "yaml"),
 }
 TABLES = {"numpy", "polars", "pyarrow"}
+# pyarrow looks for pandas wherever a list becomes a column, and takes it where it is installed.
+ROWS = {*TABLES, "pandas", "yaml"}
+# What transformers loads for any model.
+MODEL = {*ROWS, "accelerate", "jinja2", "rich", "scipy", "sklearn", "torch", "transformers"}
+SHORT = ("--max-new-tokens", "4")
+DAGSTER = {*TABLES, "dagster", "pydantic", "rich", "yaml"}
 
 # What each call may load. A verb that is not here has a line of its own below: it works on a root
 # with rows in it, and is called where such a root is at hand.
@@ -40,6 +46,21 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "explain": (["explain", "0123456789", "--root", "."], {*TABLES, "yaml"}),
     "report": (["report", "gsm8k", "--root", "."], {*TABLES, "yaml"}),
     "audit": (["audit", "gsm8k", "--stage", "duplicates", "--root", "."], {*TABLES, "yaml"}),
+    "select": (["select", "random", "ten.parquet", "--budget", "3", "--out", "three"], ROWS),
+    "score": (["score", "qa.jsonl", "--model", "model", "--out", "scores"], MODEL),
+    "train": (
+        ["train", "qa.jsonl", "--model", "model", "--out", "tuned", "--set", "epochs=1"],
+        {*MODEL, "datasets", "matplotlib", "peft", "trl"},
+    ),
+    "eval": (
+        ["eval", "model", "qa.jsonl", "--field", "answer=answer", "--out", "graded", *SHORT],
+        {*MODEL, "matplotlib"},
+    ),
+    "run": (
+        ["run", "light.yaml", "--root", "light"],
+        {*ROWS, *DAGSTER, "jinja2", "matplotlib", "numba", "scipy"},
+    ),
+    "run again": (["run", "light.yaml", "--root", "light"], DAGSTER),
 }
 
 # One process takes all calls, each in a child forked before anything heavy was there.
@@ -76,10 +97,25 @@ def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **give
     )
 
 
+LIGHT = """
+name: light
+pool: {name: rows, inputs: [{path: qa.jsonl}]}
+models: {base: {path: model}}
+stages: [duplicates, verify]
+budget: {unit: rows, size: 4}
+"""
+
+
 @pytest.fixture(scope="module")
-def ten(tmp_path_factory):
-    """A folder with ten texts, two of which are copies, and an empty store."""
+def ten(tmp_path_factory, tiny_model):
+    """A folder with ten texts, two of which are copies, questions, a model and an empty store."""
     folder = tmp_path_factory.mktemp("ten")
+    (folder / "model").symlink_to(tiny_model)
+    (folder / "light.yaml").write_text(LIGHT)
+    rows = [
+        {"prompt": f"{k} + {k}?", "response": f"It is {2 * k}.", "answer": 2 * k} for k in range(8)
+    ]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [f"text {k} says what no other of them says: {k * k} and {k**3}" for k in range(8)]
     texts += [texts[3], texts[4] + "!"]
     pq.write_table(pa.table({"text": texts}), folder / "ten.parquet")
@@ -94,7 +130,9 @@ def test_each_call_loads_what_it_may(ten):
     done = python("-c", ASK, json.dumps(sorted(HEAVY)), cwd=ten, input=asked)
     loaded = dict(json.loads(line) for line in done.stdout.splitlines())
     assert set(loaded) == set(CALLS)
-    assert (ten / "texts" / "data").is_dir(), "the call must have worked"
+    made = ("texts/data", "three/data", "scores/scores.parquet", "tuned/config.json")
+    made = (*made, "graded/accuracy.csv", "light/curated/light/latest")
+    assert not [name for name in made if not (ten / name).exists()], "the calls must have worked"
     more = {name: sorted({*loaded[name]} - allowed) for name, (_, allowed) in CALLS.items()}
     assert not {name: modules for name, modules in more.items() if modules}
 

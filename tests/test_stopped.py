@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.selectors.difficulty import PASS_RATES, difficulty
-from siftline.selectors.stopped import rates_at_the_end, stopped_difficulty
-from siftline.selectors.trials import Beta, Outcome, Rule, Trial
+from siftline.stages.rejection_sampling.difficulty import PASS_RATES, difficulty
+from siftline.stages.rejection_sampling.stopped import rates_at_the_end, stopped_difficulty
+from siftline.stages.rejection_sampling.trials import Beta, Outcome, Rule, Trial
 
 
 def rows_of(trials):

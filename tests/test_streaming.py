@@ -12,10 +12,11 @@ from siftline.scoring import streaming
 from siftline.scoring.engines import Failed, Generation, ModelSpec, Sampling
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.samples import sample_store, seed_of
-from siftline.scoring.streaming import Prompt, Streaming
-from siftline.selectors.campaign import Campaign
-from siftline.selectors.trials import Beta, Outcome, Rule
-from siftline.stages.drawing import run_campaign
+from siftline.scoring.streaming import Streaming
+from siftline.stages.rejection_sampling.campaign import Campaign
+from siftline.stages.rejection_sampling.drawing import run_campaign
+from siftline.stages.rejection_sampling.streaming import Prompt
+from siftline.stages.rejection_sampling.trials import Beta, Outcome, Rule
 
 SAMPLING = Sampling(max_new_tokens=8)
 RATES = {f"{i:x}0{i:018d}": r for i, r in enumerate((0.9, 0.6, 0.3, 0.1, 0.0, 1.0))}

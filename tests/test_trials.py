@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
-from siftline.selectors.campaign import Campaign, run
-from siftline.selectors.preview import NODES, _cost, preview
-from siftline.selectors.trials import Beta, Outcome, Rule, Trial, fit_prior, words_of
+from siftline.stages.rejection_sampling.campaign import Campaign, run
+from siftline.stages.rejection_sampling.preview import NODES, _cost, preview
+from siftline.stages.rejection_sampling.trials import (
+    Beta,
+    Outcome,
+    Rule,
+    Trial,
+    fit_prior,
+    words_of,
+)
 
 
 def luck(prompt, draw, seed=0):

@@ -315,7 +315,7 @@ def chain(root):
     from siftline.assets.shared import build
     from siftline.commands.outcome import summary
     from siftline.ingest.pool import Pool
-    from siftline.recipe import parse
+    from siftline.recipe.parse import parse
     from siftline.stages.arms import curated_version
     from siftline.stages.models import engines
     from siftline.stages.publish import publish_curated

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.recipe.kinds import Stage
 from siftline.scoring.answers import answer_key, extract_answer, parse_quantity
 from siftline.scoring.equivalence import Equivalence, EquivalenceError
 from siftline.scoring.verifiers import (
@@ -17,7 +18,7 @@ from siftline.scoring.verifiers import (
     verify_math,
 )
 from siftline.selectors.selection import select
-from siftline.selectors.verify import Verify
+from siftline.stages.verify.decide import Verify
 
 
 @pytest.fixture(scope="module")
@@ -495,14 +496,17 @@ def test_open_rows_are_kept_or_removed_apart_from_those_without_an_answer():
 
 
 def test_the_report_says_what_became_of_open_rows():
-    from siftline.stages.reporting import _open_notes
+    from siftline.stages.verify.notes import notes
 
     facts = {"checked": 9, "unreadable": 3, "wrong_answer": 2, "kept_open": {"no_final_answer": 1}}
-    assert _open_notes("verify", facts) == [
+    assert notes(Stage("verify", "verify", None), facts) == [
         "verify: of 9 rows checked, 3 can't be read (removed), 1 have no final answer (kept): open "
         "verdicts."
     ]
-    assert _open_notes("verify", {"checked": 9, "wrong_answer": 2, "kept_open": {}}) == []
+    assert (
+        notes(Stage("verify", "verify", None), {"checked": 9, "wrong_answer": 2, "kept_open": {}})
+        == []
+    )
 
 
 def test_the_gate_does_not_depend_on_order_and_says_when_it_is_vacuous():

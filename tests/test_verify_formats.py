@@ -23,7 +23,7 @@ from siftline.scoring.verifiers import (
     get_verifier,
 )
 from siftline.scoring.verifiers.json_schema import json_value
-from siftline.selectors.verify import VERIFIERS, Verify
+from siftline.stages.verify.decide import VERIFIERS, Verify
 
 
 @pytest.fixture(scope="module")

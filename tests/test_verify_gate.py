@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from siftline import schema
-from siftline.selectors.verify import Verify
-from siftline.stages.gates import verify
-from siftline.stages.reporting import _open_notes
+from siftline.recipe.kinds import Stage
+from siftline.stages.verify.decide import Verify
+from siftline.stages.verify.notes import notes
+from siftline.stages.verify.run import run as verify
 
 
 def surroundings(rows, **options):
@@ -55,7 +56,7 @@ def test_the_gate_has_three_outcomes_and_counts_them(kept_open):
     assert run.facts["not_followed"] == {WORDS: 2, COMMA: 1}
     assert run.facts["checked"] == 6
     assert run.facts["kept_open"] == ({"unreadable": 1} if kept_open else {})
-    assert _open_notes("verify", run.facts) == [
+    assert notes(Stage("verify", "verify", None), run.facts) == [
         f"verify: of 6 rows checked, 1 can't be read ({'kept' if kept_open else 'removed'}), "
         "1 have no final answer (removed): open verdicts."
     ]

@@ -30,9 +30,9 @@ from siftline.kernels.text import numbers, words, words_of
 from siftline.kernels.textgrams import shingles_reference
 from siftline.kernels.words_reference import words_reference
 from siftline.schema import make_row, message
-from siftline.selectors.decontamination import Decontamination
-from siftline.selectors.duplicates import Duplicates
 from siftline.selectors.selection import select
+from siftline.stages.decontamination.decide import Decontamination
+from siftline.stages.duplicates.decide import Duplicates
 
 CASES = Path(__file__).parent / "cases"
 SCRIPTS = [

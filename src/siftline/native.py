@@ -8,6 +8,7 @@ another trainer goes through `native_message`.
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 EXTRAS = ("tool_call_id", "name", "weight")
@@ -49,13 +50,28 @@ def native_calls(calls: Any) -> list[Any]:
     """Calls in OpenAI's form, with the arguments as objects.
 
     Both `{"function": {"name", "arguments"}}` and the flat `{"name", "arguments"}` are read.
-    Arguments that are no JSON object stay as they are, and so does a call of another form.
+    Arguments are an object or a list, or else text; a call of another form stays as it is. Calls
+    that are native, or native with `text_calls`, come out the same, so that a published row keeps
+    its id.
 
     Args:
         calls: A list of calls, one call, or the JSON text of either.
     """
     found = json.loads(calls) if isinstance(calls, str) else calls
     return [_native_call(call) for call in (found if isinstance(found, list) else [found])]
+
+
+def canonical_calls(calls: str) -> str:
+    """The JSON of calls in one form, by which they are known; for identity and comparison only.
+
+    Args:
+        calls: The text of a row's calls; what is no JSON is its own form.
+    """
+    try:
+        found = native_calls(calls)
+    except ValueError:
+        return calls
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _native_call(call: Any) -> Any:
@@ -80,13 +96,41 @@ def _ordered(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(value: Any) -> Any:
+    """Arguments as an object or a list where they are, or their text says, one; else as text.
+
+    Text stays where reading it would lose something: a repeated key, digits, NaN.
+    """
+    if value is None:
+        return {}
     if not isinstance(value, str):
-        return {} if value is None else value
+        return value if isinstance(value, Mapping | list | tuple) else as_text(value)
+    if not value.strip():
+        return {}
     try:
-        parsed = json.loads(value) if value.strip() else {}
-    except ValueError:
+        parsed = json.loads(
+            value, parse_float=_whole_float, parse_constant=_refused, object_pairs_hook=_whole_keys
+        )
+    except (ValueError, ArithmeticError):
         return value
-    return parsed if isinstance(parsed, dict) else value
+    return parsed if isinstance(parsed, dict | list) else value
+
+
+def _whole_float(text: str) -> float:
+    found = float(text)
+    if Decimal(repr(found)) != Decimal(text):
+        raise ValueError(f"{text} has more digits than a fraction holds")
+    return found
+
+
+def _whole_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands in an object twice")
+    return found
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def as_text(value: Any) -> str:

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.kernels.normalization import normalized
+from siftline.native import canonical_calls
 
 ROLES = ("system", "user", "assistant", "tool")
 HALF_ID = 20
@@ -138,7 +139,7 @@ def _parts(message: Mapping[str, Any]) -> list[Any]:
         message["role"],
         canonical_text(message["content"] or ""),
         canonical_text(reasoning) if reasoning else None,
-        canonical_text(calls) if calls else None,
+        canonical_text(canonical_calls(calls)) if calls else None,
     ]
     extras = {name: message[name] for name in EXTRAS if message.get(name) is not None}
     return [*parts, extras] if extras else parts

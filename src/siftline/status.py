@@ -7,8 +7,8 @@ from typing import Any
 import polars as pl
 
 from siftline.cache import as_json, list_store
-from siftline.ingest.pool import READING, REJECTED, Pool, notes_of
-from siftline.library import all_recipes
+from siftline.ingest.pool import REJECTED, Pool, notes_of, reading_of
+from siftline.recipe.library import all_recipes
 from siftline.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
@@ -25,14 +25,16 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         raise ValueError(f"{workspace.root} does not exist: run a recipe, or name another --root")
     pools = []
     for path in sorted(workspace.root.glob("pool/*/manifest.json")):
-        info = Manifest.load(path).info
+        info, name = Manifest.load(path).info, path.parent.name
+        read = frozenset().union(*(recipe.columns_read(name) for recipe in all_recipes()))
         pools.append(
             {
-                "name": path.parent.name,
+                "name": name,
                 "rows": info["rows"],
                 "quarantined": info["quarantine"],
-                **{key: info[key] for key in (REJECTED, *READING) if key in info},
-                "notes": notes_of(info),
+                **({REJECTED: info[REJECTED]} if REJECTED in info else {}),
+                **reading_of(info, read),
+                "notes": notes_of(info, read),
             }
         )
     paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
@@ -76,6 +78,7 @@ def coverage(workspace: Workspace, folder: Path) -> dict[str, Any]:
         "rows": None,
         "scored": info["scored"],
         "failed": info["failed"],
+        "trimmed": info.get("trimmed", 0),
         "share": None,
         "stale": False,
     }
@@ -107,7 +110,9 @@ def coverage_text(said: dict[str, Any]) -> list[str]:
             share = f"{100 * scores['share']:.1f} %"
             counts = f"{scores['scored']:,} of {scores['rows']:,} rows ({share})"
         stale = ", stale: the pool has changed since, run again" if scores["stale"] else ""
-        lines.append(f"scores {scores['name']}: {counts}, {scores['failed']:,} failed{stale}")
+        trimmed = f", {scores['trimmed']:,} trimmed by the template" if scores["trimmed"] else ""
+        failed = f"{scores['failed']:,} failed{trimmed}"
+        lines.append(f"scores {scores['name']}: {counts}, {failed}{stale}")
     for entry in said["store"]:
         writing = ", being written" if entry["in_use"] else ""
         lines.append(f"store {entry['name']}: {entry['records']:,} records{writing}")

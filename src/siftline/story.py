@@ -13,7 +13,8 @@ import polars as pl
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, REJECTED, ROWS, Pool
 from siftline.ledger import Chapter, StageOutput, stage_chapters
 from siftline.published import is_version, read_config, read_version
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.schema import bucket_of
 from siftline.workspace import Workspace
 

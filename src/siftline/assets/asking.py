@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.stages.arms import arms_pending
 from siftline.stages.evaluation import evaluation_pending
 from siftline.stages.models import model_spec, trained_folder

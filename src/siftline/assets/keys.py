@@ -3,7 +3,8 @@
 import dagster as dg
 
 from siftline.ingest.pool import PoolSpec
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.stages.scorers import scorer_model
 
 SHARED = "shared"

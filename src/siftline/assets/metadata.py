@@ -10,7 +10,8 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline import plots
 from siftline.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
-from siftline.recipe import STAGE_ROLES, Bounds, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Bounds
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:
@@ -123,7 +124,7 @@ def check_results(
     """Whether the numbers close and stay within the recipe's bounds."""
     counts = output.accounting
     total = max(1, counts.rows_in + counts.added)
-    removable = 1.0 if STAGE_ROLES[stage.kind] != "gate" else bounds.max_removed
+    removable = 1.0 if stage.of.role != "gate" else bounds.max_removed
     failed, removed = counts.failed / total, counts.removed / total
     why: dict[str, int] = {}
     if counts.failed:

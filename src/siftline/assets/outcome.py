@@ -10,7 +10,7 @@ from siftline import plots
 from siftline.assets import asking, keys
 from siftline.assets.metadata import picture, shown_before
 from siftline.assets.resource import Siftline
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.shards import content_hash
 from siftline.stages.arms import Arm, arms_pending, train_arms
 from siftline.stages.evaluation import evaluate_arms, evaluation_pending

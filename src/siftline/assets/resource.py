@@ -8,8 +8,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from siftline.library import find
-from siftline.recipe import Recipe
+from siftline.recipe.library import find
+from siftline.recipe.parse import Recipe
 from siftline.workspace import Workspace
 
 

@@ -14,7 +14,7 @@ from siftline.assets import asking, keys
 from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.scorers import models_of
 from siftline.shards import Manifest
 from siftline.stages.models import engines, model_spec
@@ -124,6 +124,7 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
             "dagster/column_schema": column_schema(TABLE),
             "engine": engine,
             "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
+            "trimmed": manifest.info.get("trimmed", 0),
         }
         return result(key, loaded, manifest, fresh, shown)
 

@@ -13,7 +13,7 @@ from siftline.assets.metadata import column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
-from siftline.recipe import Recipe, expand, expand_pool
+from siftline.recipe.parse import Recipe, expand, expand_pool
 from siftline.scoring.fingerprint import confirm_files
 from siftline.stages.models import corpus_file, trained_folder
 from siftline.workspace import Workspace
@@ -74,10 +74,11 @@ def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str],
     specs = {spec.name: spec for spec in (recipe.pool, *(s for _, s in recipe.sets.items()))}
     spec = expand_pool(specs[name], workspace.inputs(recipe.name))
     progress = Progress(f"pool {name}", 0, emit)
-    build_pool(workspace.pool(name), spec, progress.advance)
+    read = recipe.columns_read(name)
+    build_pool(workspace.pool(name), spec, progress.advance, read=read)
     progress.close()
     built = Pool(workspace.pool(name))
-    for line in notes_of(built.manifest.info):
+    for line in notes_of(built.manifest.info, read):
         emit(f"pool {name}: {line}")
     return built
 
@@ -98,8 +99,9 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
     )
     def pool(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Rows by id: read, validated, canonical, identical ones collapsed."""
-        built = build(siftline.workspace, siftline.recipe(recipe.name), spec.name, context.log.info)
-        info = built.manifest.info
+        loaded = siftline.recipe(recipe.name)
+        built = build(siftline.workspace, loaded, spec.name, context.log.info)
+        info, reading = built.manifest.info, built.reading(loaded.columns_read(spec.name))
         read = info["provenance"] + info["quarantine"]
         share = info["quarantine"] / max(1, read)
         return dg.MaterializeResult(
@@ -110,7 +112,7 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
                 "quarantined": info["quarantine"],
                 "rejected": info["rejected"],
                 "collapsed": info["provenance"] - info["rows"] - info["rejected"],
-                "set_aside": dg.MetadataValue.json(info["set_aside"]),
+                "set_aside": dg.MetadataValue.json(reading["set_aside"]),
                 "quarantine_reasons": dg.MetadataValue.json(info["reasons"]),
                 "repeated_keys": info["repeated_keys"],
                 "contradicting_labels": info["contradicting_labels"],

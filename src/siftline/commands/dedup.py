@@ -110,8 +110,8 @@ def dedup(files: tuple[str, ...], as_json: bool, **given: Any) -> None:
     chain A~B~C, where C is not similar to A, it makes one cluster of 3; here A stays with a size of
     2, and C with 1.
 
-    Texts are compared without case and punctuation, but code point by code point: an accented
-    letter of one code point is not that of two (NFC, NFD), so normalise mixed files first.
+    Texts are compared without case, punctuation and typography; operators and other signs count.
+    Composed and decomposed letters (NFC, NFD) are one.
 
     With --prompt-column and --response-column, or --messages-column, rows are compared as the
     duplicates gate of a recipe does, on character shingles: another response to a prompt is an
@@ -153,7 +153,7 @@ _OF_TEXTS = ("text_column", "unit", "bands", "target", "embeddings", "nearest", 
 def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     from siftline.commands.dedup_conversations import Conversations, dedup_conversations
     from siftline.kernels.keep import Keep
-    from siftline.selectors.duplicates import Duplicates
+    from siftline.stages.duplicates.decide import Duplicates
 
     context = click.get_current_context()
     for name in _OF_TEXTS:

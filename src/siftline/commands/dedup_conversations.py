@@ -25,9 +25,9 @@ from siftline.ingest.layouts import Plan, convert, plan_for
 from siftline.ingest.source import Source
 from siftline.kernels.keep import Keep, as_integers
 from siftline.progress import Tracker
-from siftline.selectors.duplicate_state import Shelf
-from siftline.selectors.duplicates import Duplicates
 from siftline.shards import building, write_parquet
+from siftline.stages.duplicates.decide import Duplicates
+from siftline.stages.duplicates.state import Shelf
 
 CONFLICTS, SCRATCH = "conflicts", ".scratch"
 GROUP = "sift_prompt_group"

@@ -21,7 +21,7 @@ from siftline.workspace import Workspace
 def demo(root: Path, overrides: tuple[str, ...], engine: str, workers: int) -> None:
     """Run the whole chain on generated data with planted defects; no GPU, no download."""
     from siftline.demo.summary import audited
-    from siftline.library import find
+    from siftline.recipe.library import find
 
     changed = [*overrides, *([f"models.base.engine={engine}"] if engine != "transformers" else [])]
     workspace, loaded = Workspace(root.absolute()), find("demo", changed)

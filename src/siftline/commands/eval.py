@@ -138,7 +138,8 @@ def _questions(
     out.mkdir(parents=True, exist_ok=True)
     rows = out / ".rows"
     shutil.rmtree(rows, ignore_errors=True)  # of a killed run
-    build_pool(rows, PoolSpec("input", tuple(sources), holds="either"))
+    read = (level_column,)
+    build_pool(rows, PoolSpec("input", tuple(sources), holds="either"), read=read)
     pool = Pool(rows)
     lines = pool.all_rows(["id", "messages", "tools", "answer", "source"]).to_pylist()
     levels: dict[str, str] = {}
@@ -147,7 +148,7 @@ def _questions(
             left = json.loads(line["leftover"] or "{}")
             if left.get(level_column) is not None:
                 levels[line["id"]] = str(left[level_column])
-    reading = pool.reading
+    reading = pool.reading(read)
     shutil.rmtree(rows)
     asked = sorted((line for line in lines if line["answer"] is not None), key=lambda x: x["id"])
     if not asked:

@@ -12,14 +12,15 @@ from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
     from siftline.ledger import StageOutput
-    from siftline.recipe import Recipe, Stage
+    from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 
 
 def recipe_outputs(
     workspace: Workspace, overrides: Sequence[str], only: str | None
 ) -> "list[tuple[Recipe, list[tuple[Stage, StageOutput]]]]":
     """Every recipe whose pool is built, with the stages that have run."""
-    from siftline.library import recipe_files
+    from siftline.recipe.library import recipe_files
     from siftline.stages.run import outputs_so_far
 
     found = []

@@ -13,7 +13,7 @@ from siftline.progress import Tracker
 from siftline.workspace import DEFAULT_ROOT, ROOT_VARIABLE
 
 if TYPE_CHECKING:
-    from siftline.recipe import Recipe
+    from siftline.recipe.parse import Recipe
 
 root_option = click.option(
     "--root",
@@ -89,8 +89,8 @@ def lines_beside_a_run() -> Iterator[Callable[[str], None]]:
 
 def named_recipe(name: str, overrides: Sequence[str]) -> "Recipe":
     """A recipe by name or by file; a file's folder is added to those Dagster looks in."""
-    from siftline.library import find, recipe_files
-    from siftline.recipe import load
+    from siftline.recipe.library import find, recipe_files
+    from siftline.recipe.parse import load
 
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():

@@ -10,7 +10,7 @@ from siftline.commands.options import lines_beside_a_run
 from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from siftline.recipe import Recipe
+    from siftline.recipe.parse import Recipe
 
 
 def start(workspace: Workspace, recipe: "Recipe", overrides: Sequence[str], **options: Any) -> None:

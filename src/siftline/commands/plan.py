@@ -39,7 +39,7 @@ def plan(
     Runs the stages before it where they have not run, and draws the pilot; its draws are kept and
     count. Without --max-draws and --max-tokens it says what meeting the targets takes.
     """
-    from siftline.stages.planning import plan_stage, sampling_stages
+    from siftline.stages.rejection_sampling.planning import plan_stage, sampling_stages
     from siftline.stages.run import outputs_so_far
 
     changed = limited(recipe, overrides, max_draws, max_tokens)

@@ -36,7 +36,7 @@ from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.selectors.less import Gradients
 from siftline.stages.context import by_store_bucket
-from siftline.stages.gradients import differentiating, features, warm_share, warmed
+from siftline.stages.select.gradients import differentiating, features, warm_share, warmed
 from siftline.stages.spread import total
 
 MakeTracker = Callable[[str, int, str], Tracker]

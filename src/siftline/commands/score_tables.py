@@ -27,7 +27,7 @@ from siftline.progress import Tracker
 from siftline.scoring.engines import ModelSpec, check_directory
 from siftline.scoring.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import trimmed
+from siftline.scoring.spans import trimmed_ids
 from siftline.shards import write_parquet
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines
@@ -189,7 +189,7 @@ def _score(
         found=tally.found,
         tokens=tally.tokens,
         seconds=seconds,
-        reading=pool.reading,
+        reading=pool.reading(),
         trimmed=trims,
     )
     read = pool.manifest.rows(PROVENANCE) + pool.manifest.rows(QUARANTINE)
@@ -199,9 +199,8 @@ def _score(
 
 def _trimmed(recorder: Recorder, rows: pa.Table, reasons: dict[str, str]) -> int:
     """Scored rows whose response the chat template trims."""
-    pairs = zip(rows["id"].to_pylist(), rows["messages"].to_pylist(), strict=True)
-    tokenizer, template = recorder.engine.tokenizer, recorder.spec.template
-    return sum(trimmed(tokenizer, chat, template) for i, chat in pairs if i not in reasons)
+    lines = rows.select(["id", "messages"]).to_pylist()
+    return len(trimmed_ids(recorder.engine.tokenizer, lines, recorder.spec.template) - set(reasons))
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -17,7 +17,7 @@ from siftline.ingest.readers import Source
 from siftline.progress import Tracker
 from siftline.published import confirm_inputs
 from siftline.schema import ROW, text_view
-from siftline.stages.selecting import narrow, whole_text
+from siftline.stages.select.run import narrow, whole_text
 
 SCORES = "scores.parquet"
 CHUNK = 1024

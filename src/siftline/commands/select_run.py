@@ -6,7 +6,7 @@ columns, embeddings from Parquet or made here, hashed words where it counts word
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +31,12 @@ from siftline.ingest.readers import Source, source_files
 from siftline.ingest.records import EmptyFile
 from siftline.outputs import record_outputs
 from siftline.progress import Tracker
-from siftline.selectors.chosen import LIKELIHOODS
 from siftline.selectors.method import RANKS
 from siftline.selectors.registry import Entry, find
 from siftline.selectors.rounds import RECIPES_ONLY
 from siftline.selectors.spending import Budget
 from siftline.shards import building, write_json, write_parquet
+from siftline.stages.select.options import LIKELIHOODS
 
 BUCKETS = 16
 MakeTracker = Callable[[str, int, str], Tracker]
@@ -83,7 +83,8 @@ def select_files(
         source_files(source)
     with building(out) as folder:
         scratch = folder / ".rows"
-        pool = _ingested(scratch / "pool", request.sources, make_tracker)
+        read = _own_numbers(entry, method, request)
+        pool = _ingested(scratch / "pool", request.sources, make_tracker, read=read)
         target = _ingested(scratch / "target", request.targets, make_tracker, "target")
         offered = _Offered(entry, method, request, pool, target, folder, make_tracker)
         if entry.own and pool.manifest.rows("rows") > entry.limit:
@@ -97,7 +98,7 @@ def select_files(
         write_data(request.sources, folder / SELECTION, folder / DATA)
         seed = options.get("seed", request.seed)
         result = {"method": entry.name, "options": options, "seed": seed}
-        result |= {"budget": asdict(budget), **counts, **pool.reading, "facts": facts}
+        result |= {"budget": asdict(budget), **counts, **pool.reading(read), "facts": facts}
         write_json(folder / "selection.json", result)
         shutil.rmtree(scratch)
         record_outputs(folder)
@@ -149,13 +150,18 @@ def _check(entry: Entry, request: Request) -> None:
 
 
 def _ingested(
-    folder: Path, sources: Sequence[Source], make_tracker: MakeTracker, name: str = "input"
+    folder: Path,
+    sources: Sequence[Source],
+    make_tracker: MakeTracker,
+    name: str = "input",
+    read: Collection[str] = (),
 ) -> Pool | Any:
     if not sources:
         return None
     tracker = make_tracker(f"read {name}", 0, "rows")
     try:
-        build_pool(folder, PoolSpec(name, tuple(sources), BUCKETS, 1.0), tracker.advance)
+        spec = PoolSpec(name, tuple(sources), BUCKETS, 1.0)
+        build_pool(folder, spec, tracker.advance, read=read)
     except EmptyFile as error:
         if name != "target":
             raise
@@ -311,6 +317,12 @@ def _needed(entry: Entry, method: Any, request: Request) -> tuple[str, ...]:
     if "n_tokens" in columns or request.unit == "loss_tokens":
         needed.add("n_tokens")
     return tuple(sorted(needed))
+
+
+def _own_numbers(entry: Entry, method: Any, request: Request) -> frozenset[str]:
+    """Columns of the input that the method reads, because no score table has them."""
+    scored = () if request.scores is None else read_scores(request.scores).columns
+    return frozenset(_needed(entry, method, request)) - set(scored)
 
 
 def _decided(

@@ -8,7 +8,7 @@ letter reply; half of the proposed answers are wrong, each in the way planted er
 from siftline.demo.defects import truncate, wrong_steps
 from siftline.demo.problems import Dice, Problem
 from siftline.demo.styles import SOURCES, render
-from siftline.scoring.confidence import REFLECTION
+from siftline.scoring.reflection import REFLECTION
 
 TEXT = "Question: {question}\nAnswer: {response}"
 DRILL_LINES = 6

@@ -27,7 +27,7 @@ from siftline.demo.sums import decimal_text, evaluate
 from siftline.kernels.draws import hash64
 from siftline.schema import canonical_text
 from siftline.scoring.answers import extract_answer
-from siftline.scoring.confidence import REFLECTION
+from siftline.scoring.reflection import REFLECTION
 
 SOURCES = ("north", "east", "south", "west")
 FORMS = ("original", "steps", "list", "paragraph")

@@ -10,7 +10,8 @@ import polars as pl
 
 from siftline.demo.audit import ACCEPTED, audit
 from siftline.ledger import FAILED, KEPT, StageOutput
-from siftline.recipe import STAGE_ROLES, Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.stages.evaluation import evaluate_arms
 from siftline.stages.reporting import write_report
 from siftline.stages.run import outputs
@@ -27,7 +28,7 @@ def gate_decisions(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame:
         .filter(pl.col("outcome") != FAILED)
         .select(
             pl.lit(stage.name).alias("stage"),
-            pl.lit(STAGE_ROLES[stage.kind]).alias("kind"),
+            pl.lit(stage.of.role).alias("kind"),
             "id",
             (pl.col("outcome") == KEPT).alias("kept"),
             "reason",

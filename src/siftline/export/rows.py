@@ -110,7 +110,8 @@ def swift_sft(row: Row) -> dict[str, Any]:
 def swift_preferences(row: Row) -> dict[str, Any]:
     """The chosen conversation and the rejected response."""
     prompt, chosen, rejected = (flat(row[name]) for name in PAIR)
-    return {"messages": [*prompt, *chosen], "rejected_response": rejected[-1]["content"]}
+    messages = masked([*prompt, *chosen], "loss", False)  # it learns every turn without a mark
+    return {"messages": messages, "rejected_response": rejected[-1]["content"]}
 
 
 def swift_rlvr(row: Row) -> dict[str, Any]:

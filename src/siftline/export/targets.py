@@ -147,7 +147,7 @@ def _openrlhf(facts: Facts) -> dict[str, str]:
 def _open_instruct(facts: Facts) -> dict[str, str]:
     last = {
         SFT: "last_turn_tulu_tokenize_and_truncate_v1",
-        PREFERENCES: "preference_tulu_tokenize_and_truncate_v1_2",
+        PREFERENCES: "preference_tulu_tokenize_and_truncate_v1",
     }
     mixers = {
         SFT: "dataset_mixer_list",

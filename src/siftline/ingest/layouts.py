@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from siftline.ingest.meanings import check_of, filled, truth
+from siftline.ingest.meanings import PARTS_OF_A_QUESTION, check_of, filled, truth
 from siftline.ingest.plans import Plan, plan_for
 from siftline.ingest.turns import (
     Turn,
@@ -141,6 +141,8 @@ def _check_rest(fields: _Fields) -> None:
             continue
         check = check_of(name)
         reason = check(value) if check else None
+        if fields.plan.layout == "question_answer" and name.lower() in PARTS_OF_A_QUESTION:
+            reason = "part_of_question" if filled(value) else None
         if reason is not None and (fields.plan.layout != "text" or reason in _OF_TEXT):
             raise Unreadable(reason)
 

@@ -54,6 +54,10 @@ def _train(value: Any) -> str | None:
     return "no_loss" if truth(value) is False else None
 
 
+def _refuted(value: Any) -> str | None:
+    return "label" if value is False else None
+
+
 def _if_filled(reason: str) -> Check:
     return lambda value: reason if filled(value) else None
 
@@ -75,18 +79,29 @@ _CHECKS: dict[str, Check] = {
             "completion_mask",
             "prompt_mask",
             "train_mask",
+            "mask",
+            "masks",
+            "masked",
             "train_detail",
             "training_detail",
         ),
         _if_filled("loss_mask"),
     ),
     "labels": _if_structured("loss_mask"),
+    **dict.fromkeys(
+        ("correct", "is_correct", "accepted", "is_accepted", "preferred", "is_preferred", "chosen"),
+        _refuted,
+    ),
     "history": _if_structured("history"),
     "function_call": _if_structured("function_call"),
     "tool_calls": _if_filled("tool_calls"),
     "rejected_response": _if_filled("rejected_response"),
     "segments": _if_structured("loss_mask"),
 }
+
+
+PARTS_OF_A_QUESTION = ("context", "passage", "choices", "options")
+"""Columns beside a question without which it is another one."""
 
 
 @cache

@@ -12,7 +12,7 @@ preference pairs find them there.
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 ROWS, REJECTED, PROVENANCE, QUARANTINE = "rows", "rejected", "provenance", "quarantine"
 COUNTED = (ROWS, REJECTED, PROVENANCE, QUARANTINE)
-NEWEST = ".newest"
+NEWEST = "newest"
 """Beside a pool's manifest: its hash, so that an older copy of it is no pool."""
 READING = ("set_aside", "reasons", "repeated_keys", "contradicting_labels")
 """What `info` of a pool's manifest counts: lines of its tables, and what reading met with."""
@@ -105,10 +105,9 @@ class Pool:
         """Hash of the rows, whatever the buckets."""
         return self.manifest.version
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """What reading met with, by the names of `READING`."""
-        return {key: self.manifest.info[key] for key in READING if key in self.manifest.info}
+    def reading(self, read: Collection[str] = ()) -> dict[str, Any]:
+        """What reading met with; see `reading_of`."""
+        return reading_of(self.manifest.info, read)
 
     @property
     def buckets(self) -> int:
@@ -218,10 +217,28 @@ class _Notes:
         }
 
 
-def notes_of(info: dict[str, Any]) -> list[str]:
-    """What a manifest's `info` says about the reading that a user should see; one line each."""
+def reading_of(info: Mapping[str, Any], read: Collection[str] = ()) -> dict[str, Any]:
+    """What reading met with, by the names of `READING`.
+
+    Args:
+        info: Of the pool's manifest, which knows no recipe.
+        read: Columns that no field takes and somebody reads all the same: they are not set aside.
+    """
+    found = {key: info[key] for key in READING if key in info}
+    if "set_aside" in found:
+        found["set_aside"] = {n: k for n, k in found["set_aside"].items() if n not in read}
+    return found
+
+
+def notes_of(info: Mapping[str, Any], read: Collection[str] = ()) -> list[str]:
+    """What a manifest's `info` says about the reading that a user should see; one line each.
+
+    Args:
+        info: Of the pool's manifest.
+        read: As in `reading_of`.
+    """
     lines = []
-    aside = info.get("set_aside")
+    aside = reading_of(info, read).get("set_aside")
     if aside:
         named = ", ".join(f"{name} ({n:,})" for name, n in _most(aside))
         lines.append(f"set aside, not read: {named}")
@@ -247,6 +264,7 @@ def build_pool(
     progress: Callable[[int], None] = lambda rows: None,
     *,
     apart: bool = True,
+    read: Collection[str] = (),
 ) -> Manifest:
     """Builds or updates the pool in `folder` from its sources.
 
@@ -255,6 +273,7 @@ def build_pool(
         spec: Name, inputs, buckets and the tolerated rate of unreadable rows.
         progress: Called with the number of input rows of each batch read.
         apart: Whether responses that are labelled bad lie apart; else they are rows like others.
+        read: Columns of the input that somebody reads beside the rows: no warning about those.
 
     Returns:
         The manifest; the one on disk, untouched, where neither inputs nor `spec` changed. Where
@@ -285,8 +304,8 @@ def build_pool(
         spill, quarantine = _read(spec, scratch, progress, notes, apart=apart)
         manifest = _write(folder, spec, inputs, old, spill, quarantine, notes)
         _put(path, manifest)
-    if notes.aside:
-        logger.warning("pool %s: %s", spec.name, notes_of({"set_aside": notes.aside})[0])
+    if notes.aside.keys() - set(read):
+        logger.warning("pool %s: %s", spec.name, notes_of({"set_aside": notes.aside}, read)[0])
     return manifest
 
 

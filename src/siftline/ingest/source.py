@@ -99,7 +99,7 @@ class Source:
         layout: How a record holds a conversation; `auto` goes by the columns and stops when none or
             several layouts fit.
         columns: Field -> input column, for columns that have another name than the field. Fields:
-            those of `LAYOUT_FIELDS` and `COMMON_FIELDS`. A mapped column must exist.
+            those that `siftline score --help` lists under --field. A mapped column must exist.
         source: Constant source name. Without it the mapped `source` column, and where that is
             unmapped or empty the file's stem.
         instruction: Text put before every prompt with a newline, for tasks whose files lack it.

@@ -120,13 +120,18 @@ def structured(value: object) -> Any:
     return value or None
 
 
-def as_json(value: object, keep: str | None = None) -> str | None:
-    """A structured column (tools, tool calls) as JSON; None when empty. See `plain` for `keep`.
+def _calls_json(value: object, *, nulls: bool) -> str | None:
+    """Calls as JSON; None when there are none.
+
+    Args:
+        value: A list of calls, one call, or the JSON text of either.
+        nulls: Whether a null among the arguments was written; in JSON text it always was.
 
     Raises:
-        Unreadable: `wrong_type` if it is neither an object, nor a list, nor JSON of one.
+        Unreadable: `wrong_type` if it is none of them.
     """
-    value = plain(structured(value), keep)
+    written = nulls or isinstance(value, str)
+    value = plain(structured(value), "arguments" if written else None)
     return _dumped(value) if value else None
 
 
@@ -222,14 +227,15 @@ def _read_turn(turn: Mapping[str, Any], *, nulls: bool) -> tuple[Turn, dict[str,
     if isinstance(content, str) and not rest and named not in _CALL_ROLES:
         return _checked(message(role, content)), {}
     if named in _CALL_ROLES:
-        rest["tool_calls"], content = _call(content), None
+        _call(content)
+        rest["tool_calls"], content = content, None
     text, parts = _content(content)
     rest = {**parts, **rest}
-    fields = _take_fields(role, rest, "arguments" if nulls else None)
+    fields = _take_fields(role, rest, nulls=nulls)
     return _checked(message(role, text, **fields)), plain(rest)
 
 
-def _take_fields(role: str, rest: dict[str, Any], keep: str | None) -> dict[str, Any]:
+def _take_fields(role: str, rest: dict[str, Any], *, nulls: bool) -> dict[str, Any]:
     """Takes the keys that a message has a field for out of `rest`.
 
     Raises:
@@ -244,9 +250,10 @@ def _take_fields(role: str, rest: dict[str, Any], keep: str | None) -> dict[str,
             elif thought.strip() and thought != found["reasoning"]:
                 rest[key] = thought
     calls, legacy = rest.pop("tool_calls", None), rest.pop("function_call", None)
-    found["tool_calls"] = as_json(calls, keep)
+    found["tool_calls"] = _calls_json(calls, nulls=nulls)
     if filled(legacy) and found["tool_calls"] is None:
-        found["tool_calls"] = as_json(_wrapped(legacy), keep)
+        written = nulls or isinstance(legacy, str)
+        found["tool_calls"] = _calls_json(_wrapped(legacy), nulls=written)
     for key in ("tool_call_id", "name"):
         found[key] = as_text(rest.pop(key, None)) or None
     found["weight"] = _loss(role, rest)

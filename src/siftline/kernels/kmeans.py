@@ -18,6 +18,8 @@ from siftline.kernels.draws import hash64, uniforms
 ITERATIONS = 25  # faiss's default; it stops earlier once the objective stands still
 SEEDING_ROWS = (4096, 16)  # rows the seeds are drawn from: at least, and per cluster
 
+SILHOUETTE_SAMPLE = 4000
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -199,3 +201,8 @@ def project_2d(x: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         points = np.zeros((len(x), 2), dtype=np.float32)
         points[order, : axes.shape[1]] = centred @ axes.astype(np.float32)
     return points
+
+
+def default_clusters(n: int) -> int:
+    """The rule of thumb round(sqrt(n / 2)), at least 1 (Mardia, Kent & Bibby 1979)."""
+    return max(1, round(float(np.sqrt(n / 2))))

@@ -1,8 +1,8 @@
 """Rows of two texts, a prompt and a response: their band keys, and what of their sets is read.
 
 A band takes half of its slots from the prompt's signature and half from the response's, so that
-both have to agree; see `selectors.duplicates`. Sets of distinct texts are copied from where they
-lie, in memory or in a file, to where they are compared.
+both have to agree; see `stages.duplicates.decide`. Sets of distinct texts are copied from where
+they lie, in memory or in a file, to where they are compared.
 """
 
 from itertools import pairwise

@@ -9,10 +9,10 @@ from siftline.assets.resource import Siftline
 from siftline.assets.scores import likelihood_asset, scorer_asset
 from siftline.assets.shared import inputs_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
-from siftline.library import find
 from siftline.pipelines.executor import step_executor
 from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
-from siftline.recipe import Recipe
+from siftline.recipe.library import find
+from siftline.recipe.parse import Recipe
 
 
 def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:

@@ -4,6 +4,7 @@ Runs are tagged with this process, so that the next run can tell a dead one from
 a daemon.
 """
 
+import multiprocessing
 import os
 import platform
 import shutil
@@ -20,7 +21,7 @@ import dagster as dg
 from siftline.disk import ROOT_BYTES, check_folder, need, writing
 from siftline.locks import held, warn_if_shared
 from siftline.pipelines.retention import forget_runs
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scratch import sweep
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
@@ -140,6 +141,13 @@ def run_recipe(
     """
     from dagster._core.definitions.reconstruct import build_reconstructable_job
 
+    # A step process imports the script that began the run; one that begins another would wait for
+    # the first for ever.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            f"recipe {recipe.name} is run where its own step imports the script that began it: put "
+            'the call there under `if __name__ == "__main__":`'
+        )
     os.environ["DAGSTER_HOME"] = str(prepare_home(workspace))
     os.environ[ROOT_VARIABLE] = str(workspace.root)
     job = build_reconstructable_job("siftline.pipelines.compose", "job_of", (recipe.name,))

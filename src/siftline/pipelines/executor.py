@@ -49,10 +49,17 @@ MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""
 PRELOADED = (
     "dagster._core.executor.multiprocess",
+    "dagster._core.storage.sqlite_storage",
     "siftline.pipelines.compose",
+    "siftline.scoring.transformers_engine",
     "transformers.generation",
+    "transformers.masking_utils",
+    "transformers.models.auto.modeling_auto",
 )
-"""What the server that step processes are forked from has imported: no thread, no model."""
+"""What the server that step processes are forked from has imported: no thread, no model.
+
+The last two take three seconds of processor time, which every step that opens a model would pay.
+"""
 ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # progress comes from the log, not from libraries' bars
     "TRANSFORMERS_VERBOSITY": "error",

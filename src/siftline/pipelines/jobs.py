@@ -6,7 +6,7 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from siftline.assets import keys
 from siftline.assets.outcome import outcomes
 from siftline.ingest.readers import source_files
-from siftline.recipe import Recipe, expand_pool
+from siftline.recipe.parse import Recipe, expand_pool
 from siftline.shards import content_hash
 from siftline.workspace import Workspace
 

@@ -14,8 +14,8 @@ may say right only where all of them are. Every function is linear in the length
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
+from siftline.scoring.answer_steps import Candidate, without_steps
 from siftline.scoring.quantities import NUMBER, answer_key, parse_quantity
 from siftline.scoring.reasoning import without_reasoning
 
@@ -94,30 +94,14 @@ _LONGEST_GAP = 80
 _NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{NUMBER})(?:/\d+)?")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One span that a response gives as its final answer.
-
-    Attributes:
-        start: Where its mark begins, in the response without its reasoning.
-        end: Where it ends.
-        text: The answer as written, without its mark.
-        parts: The answers that it is a list of, or may be read as; empty for a single one.
-    """
-
-    start: int
-    end: int
-    text: str
-    parts: tuple[str, ...] = ()
-
-
 def find_answers(response: str) -> tuple[Candidate, ...]:
     r"""Finds every answer that a response may mean as its final one, in the order of the text.
 
-    Boxes, `####` lines, tags and "final answer" marks count alike, and so do plain phrases ("the
-    answer is x", "answer: x", a line "A: x") behind the last of those, or where there is none. A
-    `####` line counts when nothing follows it or when it holds a bare number, since `####` is a
-    Markdown heading too. A phrase counts when what it names looks like a value, or is the last.
+    Boxes (but for those of steps, see `answer_steps`), `####` lines, tags and "final answer" marks
+    count alike, and so do plain phrases ("the answer is x", "answer: x", a line "A: x") behind the
+    last of those, or where there is none. A `####` line counts when nothing follows it or when it
+    holds a bare number, since `####` is a Markdown heading too. A phrase counts when what it names
+    looks like a value, or is the last.
 
     Args:
         response: The response's text.
@@ -128,8 +112,10 @@ def find_answers(response: str) -> tuple[Candidate, ...]:
     text = without_reasoning(response)
     phrases = [p for p in _phrases(text) if "\\boxed" not in p[0].text]
     valued = [(found, final) for found, final in phrases if is_value(found.text)]
-    strong = list(_lists(_boxes(text), text)) + list(_after_hashes(text))
-    strong += [found for found, final in valued if final] + list(_tagged(text))
+    others = list(_after_hashes(text)) + list(_tagged(text))
+    others += [found for found, final in valued if final]
+    boxes = list(_lists(_boxes(text), text))
+    strong = list(without_steps(boxes, [found.start for found in others], text)) + others
     edge = max((found.start for found in strong), default=-1)
     weak = [found for found, final in valued if not final and found.start > edge]
     if not strong and phrases:

@@ -47,6 +47,10 @@ class Column:
         if self.path is not None and Path(self.path).suffix not in _READERS:
             raise ValueError(f"path is {self.path!r}: give a file in {', '.join(sorted(_READERS))}")
 
+    def input_columns(self) -> tuple[str, ...]:
+        """The column of the pool's input that it reads, where it reads no file."""
+        return () if self.path is not None else (self.column,)
+
 
 @dataclass(frozen=True)
 class Function:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import permutations
 
 from siftline.scoring.latex import DEGREES, normalise, shell, without_unit
-from siftline.scoring.measures import measured
+from siftline.scoring.measures import Measured, measured
 from siftline.scoring.quantities import (
     Quantity,
     answer_key,
@@ -72,6 +72,13 @@ _NAME = re.compile(
 """A quantity by its name: cost = 5. One letter is the grammar's."""
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\{(?:equation|align|[pbvBV]?matrix|array|cases)\*?\})?")
+_GAP = re.compile(r"\s+(?![A-Za-z0-9.])|(?<![A-Za-z0-9.,])\s+")
+"""White space that parts no two words or numbers."""
+_ODD_NOTATION = re.compile(r"[\d)}]!!|(?<![\w.])0[xXbBoO][0-9A-Fa-f]+(?!\w)")
+"""Double factorials, and numbers as programs write them in other bases."""
+_SCALED = re.compile(r"-?[$\u20ac\u00a3]?\s*\d[\d.,]*\s*(?:[kKMB]|bn|mn)")
+_DOTTED = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}")
+_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9 .:'-]+")
 _MOST_WORDS = 4
@@ -85,10 +92,11 @@ def judge(given: str, wanted: str, ask: Ask) -> Judged:
         wanted: The reference as written.
         ask: Compares what needs algebra. What it raises is passed on.
     """
-    if max(len(given), len(wanted)) > 4 * LONGEST_EXPRESSION:
-        same = " ".join(given.split()) == " ".join(wanted.split())
-        return Judged(True if same else None, "an answer is too long")
-    given, wanted = shell(given), shell(wanted)
+    long = max(len(given), len(wanted)) > 4 * LONGEST_EXPRESSION
+    given, wanted = (given, wanted) if long else (shell(given), shell(wanted))
+    as_written = _as_written(given, wanted, ask)
+    if as_written is not None:
+        return as_written
     about = [_ABOUT_WORD.match(text) for text in (given, wanted)]
     if any(about):
         given, wanted = (
@@ -96,7 +104,8 @@ def judge(given: str, wanted: str, ask: Ask) -> Judged:
         )
         equal = judge(given, wanted, ask).equal
         return Judged(True if equal else None, "an answer that says it is not exact")
-    if _power(given) and _power(wanted) and _power(given) != _power(wanted):
+    alike = _same_unit(given, wanted)
+    if not alike and _power(given) and _power(wanted) and _power(given) != _power(wanted):
         equal = judge(without_unit(given), without_unit(wanted), ask).equal
         return Judged(equal and None, "other units")
     (name, given), (other, wanted) = _named(given), _named(wanted)
@@ -119,13 +128,45 @@ def judge(given: str, wanted: str, ask: Ask) -> Judged:
     return _algebraically(given, wanted, ask)
 
 
+def _as_written(given: str, wanted: str, ask: Ask) -> Judged | None:
+    """Equal texts, and numbers with another language's separators; None of all others."""
+    if given and _GAP.sub("", given) == _GAP.sub("", wanted):
+        return Judged(True)
+    if max(len(given), len(wanted)) > 4 * LONGEST_EXPRESSION:
+        return Judged(None, "an answer is too long")
+    if _ODD_NOTATION.search(given) or _ODD_NOTATION.search(wanted):
+        return Judged(None, "a notation that is not read")
+    for one, other in permutations((given, wanted)):
+        if _SCALED.fullmatch(tidy(one)) and not re.search(r"[A-Za-z]", other):
+            return Judged(None, "a letter may be a scale")
+    grouped = [_DOTTED.fullmatch(text) for text in (given, wanted)]
+    if any(grouped):
+        given, wanted = (
+            text.replace(".", "") if dots else text
+            for text, dots in zip((given, wanted), grouped, strict=True)
+        )
+        return Judged(judge(given, wanted, ask).equal or None, "points may part thousands")
+    if any(_comma_decimal(one, other) for one, other in permutations((given, wanted))):
+        return Judged(None, "a comma may part decimals")
+    return None
+
+
+def _comma_decimal(text: str, other: str) -> bool:
+    """Whether a text is the other's number if its comma parts decimals: 3,5 beside 3.5."""
+    if not _COMMA.fullmatch(text):
+        return False
+    left, right = parse_quantity(text.replace(",", ".")), parse_quantity(other)
+    return left is not None and right is not None and left.value == right.value
+
+
 def _plainly(given: str, wanted: str) -> Judged | None:
     """Equality where it needs no algebra; None where it does."""
     measures = measured(given), measured(wanted)
-    if measures[0] and measures[1] and measures[0].factor != measures[1].factor:
-        if measures[0].kind != measures[1].kind:
+    if measures[0] and measures[1] and _unit(measures[0]) != _unit(measures[1]):
+        sizes = measures[0].size, measures[1].size
+        if measures[0].kind != measures[1].kind or None in sizes:
             return Judged(None, "other units")
-        return Judged(measures[0].size == measures[1].size)
+        return Judged(sizes[0] == sizes[1])
     left = parse_quantity(given) or parse_quantity(without_unit(given))
     right = parse_quantity(wanted) or parse_quantity(without_unit(wanted))
     if left is not None and right is not None:
@@ -139,6 +180,15 @@ def _plainly(given: str, wanted: str) -> Judged | None:
         equal = {"equal": True, "unequal": False, "open": None}[said]
         return Judged(equal, "words may change the number")
     return _words(given, wanted)
+
+
+def _same_unit(given: str, wanted: str) -> bool:
+    measures = measured(given), measured(wanted)
+    return bool(measures[0] and measures[1] and _unit(measures[0]) == _unit(measures[1]))
+
+
+def _unit(measure: Measured) -> tuple[tuple[tuple[str, int], ...], Fraction]:
+    return measure.kind, measure.factor
 
 
 def _text(text: str) -> str:
@@ -204,12 +254,19 @@ def _words(given: str, wanted: str) -> Judged | None:
     letters = [sorted(text) for text in plain]
     if letters[0] == letters[1] and len(letters[0]) < 4 and "\\text" not in given + wanted:
         return Judged(None, "words, or products of letters")  # abc and cba
+    if _joint(plain[0]) == _joint(plain[1]):
+        return Judged(None, "words that are joined or not")
     names = [set(text.replace("-", " ").split()) for text in plain]
     short = all(map(_PLAIN_TEXT.fullmatch, plain)) and max(map(len, names)) <= _MOST_WORDS
     nested = names[0] <= names[1] or names[1] <= names[0]
     if not all(prose) or not short or nested or any(text in _SAYING for text in plain):
         return Judged(None, "words that can't be compared")
     return Judged(False)
+
+
+def _joint(text: str) -> str:
+    """A text without what parts its words."""
+    return re.sub(r"[\s-]", "", text)
 
 
 _YES_NO = (frozenset(["yes", "true", "correct"]), frozenset(["no", "false", "incorrect"]))
@@ -302,7 +359,7 @@ def _algebraically(given: str, wanted: str, ask: Ask) -> Judged:
 
 def _side(text: str, other: str) -> _Side:
     about = _ABOUT.match(text)
-    text = text[about.end() :] if about else text
+    text = (text[about.end() :] if about else text).replace("\u00b0", "^\\circ ")
     approximated = re.split(r"\\approx|\u2248", text)
     if len(approximated) == 2:
         named = re.fullmatch(r"\s*[A-Za-z](?:_\{?\w+\}?)?\s*", approximated[0])

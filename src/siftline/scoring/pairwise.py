@@ -9,16 +9,15 @@ refuses are found by asking in halves, so none loses its verdict to a neighbour.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from siftline.scoring.answers import extract_answer
 from siftline.scoring.choices import ask_choices
-from siftline.scoring.confidence import about_answers
 from siftline.scoring.recorder import REFUSED, Recorder
+from siftline.scoring.reflection import about_answers
 from siftline.scoring.verifiers import Verdict
-from siftline.selectors.correction import Winner, preference
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +40,26 @@ Pair = tuple[Sequence[Mapping[str, Any]], str, str]
 """A conversation, whose last message is ignored, and two answers to it."""
 Question = tuple[Sequence[Mapping[str, Any]], Sequence[str]]
 """As `ask_choices` takes it."""
+Winner = Literal["candidate", "original"]
+
+
+def preference(as_second: float, as_first: float) -> tuple[Winner | None, float | None]:
+    """The verdict of both orders together.
+
+    Args:
+        as_second: Probability that the judge prefers the candidate where it is shown second.
+        as_first: The same where it is shown first.
+
+    Returns:
+        Who wins in both orders, and the mean probability of that choice; (None, None) where the
+        orders disagree or one is undecided.
+    """
+    both = np.array([as_second, as_first], np.float64)
+    if (both > 0.5).all():
+        return "candidate", float(both.mean())
+    if (both < 0.5).all():
+        return "original", float((1.0 - both).mean())
+    return None, None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ tokens that merge across the boundary. The end of turn is part of the span: a mo
 is asked, where to stop.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -208,6 +208,19 @@ def trimmed(
         return content not in render(tokenizer, probe, template)
     except _faults():
         return False
+
+
+def trimmed_ids(
+    tokenizer: Any, rows: Iterable[Mapping[str, Any]], template: str | None = None
+) -> set[str]:
+    """Ids of the rows whose response is `trimmed`.
+
+    Args:
+        tokenizer: With the model's own template.
+        rows: With id and messages.
+        template: The one that is used instead.
+    """
+    return {row["id"] for row in rows if trimmed(tokenizer, row["messages"], template)}
 
 
 def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:

@@ -15,8 +15,13 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.draws import uniforms
-from siftline.kernels.kmeans import Clusters, kmeans, silhouette
-from siftline.selectors.diversity import SILHOUETTE_SAMPLE, default_clusters
+from siftline.kernels.kmeans import (
+    SILHOUETTE_SAMPLE,
+    Clusters,
+    default_clusters,
+    kmeans,
+    silhouette,
+)
 from siftline.selectors.method import Ranked, Ranking, amounts_of
 from siftline.selectors.spending import Budget, spend_by_group
 from siftline.selectors.vectors import matrix

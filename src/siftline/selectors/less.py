@@ -26,13 +26,13 @@ class Gradients:
     """How gradient features are made. Defaults are the paper's unless another source is named.
 
     Attributes:
-        dimensions: Of the projection, for each checkpoint. The noise of a cosine is about
+        dimensions: Width of the projection of each checkpoint. The noise of a cosine is about
             1 / sqrt(dimensions): 0.011 at 8192, 0.031 at 1024.
         share: Share of the rows that the adapter is warmed up on, drawn by hash; 0 takes the
             gradients of a fresh adapter, without Adam.
         epochs: Passes of the warm-up, and so checkpoints.
-        rank: Of the adapter, on all linear layers but the head, alpha twice as large (`FineTune`'s
-            default; the paper: 128 on the attention's).
+        rank: Rank of the adapter, on all linear layers but the head, alpha twice as large
+            (`FineTune`'s default; the paper: 128 on the attention's).
         learning_rate: Peak rate of the warm-up.
         batch_rows: Rows of an optimizer step of the warm-up (the paper: 128 of 13,500 rows; here
             the share is often a few hundred).

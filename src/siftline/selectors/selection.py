@@ -61,12 +61,15 @@ def decisions(
     ids: pl.Series | Sequence[str],
     *,
     kept: pl.Series | Sequence[bool],
-    reason: pl.Series | Sequence[str | None] | None = None,
+    reason: pl.Series | Sequence[str | None] | str | None = None,
     value: pl.Series | Sequence[float | None] | None = None,
     threshold: pl.Series | Sequence[float | None] | float | None = None,
     matched_id: pl.Series | Sequence[str | None] | None = None,
 ) -> pl.DataFrame:
-    """Builds a decisions frame of `DECISION`, sorted by id; reasons of kept rows are cleared."""
+    """Builds a decisions frame of `DECISION`, sorted by id; reasons of kept rows are cleared.
+
+    One reason or threshold stands for all rows.
+    """
     frame = pl.DataFrame({"id": ids, "kept": kept}, schema={"id": pl.String, "kept": pl.Boolean})
     for name, given in (
         ("reason", reason),
@@ -74,7 +77,7 @@ def decisions(
         ("threshold", threshold),
         ("matched_id", matched_id),
     ):
-        if given is None or isinstance(given, float | int):
+        if given is None or isinstance(given, float | int | str):
             column = pl.lit(given, dtype=DECISION[name]).alias(name)
         else:
             column = pl.Series(name, given, dtype=DECISION[name], strict=False)  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import hash64
 from siftline.ledger import REMOVED
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
 from siftline.stages.run import outputs
@@ -138,7 +138,7 @@ def _sampled(
         sampler = opened.recorder(
             model_spec(workspace, recipe, "sampler"), workspace.store, lambda rows, tokens: None
         )
-        from siftline.stages.sampling import vanilla_rows
+        from siftline.stages.rejection_sampling.run import vanilla_rows
 
         added = vanilla_rows(sampler, buckets, stages[0][0].options, draws)
     emit(f"random_sampled: {draws:,} vanilla draws, {len(added):,} distinct verified rows")

@@ -17,7 +17,7 @@ from siftline.curated import resolve_latest
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.published import read_config, read_version
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import identity, model_spec, named_spec
@@ -35,7 +35,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Arm:
-    """One trained model: which rows, which seed, where it lies, and its loss curve."""
+    """One trained model: which rows, which seed, where it lies, and its loss curve.
+
+    `trimmed` counts the rows whose response lost outer white space to the chat template.
+    """
 
     arm: str
     seed: int
@@ -43,6 +46,7 @@ class Arm:
     curve: pl.DataFrame
     loss_tokens: int
     steps: int
+    trimmed: int = 0
 
 
 def _newest(workspace: Workspace, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
@@ -197,7 +201,8 @@ def _trainable(rows: pa.Table, draw: Draw) -> pa.Table:
 
 
 def _arm(arm: str, seed: int, result: TrainResult) -> Arm:
-    return Arm(arm, seed, result.model_dir, result.curve, result.loss_tokens, result.steps)
+    trimmed = result.facts.get("trimmed", 0)
+    return Arm(arm, seed, result.model_dir, result.curve, result.loss_tokens, result.steps, trimmed)
 
 
 def arm_folder(

@@ -19,7 +19,7 @@ from siftline import schema, shards
 from siftline.ingest.pool import Pool
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.ledger import REMOVED, StageOutput
-from siftline.recipe import Stage
+from siftline.recipe.kinds import Stage
 from siftline.stages.context import Context
 from siftline.training.intervals import wilson
 

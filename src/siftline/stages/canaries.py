@@ -20,7 +20,8 @@ import pyarrow as pa
 from siftline import schema
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, StageResult
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.shards import no_rows
 from siftline.stages.context import Context, StageRun
 from siftline.stages.lane import Lane, first
@@ -31,17 +32,6 @@ Judged = tuple[pl.DataFrame, dict[str, str]]
 """Decisions on planted rows (columns of `selection.DECISION`), and reasons of rows that failed."""
 Judge = Callable[[pa.Table], Judged]
 
-PLANTED: dict[str, tuple[str, ...]] = {
-    "duplicates": ("near_copy", "other_question"),
-    "decontamination": ("leaked", "other_question"),
-    "quality_rules": ("looped", "other_question"),
-    "verify": ("swapped_answer", "truncated", "one_number", "gold_answer"),
-    "likelihood": ("swapped_answer", "truncated", "one_number"),
-    "confidence": ("swapped_answer", "truncated", "one_number"),
-}
-"""Kinds that are planted before each gate."""
-ASK_MODELS = ("likelihood", "confidence")
-"""Gates that a proven row is no construction for: real ones tell their false drops."""
 SPARE = 3
 """Rows drawn for one planted: some have nothing of a kind to spoil."""
 
@@ -75,7 +65,8 @@ def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
         table, fact = _judged(judge, kind, _plant(kind, pairs, asked.per_kind, known))
         lines.append(table)
         facts.append(fact)
-    if context.stage.kind in ASK_MODELS:
+    # Sound by construction means nothing to a gate that asks a model: proven rows tell its drops.
+    if context.stage.of.models(context.stage.options, context.recipe.budget):
         facts += _proven(context, run.results)
     context.emit(f"{context.stage.name}: {', '.join(map(_said, facts))}")
     tables = {**run.tables, "canaries": pl.concat(lines)}
@@ -180,7 +171,7 @@ def _pairs(rows: pa.Table, size: int) -> Iterator[tuple[Row, Row]]:
 
 def _kinds(stage: Stage) -> tuple[str, ...]:
     """Kinds of this gate; a marked final answer is sound only to verifiers that look for one."""
-    kinds = PLANTED[stage.kind]
+    kinds = stage.of.planted
     marked = getattr(stage.options, "verifier", "math") in ("math", "choice")
     return kinds if marked else tuple(kind for kind in kinds if kind != "gold_answer")
 
@@ -193,7 +184,7 @@ def _count(recipe: Recipe) -> int:
 
 def lane_of(recipe: Recipe, stage: Stage, rows: int) -> Lane | None:
     """Where a gate with so many rows leaves those that its canaries are made of."""
-    if recipe.canaries is None or stage.kind not in PLANTED or stage.scope == "added":
+    if recipe.canaries is None or not stage.of.planted or stage.scope == "added":
         return None
     own = [kind for kind in _kinds(stage) if kind != "leaked"]
     return Lane(recipe.seed, _count(recipe) * len(own), rows)

@@ -15,7 +15,8 @@ from siftline import schema, store
 from siftline.ingest.pool import Pool
 from siftline.ledger import KEPT, StageOutput, StageResult
 from siftline.progress import Progress
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.selection import DECISION, Selection

@@ -16,7 +16,7 @@ import pyarrow as pa
 from siftline import shards
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.progress import Progress
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring.engines import ModelSpec
 from siftline.stages.arms import BASE, Arm, found_arms, train_arms
 from siftline.stages.models import engines, identity, model_spec

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from siftline.recipe import Model, Recipe, expand
+from siftline.recipe.parse import Model, Recipe, expand
 from siftline.scoring import versions
 from siftline.scoring.engines import EngineName, ModelSpec, open_engine
 from siftline.scoring.fingerprint import confirm_files, directory_digest, model_digest

@@ -6,7 +6,7 @@ import polars as pl
 
 from siftline import schema
 from siftline.kernels.draws import uniforms
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.report import NOVELTY
 from siftline.scoring.contrast import Contrast, novel_clusters
 from siftline.stages.context import Context

@@ -10,7 +10,8 @@ from siftline.card import CardInfo, StageCount
 from siftline.curated import Published, publish, published_before
 from siftline.ingest.pool import Pool
 from siftline.ledger import REMOVED, StageOutput, reasons
-from siftline.recipe import STAGE_ROLES, Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.run import outputs
@@ -96,7 +97,7 @@ def stage_count(stage: Stage, output: StageOutput) -> StageCount:
     counts = output.accounting
     return StageCount(
         stage=stage.name,
-        kind=STAGE_ROLES[stage.kind],
+        kind=stage.of.role,
         rows_in=counts.rows_in,
         added=counts.added,
         kept=counts.kept,

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from siftline import schema, shards
 from siftline.progress import Progress
-from siftline.recipe import Recipe
+from siftline.recipe.parse import Recipe
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import Likelihood

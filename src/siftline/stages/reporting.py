@@ -9,20 +9,22 @@ import pyarrow as pa
 
 from siftline import __version__, schema, shards
 from siftline.curated import resolve_latest
-from siftline.ingest.pool import COUNTED, READING, Pool, notes_of
+from siftline.ingest.pool import COUNTED, Pool, notes_of, reading_of
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
-from siftline.recipe import Recipe, Stage
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe
 from siftline.report import CALIBRATION, CANARIES, Histogram, Report, pick_examples, render
-from siftline.selectors.difficulty import level_of
 from siftline.shards import content_hash
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
-from siftline.stages.models import role_engine
+from siftline.stages.models import model_spec, role_engine
 from siftline.stages.novelty import novelty
 from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
+from siftline.stages.rejection_sampling.difficulty import level_of
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
+from siftline.stages.scores import likelihood_table, trimmed_note
 from siftline.verified import AlteredError, UnhashedError, read_hashed, with_hash
 from siftline.workspace import Workspace
 
@@ -57,11 +59,12 @@ def write_report(
     done = outputs(workspace, recipe)
     version = resolve_latest(workspace.curated(recipe.name)).name
     page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
-    inputs = _inputs(workspace, recipe)
+    inputs, trims = _inputs(workspace, recipe), _trimmed(workspace, recipe, arms)
     made_of = content_hash(
         [
             VERSION,
             inputs,
+            trims,
             __version__,
             recipe.hash,
             {stage.name: [output.manifest.version, output.facts] for stage, output in done},
@@ -75,7 +78,7 @@ def write_report(
     if found is not None:
         return page_file, found
     context = final_context(workspace, recipe, done)
-    notes = (*_inputs_said(inputs), *_notes(done, accuracy))
+    notes = (*_inputs_said(inputs), *trims, *_notes(done, accuracy))
     page = render(
         Report(
             recipe=recipe.name,
@@ -135,7 +138,10 @@ def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
     names = [recipe.pool.name, *(spec.name for _, spec in recipe.sets.items())]
     found = {name: Pool(workspace.pool(name)).manifest.info for name in names}
     return {
-        name: {key: info[key] for key in (*COUNTED, *READING) if key in info}
+        name: {
+            **{key: info[key] for key in COUNTED if key in info},
+            **reading_of(info, recipe.columns_read(name)),
+        }
         for name, info in found.items()
     }
 
@@ -143,6 +149,24 @@ def _inputs(workspace: Workspace, recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _inputs_said(inputs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """The same in words, as far as it is not plain."""
     return tuple(f"pool {name}: {line}" for name, info in inputs.items() for line in notes_of(info))
+
+
+def _trimmed(workspace: Workspace, recipe: Recipe, arms: list[Arm]) -> list[str]:
+    """Responses that lost outer white space to the target's template, scored and trained on."""
+    notes = []
+    folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
+    if (folder / "manifest.json").exists():
+        pool, spec = Pool(workspace.pool(recipe.pool.name)), model_spec(workspace, recipe, "target")
+        table = likelihood_table(folder, pool, spec, recipe.likelihood).found()
+        said = None if table is None else trimmed_note(table.info)
+        notes += [] if said is None else [f"{said}."]
+    most = {name: max(a.trimmed for a in arms if a.arm == name) for name in {a.arm for a in arms}}
+    notes += [
+        f"Arm {name}: the chat template takes white space off the ends of {n:,} responses."
+        for name, n in sorted(most.items())
+        if n
+    ]
+    return notes
 
 
 def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
@@ -179,16 +203,7 @@ def _notes(done: list[tuple[Stage, StageOutput]], accuracy: pl.DataFrame | None)
         facts = output.facts
         if facts.get("vacuous"):
             notes.append(f"{stage.name} was vacuous: there was nothing to choose.")
-        if "auroc" in facts and stage.scope == "all":
-            notes.append(_reflection_note(stage.name, facts))
-        if stage.kind == "correct":
-            notes += _correct_notes(stage.name, facts)
-        if stage.kind == "verify":
-            notes += _open_notes(stage.name, facts)
-        if stage.kind == "rejection_sampling":
-            notes += _sampling_notes(stage.name, facts)
-        if stage.kind == "s3ft":
-            notes.append(_routes_note(stage.name, facts["routes"]))
+        notes += stage.of.notes(stage, facts)
         if facts.get("shortfall"):
             notes.append(f"{stage.name} fell short of the budget: {facts['shortfall']}.")
         notes += _left_notes(stage.name, output)
@@ -211,22 +226,6 @@ def _left_notes(name: str, output: StageOutput) -> list[str]:
     return notes
 
 
-def _open_notes(name: str, facts: dict[str, Any]) -> list[str]:
-    """Rows whose verdict is open: neither right nor wrong, and what became of them."""
-    said = []
-    for reason, words in (
-        ("unreadable", "can't be read"),
-        ("no_final_answer", "have no final answer"),
-        ("verifier_error", "made the verifier fail"),
-    ):
-        gone, kept = facts.get(reason, 0), facts.get("kept_open", {}).get(reason, 0)
-        if gone or kept:
-            fate = "kept" if kept else "failed" if reason == "verifier_error" else "removed"
-            said.append(f"{gone + kept} {words} ({fate})")
-    checked = facts.get("checked", 0)
-    return [f"{name}: of {checked} rows checked, {', '.join(said)}: open verdicts."] if said else []
-
-
 def _forgotten(accuracy: pl.DataFrame) -> list[str]:
     """What each arm lost or gained on tasks the base model could do before."""
     if "change" not in accuracy.columns:
@@ -239,98 +238,18 @@ def _forgotten(accuracy: pl.DataFrame) -> list[str]:
     ]
 
 
-def _reflection_note(name: str, facts: dict[str, Any]) -> str:
-    if facts["auroc"] is None:
-        return f"{name}: reflection got weight 0, dev has too few right or wrong draws to judge it."
-    interval = f"{facts['auroc']:.2f} ({facts['auroc_low']:.2f} to {facts['auroc_high']:.2f})"
-    weights = facts["weights"]
-    weight = weights.get("reflection", 0.0) / sum(weights.values())
-    said = f"{name}: AUROC of reflection on dev {interval}, weight {weight:.2f}"
-    return said + (", because the interval is not above 0.5." if weight == 0 else ".")
-
-
-def _correct_notes(name: str, facts: dict[str, Any]) -> list[str]:
-    judge = facts["judge"]
-    notes = [f"{name}: {facts['corrected']} responses corrected, {facts['rescued']} rescued."]
-    if judge["failed"]:
-        notes.append(f"{name}: no usable verdict on {judge['failed']} of {judge['asked']} pairs.")
-    by_place, told = (
-        judge["always_first"] + judge["always_second"],
-        judge["asked"] - judge["failed"],
-    )
-    if 2 * by_place > told:
-        notes.append(f"{name}: the judge chose by place in {by_place} of {told} pairs.")
-    return notes
-
-
-def _sampling_notes(name: str, facts: dict[str, Any]) -> list[str]:
-    """Prompts whose targets were not met, and what two models' pass rates have in common."""
-    ends, notes = facts["targets"], []
-    unsolved = ends.get("unsolved", 0)
-    silent = facts.get("verifier_errors", 0)
-    if silent:
-        notes.append(
-            f"{name}: the verifier failed on {silent} of {facts['draws']} draws; a prompt without "
-            "a verified answer may lack no more than a verdict."
-        )
-    if unsolved:
-        notes.append(
-            f"{name}: {unsolved} prompts given up because their answers are expected to cost "
-            "more draws than the cap; look at those without any, many are mislabelled (difficulty "
-            "table, status unsolved)."
-        )
-    if ends.get("capped"):
-        notes.append(
-            f"{name}: {ends['capped']} prompts reached the cap with answers missing (difficulty "
-            "table, status capped)."
-        )
-    cut = facts["refused"].get("truncated", 0)
-    if cut > 0.1 * facts["draws"]:
-        notes.append(f"{name}: {cut} of {facts['draws']} draws were cut: raise max_new_tokens.")
-    if ends.get("failed"):
-        notes.append(f"{name}: the sampler refused {ends['failed']} prompts.")
-    if ends.get("out_of_budget"):
-        notes.append(f"{name}: draws or tokens ran out with {ends['out_of_budget']} prompts open.")
-    rates = facts.get("pass_rates")
-    if rates and rates["prompts"]:
-        alike = rates["correlation"]
-        notes.append(
-            f"{name}: pass rates of target and sampler on {rates['prompts']} prompts are "
-            f"{100 * rates['target']:.1f} % and {100 * rates['sampler']:.1f} %, "
-            + ("no correlation." if alike is None else f"correlation {alike:.2f}.")
-        )
-    return notes
-
-
-def _routes_note(name: str, routes: dict[str, int]) -> str:
-    asked = sum(routes[k] for k in ("own_answer", "paraphrase", "reference")) or 1
-    said = ", ".join(
-        f"{100 * routes[key] / asked:.0f} % {words}"
-        for key, words in (
-            ("own_answer", "the model's own answer"),
-            ("paraphrase", "its paraphrase"),
-            ("reference", "the reference"),
-        )
-    )
-    return f"{name}: {said}. Tuning on own outputs alone has been seen to hurt (arXiv 2502.04194)."
-
-
 def _histograms(done: list[tuple[Stage, StageOutput]]) -> tuple[Histogram, ...]:
     found = []
     for stage, output in done:
         if stage.scope != "all":
             continue
-        if stage.kind == "likelihood":
-            table = output.table("likelihood")
-            if table is not None:
-                name = "mean log-probability of the response, nats"
-                found.append(Histogram(name, stage.name, table["logprob_mean"].to_numpy()))
-        if stage.kind == "confidence":
-            table = output.table("confidence")
-            if table is not None:
-                line = (float(output.facts["threshold"]),)
-                values = table["confidence"].drop_nulls().to_numpy()
-                found.append(Histogram("confidence", stage.name, values, line))
+        drawn, table = stage.of.histogram, output.table(stage.kind)
+        if drawn is None or table is None:
+            continue
+        column, label = drawn
+        threshold = output.facts.get("threshold")
+        lines = () if threshold is None else (float(threshold),)
+        found.append(Histogram(label, stage.name, table[column].drop_nulls().to_numpy(), lines))
     return tuple(found)
 
 

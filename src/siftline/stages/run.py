@@ -7,20 +7,18 @@ another's decisions, and any process can find the outputs of a recipe by reading
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from siftline.disk import writing
 from siftline.ingest.pool import Pool
 from siftline.ledger import StageOutput, write_stage
-from siftline.recipe import Recipe, Stage, scorers_read
-from siftline.selectors.chosen import Select
+from siftline.recipe.kinds import Stage
+from siftline.recipe.parse import Recipe, scorers_read
 from siftline.shards import content_hash
-from siftline.stages.canaries import PLANTED, lane_of
-from siftline.stages.context import Context, StageRun
+from siftline.stages.canaries import lane_of
+from siftline.stages.context import Context
 from siftline.stages.models import engines, identity, model_spec
-from siftline.stages.refining import round_options
 from siftline.stages.scorers import scorer_table
 from siftline.verified import RERUN, AlteredError, UnhashedError, plain
 from siftline.workspace import Workspace
@@ -30,66 +28,20 @@ DRAWS = 2
 VERSION = 5
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
-RUN = {
-    "duplicates": "gates:duplicates",
-    "decontamination": "gates:decontamination",
-    "quality_rules": "quality:quality_rules",
-    "verify": "gates:verify",
-    "likelihood": "scores:likelihood_gate",
-    "diversity": "shortlist:diversity",
-    "confidence": "confidence:confidence",
-    "correct": "correcting:correct",
-    "rejection_sampling": "sampling:rejection_sampling",
-    "s3ft": "self_answers:self_answers",
-    "allocate": "spend:allocate",
-    "select": "selecting:select",
-}
-"""Module and function (Context -> StageRun) of each kind; imported when a stage of it runs."""
-
-_ROLES: dict[str, tuple[str, ...]] = {
-    "likelihood": ("target",),
-    "diversity": ("embedder",),
-    "confidence": ("sampler", "judge"),
-    "correct": ("target", "judge"),
-    "rejection_sampling": ("sampler",),
-    "s3ft": ("target",),
-    "allocate": ("target",),
-}
-SIZED = ("diversity", "select")
-"""Stages that read the recipe's budget; allocate has it among its options."""
-_SETS: dict[str, tuple[str, ...]] = {
-    "decontamination": ("target", "dev", "test"),
-    "confidence": ("dev",),
-}
-
 
 def models_used(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """Roles of the models that a stage asks."""
-    if not isinstance(stage.options, Select):
-        counts = stage.kind == "diversity" and recipe.budget.unit == "loss_tokens"
-        more = getattr(stage.options, "more_roles", ())
-        return (*_ROLES.get(stage.kind, ()), *more, *(["target"] if counts else []))
-    chosen = stage.options
-    target = chosen.likelihoods(recipe.budget.unit) or chosen.differentiates or chosen.trains
-    return (*(["target"] if target else []), *(["embedder"] if chosen.embeds else []))
-
-
-DRAWING = ("correct", "rejection_sampling", "s3ft")
-"""Stages that ask the target model for text, and don't read its likelihoods."""
+    return stage.of.models(stage.options, recipe.budget)
 
 
 def reads_likelihood(recipe: Recipe, stage: Stage) -> bool:
     """Whether a stage needs the rows scored under the target model before it runs."""
-    if isinstance(stage.options, Select):
-        return stage.options.likelihoods(recipe.budget.unit)
-    return "target" in models_used(recipe, stage) and stage.kind not in DRAWING
+    return stage.of.likelihoods(stage.options, recipe.budget)
 
 
 def sets_used(stage: Stage) -> tuple[str, ...]:
     """Roles of the evaluation sets that a stage sees."""
-    if isinstance(stage.options, Select):
-        return ("target",) if stage.options.entry.targeted else ()
-    return _SETS.get(stage.kind, ())
+    return stage.of.sets(stage.options)
 
 
 def _inputs(
@@ -98,7 +50,7 @@ def _inputs(
     """Everything that a stage's decisions depend on; JSON."""
     upstream = before[-1][1].manifest if before else None
     roles, wanted = models_used(recipe, stage), sets_used(stage)
-    planted = recipe.canaries if stage.kind in PLANTED and stage.scope == "all" else None
+    planted = recipe.canaries if stage.of.planted and stage.scope == "all" else None
     return {
         "code": VERSION,
         "kind": stage.kind,
@@ -113,24 +65,11 @@ def _inputs(
             for role, spec in recipe.sets.items()
             if role in wanted
         },
-        **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.kind in SIZED else {}),
-        **({"training": _training(recipe)} if getattr(stage.options, "trains", False) else {}),
+        **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.of.budgeted else {}),
         **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
-        **({"rules": _rules(stage)} if stage.kind == "quality_rules" else {}),
+        **stage.of.inputs(stage, recipe),
         **({"canaries": [asdict(planted), recipe.seed, DRAWS]} if planted else {}),
     }
-
-
-def _rules(stage: Stage) -> dict[str, Any]:
-    """Versions of the libraries that quality rules come from."""
-    from siftline.stages.quality import quality_inputs
-
-    return quality_inputs(stage)
-
-
-def _training(recipe: Recipe) -> dict[str, Any]:
-    """How the models of a stage that trains are trained."""
-    return {k: v for k, v in asdict(round_options(recipe)).items() if k not in ("save_steps",)}
 
 
 def _made_of(upstream: Any) -> str:
@@ -205,13 +144,6 @@ def outputs(
     return found
 
 
-def runner(kind: str) -> Callable[[Context], StageRun]:
-    """The function that runs stages of a kind."""
-    module, _, name = RUN[kind].partition(":")
-    found: Callable[[Context], StageRun] = getattr(import_module(f"siftline.stages.{module}"), name)
-    return found
-
-
 def _reusable(path: Path, inputs: dict[str, Any]) -> StageOutput | None:
     """The output at `path` where nothing in it wants to be tried again; see `run_stage`."""
     found = _written(path, inputs)
@@ -236,10 +168,9 @@ def stage_asks(workspace: Workspace, recipe: Recipe, name: str) -> bool:
     inputs = _inputs(workspace, recipe, stage, before)
     if _reusable(_path(workspace, recipe, stage, inputs), inputs) is not None:
         return False
-    reads = stage.kind in ("likelihood", "allocate")
-    plants = stage.kind in PLANTED and stage.scope == "all" and recipe.canaries is not None
+    plants = stage.of.planted and stage.scope == "all" and recipe.canaries is not None
     added = any(output.accounting.added for _, output in before)
-    return not reads or plants or added
+    return not stage.of.found or bool(plants) or added
 
 
 def run_stage(
@@ -274,7 +205,7 @@ def run_stage(
             raise ValueError(
                 f"stage {recipe.name}/{name}: no rows are left to judge: loosen a gate"
             )
-        run = runner(stage.kind)(replace(context, lane=lane_of(recipe, stage, rows_in)))
+        run = stage.of.runner()(replace(context, lane=lane_of(recipe, stage, rows_in)))
     output = write_stage(
         path, run.results, rows_in=rows_in, tables=run.tables, facts=run.facts, identity=inputs
     )

@@ -17,9 +17,9 @@ from siftline import schema
 from siftline.ingest.pool import PROVENANCE, REJECTED
 from siftline.kernels.draws import uniforms
 from siftline.ledger import KEPT, StageOutput
-from siftline.recipe import STAGE_ROLES, Stage
-from siftline.scoring.rejection import JUDGE, RejectionSampling
+from siftline.recipe.kinds import Stage
 from siftline.stages.context import Context
+from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
 
 PREFERENCES = "preferences"
 RLVR = "rlvr"
@@ -91,7 +91,7 @@ def _spoiled(later: Sequence[tuple[Stage, StageOutput]], context: Context) -> se
     """Ids of rows that a gate behind the draws removed, or could not judge."""
     gone: set[str] = set()
     for stage, output in later:
-        if STAGE_ROLES[stage.kind] == "gate":
+        if stage.of.role == "gate":
             for bucket in context.buckets:
                 decided = output.decisions(bucket)
                 gone |= set(decided.filter(pl.col("outcome") != KEPT)["id"].to_list())
@@ -140,7 +140,7 @@ def _stayed(context: Context, bucket: int) -> list[str]:
     ids = set(context.known(bucket))
     for stage, output in context.before:
         decided = output.decisions(bucket).filter(pl.col("outcome") != KEPT)
-        if STAGE_ROLES[stage.kind] != "budget":
+        if stage.of.role != "budget":
             ids -= set(decided["id"].to_list())
     return sorted(ids)
 

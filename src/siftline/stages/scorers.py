@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
-from siftline.recipe import Recipe, expand
+from siftline.recipe.parse import Recipe, expand
 from siftline.schema import HALF_ID
 from siftline.scoring import classifiers, likelihood, rubric
 from siftline.scoring.classifiers import Classifier, Reward

@@ -4,7 +4,7 @@ The table covers the whole pool once and is shared by recipes. Rows that a stage
 scored through the same store when a gate asks for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
-from siftline.ledger import StageResult
 from siftline.progress import Progress
 from siftline.scoring import likelihood
 from siftline.scoring.engines import ModelSpec
 from siftline.scoring.likelihood import COLUMNS, Likelihood
-from siftline.selectors.outliers import LikelihoodOutliers
+from siftline.scoring.recorder import Recorder
+from siftline.scoring.spans import trimmed_ids
 from siftline.shards import Manifest
-from siftline.stages.canaries import Judged, measured
-from siftline.stages.context import Context, StageRun, by_store_bucket, pass_earlier, split_failed
+from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.models import Engines, identity
 from siftline.stages.responses import score_buckets
 from siftline.stages.spread import total
@@ -89,10 +88,50 @@ def score_pool(
     progress = Progress("likelihood", total_rows, emit, "forward rows")
     recorders = opened.recorders(spec, store, progress.advance)
     buckets = iter(()) if prompts else by_store_bucket(pool.rows, pool.buckets)
-    scored = score_buckets(recorders, buckets, asked, progress.advance)
-    manifest = table.write(pool, observed(scored, observe), lambda: asdict(total(recorders)))
+    trims = _Trims(recorders[0])
+    scored = score_buckets(recorders, trims.seen(buckets), asked, progress.advance)
+    manifest = table.write(
+        pool,
+        observed(trims.scored(scored), observe),
+        lambda: {**asdict(total(recorders)), "trimmed": len(trims.ids)},
+    )
     progress.close()
     return manifest, True
+
+
+class _Trims:
+    """Counts the scored rows whose response the chat template takes white space off.
+
+    Attributes:
+        ids: Of those rows.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._tokenizer, self._template = recorder.engine.tokenizer, recorder.spec.template
+        self.ids: set[str] = set()
+
+    def seen(self, buckets: Iterable[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
+        """Passes on what is to be scored."""
+        for bucket, rows in buckets:
+            lines = rows.select(["id", "messages"]).to_pylist()
+            self.ids |= trimmed_ids(self._tokenizer, lines, self._template)
+            yield bucket, rows
+
+    def scored(self, scored: Any) -> Any:
+        """Passes on what came of it; rows without a score were not trimmed but left out."""
+        for bucket, (lines, reasons) in scored:
+            self.ids -= set(reasons)
+            yield bucket, (lines, reasons)
+
+
+def trimmed_note(info: Mapping[str, Any]) -> str | None:
+    """What a likelihood table's manifest says about responses that a template trims."""
+    if not info.get("trimmed"):
+        return None
+    return (
+        f"likelihood: the chat template takes white space off the ends of {info['trimmed']:,} of "
+        f"{info['scored']:,} responses"
+    )
 
 
 def observed(scored: Any, observe: Observe) -> Any:
@@ -157,36 +196,3 @@ def score_rows(
         failed.update(reasons)
     progress.close()
     return pl.concat(frames), failed
-
-
-def likelihood_gate(context: Context) -> StageRun:
-    """Drops likelihood outliers within source and length; rows without a score fail."""
-    options = context.stage.options
-    assert isinstance(options, LikelihoodOutliers)
-    scored, failed = likelihoods(context)
-    frames = []
-    for bucket, frame in zip(context.buckets, scored, strict=True):
-        frames.append(_with_source(frame, context.rows(bucket)))
-    plan = options.decide([options.summarise(frame) for frame in frames])
-    results: list[StageResult] = []
-    table = []
-    for bucket, frame in zip(context.buckets, frames, strict=True):
-        selection = options.apply(frame, plan)
-        here = set(context.in_play(bucket)) - set(frame["id"].to_list())
-        decided = pass_earlier(selection, context.judged(bucket))
-        results.append(split_failed(decided, {i: failed[i] for i in sorted(here)}))
-        table.append(frame.select("id", "n_tokens", "logprob_mean", "perplexity"))
-    facts = {**plan.facts, "vacuous": plan.vacuous}
-
-    def judge(planted: pa.Table) -> Judged:
-        fresh, lost = score_rows(context, lambda bucket: planted, 1, planted.num_rows)
-        return options.apply(_with_source(fresh, planted), plan).decisions, lost
-
-    run = StageRun(results, {"likelihood": pl.concat(table).sort("id")}, facts)
-    return measured(context, judge, run)
-
-
-def _with_source(scored: pl.DataFrame, rows: pa.Table) -> pl.DataFrame:
-    sources = pl.from_arrow(rows.select(["id", "source"]))
-    assert isinstance(sources, pl.DataFrame)
-    return scored.join(sources.with_columns(pl.col("source").fill_null("")), on="id")

@@ -66,6 +66,10 @@ class Evaluation:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: it must be finite, 0 or above")
 
+    def input_columns(self) -> tuple[str, ...]:
+        """The column of a test set's input that says how hard a question is."""
+        return (self.level_column,)
+
 
 def evaluate(
     engine: Engine,

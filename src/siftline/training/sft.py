@@ -31,8 +31,8 @@ class FineTune:
         method: `full`; `lora` on all linear layers but the head; `qlora`, the same over a base in
             4 bits; or `peft`, any adapter of that library that can be merged.
         peft: For `peft`: its `type` (LOHA, IA3, …) and the options of that type's configuration.
-        objective: `sft`, or one of the others in `objectives`.
-        kl_weight: Of the divergence from the start in `sft_kl` and `asft`; 0.05 as in ASFT's
+        objective: The loss; see the table of objectives in docs/training.md.
+        kl_weight: Weight of the divergence from the start in `sft_kl` and `asft`; 0.05 as in ASFT's
             published runs.
         mask_rate: Share of response tokens that masked thought swaps in the input, reached after
             two thirds of the steps; 0 is off, 0.4 the paper's for mathematics.
@@ -44,7 +44,7 @@ class FineTune:
         lora_alpha: Scale of the adapter, times 1 / rank.
         learning_rate: Peak rate; LoRA wants about ten times that of full tuning.
         epochs: Passes over the rows, used when no budget of loss tokens is given.
-        phases: Sources in the order of the run (`phases.Phase`); empty mixes all from the start.
+        phases: Sources in the order of the run; empty mixes all from the start.
             With phases `epochs` counts the loss tokens of the run, not how often a row is seen.
         loss_tokens: Budget of loss tokens; needs `steps`, so that arms of a comparison share both.
         steps: Optimizer steps that share the budget.
@@ -53,7 +53,7 @@ class FineTune:
         max_length: Longest row in tokens; longer ones are skipped as `too_long`.
         warmup_ratio: Share of steps with rising rate; 0.03 as in Alpaca and Tulu.
         schedule: What follows the warm-up.
-        weight_decay: AdamW's.
+        weight_decay: Weight decay of AdamW.
         gradient_checkpointing: Trades a second forward pass for memory.
         bf16: bfloat16 autocast; None takes it on a CUDA device that has it.
         packing: Rows of a forward pass end to end, without padding, where the model allows it.

@@ -4,6 +4,7 @@ They are found (`scoring.answers`), then judged (`scoring.equality`): two steps 
 each other.
 """
 
+import re
 from functools import cache
 
 from siftline.scoring.answers import Candidate, extract_answer, find_answers
@@ -59,6 +60,8 @@ class MathVerifier:
             return Verdict(None, None, "no_final_answer")
         try:
             judged = [self._judged(candidate, reference) for candidate in found]
+            if len(found) > 1 and not any(verdict.equal for verdict in judged):
+                judged.append(self._together(found, reference))
         except EquivalenceError as error:
             return Verdict(None, extracted, f"verifier_error: {error}")
         equal = {verdict.equal for verdict in judged}
@@ -91,6 +94,13 @@ class MathVerifier:
         if True in parts or None in parts:
             return Judged(None, "one of several answers")
         return judged
+
+    def _together(self, found: tuple[Candidate, ...], reference: str) -> Judged:
+        """Several answers refute a list only if they are not what it lists."""
+        text = ", ".join(candidate.text for candidate in found)
+        listed = "," in reference or re.search(r"\band\b|;", reference)
+        equal = judge(text, reference, self._equivalence).equal if listed else False
+        return Judged(None if equal else False, "answers that stand apart from each other")
 
     def close(self) -> None:
         """Ends the comparison process, if one was started."""

@@ -1,0 +1,361 @@
+"""The recipe: frozen, validated configuration of one pipeline.
+
+A recipe is a YAML file (or `parse` on a mapping): a pool, evaluation sets, models by role, a list
+of stages, one budget, training and evaluation. A stage's options are the fields of the dataclass
+that does the work, so a default is stated once, beside its source. Strings may hold `{inputs}`, the
+folder a recipe's generator wrote, and `${NAME}`, an environment variable; both are expanded when
+used, never in the recipe's hash, so that bytes don't depend on where data lies.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from siftline.config import build, check_names, convert, nearest, override, read_yaml
+from siftline.ingest.pool import PoolSpec
+from siftline.recipe.kinds import Stage, StageKind, kind_of
+from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Model, Sets, Training
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.likelihood import Likelihood
+from siftline.scoring.scorers import KINDS, models_of
+from siftline.shards import content_hash
+from siftline.training.evaluate import Evaluation
+from siftline.training.pretrain import Pretrain
+
+ROLES = ("target", "sampler", "judge", "embedder", "nli")
+_OPTIONAL: dict[str, Any] = {
+    "inputs": Inputs,
+    "training": Training,
+    "evaluation": Evaluation,
+    "canaries": Canaries,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole pipeline. See `parse` and `load`."""
+
+    name: str
+    seed: int
+    pool: PoolSpec
+    sets: Sets
+    models: dict[str, Model]
+    roles: dict[str, str]
+    stages: tuple[Stage, ...]
+    budget: Budget
+    likelihood: Likelihood = field(default_factory=Likelihood)
+    scorers: dict[str, Any] = field(default_factory=dict)
+    bounds: Bounds = field(default_factory=Bounds)
+    card: Card = field(default_factory=Card)
+    inputs: Inputs | None = None
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    canaries: Canaries | None = None
+    schedule: str = "0 3 * * *"
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of everything the recipe says, defaults included; 64 hex digits."""
+        return content_hash(_plain(self))
+
+    def model(self, role: str) -> Model:
+        """The model that plays a role; roles that are not named fall to the target model."""
+        return self.models[self.roles.get(role, self.roles["target"])]
+
+    def columns_read(self, name: str) -> frozenset[str]:
+        """Input columns of a pool or set that some part of the recipe reads beside the rows.
+
+        Options that read such columns name them in a method `input_columns`.
+        """
+        parts: list[Any] = []
+        if name == self.pool.name:
+            parts = [*(stage.options for stage in self.stages), *self.scorers.values()]
+        elif name in [spec.name for spec in self.sets.test]:
+            parts = [self.evaluation]
+        found: set[str] = set()
+        for part in parts:
+            found.update(getattr(part, "input_columns", tuple)())
+        return frozenset(found)
+
+    def stage(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            ValueError: if there is none, naming the nearest.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = [stage.name for stage in self.stages]
+        raise ValueError(f"recipe {self.name!r} has no stage {name!r}: {nearest(name, known)}")
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """What decides the bytes: the schedule, canaries and how the pools are cut do not."""
+    plain = {k: v for k, v in asdict(recipe).items() if k not in ("schedule", "canaries")}
+    for spec in (plain["pool"], *(s for sets in plain["sets"].values() for s in sets)):
+        del spec["buckets"]
+    return plain
+
+
+def expand(text: str, inputs: Path | None = None) -> str:
+    """Expands `{inputs}` and `${NAME}`.
+
+    Raises:
+        ValueError: naming an environment variable that is not set.
+    """
+
+    def variable(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1])
+        if value is None:
+            raise ValueError(f"{text!r}: environment variable {match[1]} is not set: set it")
+        return value
+
+    text = re.sub(r"\$\{(\w+)\}", variable, text)
+    return text.replace("{inputs}", str(inputs)) if inputs is not None else text
+
+
+def expand_pool(spec: PoolSpec, inputs: Path) -> PoolSpec:
+    """The same pool with every path expanded."""
+    sources = tuple(replace(source, path=expand(source.path, inputs)) for source in spec.inputs)
+    return replace(spec, inputs=sources)
+
+
+def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Validates a recipe.
+
+    Args:
+        data: What the YAML held.
+        overrides: `key=value` assignments, applied first; see `config.override`.
+
+    Raises:
+        ValueError: in one line with the dotted place, what is wrong and what would be right.
+    """
+    raw: dict[str, Any] = copy.deepcopy(dict(data))
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [{s: None} if isinstance(s, str) else s for s in raw["stages"]]
+    for assignment in overrides:
+        override(raw, assignment)
+    known = list(Recipe.__dataclass_fields__)
+    for key in raw:
+        if key not in known:
+            raise ValueError(f"recipe: unknown key {key!r}: {nearest(str(key), known)}")
+    for key in ("name", "pool", "models", "stages", "budget"):
+        if key not in raw:
+            raise ValueError(f"recipe: {key!r} is missing")
+    name, seed = str(raw["name"]), convert(int, raw.get("seed", 0), "recipe.seed")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"recipe: name {name!r}: use lower-case letters, digits and _")
+    pool, sets = build(PoolSpec, raw["pool"], "pool"), build(Sets, raw.get("sets"), "sets")
+    check_names([pool.name, *(spec.name for _, spec in sets.items())], "pool and sets")
+    budget = build(Budget, raw["budget"], "budget")
+    bodies = convert(dict[str, Any], raw["models"], "models")
+    models = {key: _model(body, f"models.{key}") for key, body in bodies.items()}
+    check_names(list(models), "models")
+    scorers = _scorers(raw.get("scorers"), models)
+    stages = _stages(raw["stages"], budget, seed)
+    _check_scores(stages, scorers)
+    _check_nli(stages, raw.get("roles"))
+    chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
+    _check_retained(sets, chosen.get("evaluation"))
+    _check_prompts(pool, sets, stages, chosen.get("training"))
+    if "training" in chosen:
+        chosen["training"].check_models(models)
+    return Recipe(
+        name=name,
+        seed=seed,
+        pool=pool,
+        sets=sets,
+        models=models,
+        roles=_roles(raw.get("roles"), models),
+        stages=stages,
+        likelihood=build(Likelihood, raw.get("likelihood"), "likelihood"),
+        scorers=scorers,
+        budget=budget,
+        bounds=build(Bounds, raw.get("bounds"), "bounds"),
+        card=build(Card, raw.get("card"), "card"),
+        schedule=str(raw.get("schedule", "0 3 * * *")),
+        **chosen,
+    )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        ValueError: if it is absent, not YAML, or not a valid recipe; the file's name comes first.
+    """
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {detail}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path}: expected a mapping, found {type(data).__name__}")
+    try:
+        return parse(data, overrides)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _model(body: Any, where: str) -> Model:
+    if not isinstance(body, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found {body!r}")
+    rest = {k: v for k, v in body.items() if k not in ("pretrain", "corpus")}
+    trained = body.get("pretrain") is not None
+    if trained == ("path" in rest):
+        raise ValueError(f"{where}: give either path, or pretrain and corpus")
+    if trained and "corpus" not in body:
+        raise ValueError(f"{where}: pretrain needs corpus, a JSONL file of text")
+    spec = build(ModelSpec, {"path": "", **rest}, where)
+    if not trained:
+        return Model(spec)
+    return Model(spec, build(Pretrain, body["pretrain"], f"{where}.pretrain"), str(body["corpus"]))
+
+
+def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
+    roles = convert(dict[str, str], body or {}, "roles")
+    if "target" not in roles:
+        if len(models) != 1:
+            raise ValueError("roles: 'target' is missing: name the model to be tuned")
+        roles["target"] = next(iter(models))
+    for role, model in roles.items():
+        if role not in ROLES:
+            raise ValueError(f"roles: unknown role {role!r}: {nearest(role, ROLES)}")
+        if model not in models:
+            raise ValueError(f"roles.{role}: no model {model!r}: {nearest(model, list(models))}")
+    return roles
+
+
+def _scorers(body: Any, models: Mapping[str, Model]) -> dict[str, Any]:
+    """Scorers by name: `name: {kind: …, options}`."""
+    found: dict[str, Any] = {}
+    for name, entry in convert(dict[str, Any], body or {}, "scorers").items():
+        where = f"scorers.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("likelihood", "uniform"):
+            raise ValueError(
+                f"{where}: use lower-case letters, digits and _; likelihood and uniform are taken"
+            )
+        if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
+            kind = entry.get("kind") if isinstance(entry, Mapping) else entry
+            raise ValueError(f"{where}: kind {kind!r}: {nearest(str(kind), list(KINDS))}")
+        options = {key: value for key, value in entry.items() if key != "kind"}
+        found[name] = build(KINDS[entry["kind"]], options, where)
+        for model in models_of(found[name]):
+            if model not in models:
+                raise ValueError(f"{where}: no model {model!r}: {nearest(model, list(models))}")
+    return found
+
+
+def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
+    if not isinstance(body, list) or not body:
+        raise ValueError("stages: expected a list of stages, each a name or name: options")
+    stages: list[Stage] = []
+    for i, entry in enumerate(body):
+        kind, given = _entry(entry, f"stages[{i}]")
+        name = str(given.pop("name", kind.name))
+        given = kind.complete(given, stages, budget)
+        if kind.seeded and "seed" in {f.name for f in fields(kind.options)}:
+            given.setdefault("seed", seed)
+        stage = Stage(name, kind.name, build(kind.options, given, f"stages.{name}"))
+        kind.check(stage, stages)
+        stages.append(stage)
+        if kind.repeats:
+            gates = [s for s in stages if s.kind in kind.repeats and s.scope == "all"]
+            again = f"_{name}" if any(s.scope == "added" for s in stages) else ""
+            added = [replace(s, name=f"{s.name}_added{again}", scope="added") for s in gates]
+            stages += added
+    check_names([stage.name for stage in stages], "stages")
+    if "budget" in [stage.of.role for stage in stages[:-1]]:
+        raise ValueError("stages: allocate spends the budget: put it last, once")
+    return tuple(stages)
+
+
+def scorers_read(stage: Stage) -> tuple[str, ...]:
+    """Names of the recipe's scorers that a stage reads."""
+    return stage.of.scorers(stage.options)
+
+
+def _check_retained(sets: Sets, evaluation: Evaluation | None) -> None:
+    """A retained set is one of the test sets, and at least one other is the task."""
+    if evaluation is None or not evaluation.retained:
+        return
+    known = [spec.name for spec in sets.test]
+    for name in evaluation.retained:
+        if name not in known:
+            raise ValueError(f"evaluation.retained: no test set {name!r}: {nearest(name, known)}")
+    if set(known) == set(evaluation.retained):
+        raise ValueError("evaluation.retained names every test set: leave the task's own out")
+
+
+def _check_prompts(
+    pool: PoolSpec, sets: Sets, stages: Sequence[Stage], training: Training | None
+) -> None:
+    """Prompts without responses are answered before anything judges a response."""
+    for role, spec in sets.items():
+        if role != "test" and spec.holds != "responses":
+            raise ValueError(
+                f"sets.{role}: {spec.name!r} holds {spec.holds}: only test sets go without "
+                "responses"
+            )
+    if pool.holds == "either":
+        raise ValueError("pool.holds: either is for test sets: say responses or prompts")
+    if pool.holds == "responses":
+        return
+    answering = [i for i, stage in enumerate(stages) if stage.of.prompts == "answers"]
+    if not answering:
+        raise ValueError(
+            f"pool {pool.name!r} holds prompts, and no rejection_sampling stage answers them: add "
+            "one"
+        )
+    for stage in stages[: answering[-1]]:
+        if stage.scope == "all" and stage.of.prompts is None:
+            raise ValueError(
+                f"stages.{stage.name}: pool {pool.name!r} holds prompts, which have no response "
+                "yet: put it behind rejection_sampling"
+            )
+    if training is not None and set(training.arms) != {"curated"}:
+        raise ValueError(
+            f"training.arms: rows of {pool.name!r} have no responses to train on: arms is curated"
+        )
+
+
+def _check_scores(stages: Sequence[Stage], scorers: Mapping[str, Any]) -> None:
+    for stage in stages:
+        for name in scorers_read(stage):
+            if name not in scorers:
+                hint = nearest(name, list(scorers)) if scorers else "add it to the recipe's scorers"
+                raise ValueError(f"stages.{stage.name}: no scorer {name!r}: {hint}")
+
+
+def _check_nli(stages: Sequence[Stage], roles: Any) -> None:
+    """A cross-encoder is no causal model: its role does not fall to the target model."""
+    for stage in stages:
+        if "nli" in getattr(stage.options, "more_roles", ()) and "nli" not in (roles or {}):
+            raise ValueError(
+                f"stages.{stage.name}: weights name nli, and roles have no nli: name the model "
+                "of a cross-encoder there"
+            )
+
+
+def _entry(entry: Any, where: str) -> tuple[StageKind, dict[str, Any]]:
+    entry = {entry: None} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ValueError(f"{where}: expected one stage, found {entry!r}")
+    ((kind, options),) = entry.items()
+    try:
+        found = kind_of(str(kind))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{where}.{kind}: expected options, found {options!r}")
+    return found, dict(options or {})

@@ -1,0 +1,105 @@
+"""The duplicates gate: exact and near duplicates of rows in play."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from siftline import schema
+from siftline.ingest.pool import Pool
+from siftline.kernels.keep import Keep, as_integers
+from siftline.progress import Progress
+from siftline.scoring.columns import Column, attach_leftovers, score_column
+from siftline.scratch import scratch_folder
+from siftline.stages.canaries import Judged, measured
+from siftline.stages.context import Context, StageRun
+from siftline.stages.duplicates.decide import Duplicates, against
+from siftline.stages.duplicates.state import Shelf
+from siftline.stages.gathering import gather
+
+LAST = 2**63 - 1
+"""Priority of canaries, which come after all rows."""
+
+
+def run(context: Context) -> StageRun:
+    """Removes exact and near duplicates; rows that a stage added come last in keep order.
+
+    What is known of many rows lies in files of this run until they are decided about.
+    """
+    with scratch_folder(context.workspace.root, context.stage.name) as scratch:
+        return _duplicates(context, scratch)
+
+
+def _duplicates(context: Context, scratch: Path) -> StageRun:
+    options = context.stage.options
+    assert isinstance(options, Duplicates)
+    total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
+    progress = Progress(context.stage.name, total, context.emit)
+    shelf, ids, scored = Shelf(scratch), [], 0
+    for bucket in context.buckets:
+        rows = context.rows(bucket)
+        view = _compared(schema.text_view(rows, everything=True))
+        order, known = keep_order(context.pool, bucket, rows, view, options.policy())
+        scored += known
+        shelf.add(options.summarise(view.with_columns(priority=order)))
+        ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
+        progress.advance(view.height)
+    if options.policy().policy == "score" and not scored:
+        raise ValueError(
+            f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
+            "column of the input that no mapping uses"
+        )
+    plan = options.decide(shelf.states, shelf.make_room)
+    progress.close()
+    selections = [options.apply(frame, plan) for frame in ids]
+
+    def judge(planted: pa.Table) -> Judged:
+        view = _compared(schema.text_view(planted, everything=True))
+        view = view.with_columns(priority=pl.lit(LAST))
+        earlier = against(options.summarise(view), shelf.states, plan.removed["id"])
+        decided = options.decide(earlier)
+        return options.apply(view, decided).decisions, {}
+
+    return measured(context, judge, gather(context, selections, plan.facts))
+
+
+def _compared(view: pl.DataFrame) -> pl.DataFrame:
+    """Texts as they are compared: a prompt without a response stands on both sides."""
+    alone = pl.col("response") == ""
+    return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
+
+
+def keep_order(
+    pool: Pool, bucket: int, rows: pa.Table, view: pl.DataFrame, keep: Keep
+) -> tuple[pl.Series, int]:
+    """Priorities of some rows: by the policy, rows that a stage added after all others.
+
+    Args:
+        pool: Where the rows, or those they were made from, are.
+        bucket: Of the pool.
+        rows: Columns of `schema.ADDED`.
+        view: Their texts.
+        keep: The policy.
+
+    Returns:
+        int64, shape (n,), below `LAST`; and how many of them have a score, where one is asked for.
+
+    Raises:
+        ValueError: if a score is no number, or copies of a row have different ones.
+    """
+    added = rows.column("origin").is_valid().to_numpy().astype(np.int64)
+    if not keep.ordered:
+        return pl.Series(added), 0
+    column, known = None, 0
+    if keep.policy == "source":
+        column = rows.column("source").combine_chunks()
+    elif keep.column is not None:
+        held = attach_leftovers(rows.select(["id"]), pool.read("provenance", bucket))
+        scores, _ = score_column(Column(keep.column), held)
+        column = pa.array([scores.get(i) for i in view["id"]], pa.float64())
+        known = len(scores)
+    texts = view.select(pl.col("prompt") + pl.col("response")).to_series().to_arrow()
+    # Two bits less of the policy leave room for who was added.
+    order = (as_integers(keep.priority(texts, column)) >> 2) + (added << 62)
+    return pl.Series(order), known

@@ -1,0 +1,179 @@
+"""Gradient features of a recipe's rows and of its target sets: a warm-up, then recorded facts.
+
+The warm-up lies among the models, named by the model, its rows and its options, so recipes share it
+and a killed one goes on. Features are recorded under its content. More rows in play may move the
+warm-up's share, and then every feature is a new one: a gradient is of one model only.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from siftline.ingest.pool import Pool
+from siftline.kernels.draws import gumbel_top_k, uniforms
+from siftline.progress import Progress
+from siftline.scoring.engines import ModelSpec
+from siftline.scoring.recorder import Recorder
+from siftline.selectors.less import Gradients
+from siftline.shards import content_hash
+from siftline.stages.context import Context, by_store_bucket
+from siftline.stages.models import identity, on_devices
+from siftline.stages.select.options import Select
+from siftline.stages.spread import over_buckets, total
+
+Emit = Callable[[str], None]
+Found = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Featured:
+    """Features of rows in play and of target rows, and what making them took.
+
+    Attributes:
+        pool: float16 vectors by id.
+        target: float16 vectors by id.
+        failed: Reasons by id of rows in play without one.
+        facts: For the stage's facts.
+    """
+
+    pool: dict[str, np.ndarray]
+    target: dict[str, np.ndarray]
+    failed: dict[str, str]
+    facts: dict[str, Any]
+
+
+def warm_share(ids: Iterable[str], share: float, seed: int) -> set[str]:
+    """The ids of a warm-up: `share` of them, rounded up, those with the largest draws."""
+    names = sorted(ids)
+    size = math.ceil(round(share * len(names), 9))  # 0.07 of 100 is 7.000000000000001
+    u = uniforms(seed, "less warm-up", names)
+    return {names[i] for i in gumbel_top_k(u, names, size)}
+
+
+def warmed(
+    spec: ModelSpec, rows: pa.Table, models: Path, asked: Gradients, seed: int, emit: Emit
+) -> list[Any]:
+    """Snapshots of the warm-up on some rows, made or found below the folder `models`.
+
+    Args:
+        spec: The model.
+        rows: Columns id, messages, tools; none for no warm-up.
+        models: Where its folder, named by what it is made of, lies.
+        asked: How it is made.
+        seed: Of its order and first weights.
+        emit: Takes lines of progress.
+
+    Raises:
+        ValueError: if the model has no gradients that features could be made of.
+    """
+    from siftline.training.gradients import check_model
+    from siftline.training.warmup import warm_up
+
+    check_model(spec)
+    if not rows.num_rows:
+        return [None]
+    decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share", "adam")}
+    key = content_hash([identity(spec), sorted(rows["id"].to_pylist()), decisive, seed])
+    progress = Progress("warm-up", 0, emit, "steps")
+    found = warm_up(spec, rows, models / f"warmup-{key[:12]}", asked, seed, progress.reach)
+    progress.close()
+    return list(found)
+
+
+@contextmanager
+def differentiating(
+    spec: ModelSpec,
+    snapshots: list[Any],
+    asked: Gradients,
+    seed: int,
+    store: Path,
+    progress: Callable[[int, int], None],
+) -> Iterator[list[list[Recorder]]]:
+    """Recorders of every snapshot, once for each device of the specification; freed at the end."""
+    from siftline.training.gradients import GradientEngine, GradientModel
+
+    models = []
+    try:
+        seats = []
+        for one in on_devices(spec):
+            models.append(GradientModel(one, asked, seed))
+            engines = [GradientEngine(models[-1], snapshot) for snapshot in snapshots]
+            seats.append([Recorder(engine, one, store, progress) for engine in engines])
+        yield seats
+    finally:
+        for model in models:
+            model.close()
+
+
+def features(
+    seats: list[list[Recorder]], buckets: Iterable[tuple[int, pa.Table]], *, target: bool
+) -> Iterator[tuple[int, Found]]:
+    """Features by id and reasons by id of each store bucket."""
+    from siftline.training.gradients import gradient_features
+
+    def work(recorders: list[Recorder], bucket: int, rows: pa.Table) -> Found:
+        return gradient_features(recorders, bucket, rows, target)
+
+    yield from over_buckets(seats, buckets, work)
+
+
+def featured(context: Context) -> Featured:
+    """Features of the rows in play and of all target sets.
+
+    Raises:
+        ValueError: if a target row has none, or the recipe has no target set.
+    """
+    options, spec = context.stage.options, context.spec("target")
+    assert isinstance(options, Select)
+    asked = options.gradients or Gradients()
+    if not context.recipe.sets.target:
+        raise ValueError(
+            f"{context.stage.name}: {options.method} selects towards a target, and the recipe has "
+            "none: add sets.target"
+        )
+    ids = [i for bucket in context.buckets for i in context.in_play(bucket)]
+    rows = context.rows_of(warm_share(ids, asked.share, options.seed))
+    models = context.workspace.model("warmup").parent
+    context.opened.close()  # what other engines hold is memory the training may want
+    snapshots = warmed(spec, rows, models, asked, options.seed, context.emit)
+    sets = [Pool(context.workspace.pool(s.name)) for s in context.recipe.sets.target]
+    count = len(ids) + sum(pool.manifest.rows("rows") for pool in sets)
+    progress = Progress(context.stage.name, count * len(snapshots), context.emit, "gradients")
+    store = context.workspace.store
+    pool: dict[str, np.ndarray] = {}
+    failed: dict[str, str] = {}
+    aim: dict[str, np.ndarray] = {}
+    with differentiating(spec, snapshots, asked, options.seed, store, progress.advance) as seats:
+        for wanted in sets:  # first: few rows, and one without features ends the stage
+            buckets = by_store_bucket(wanted.rows, wanted.buckets)
+            for _, (found, reasons) in features(seats, buckets, target=True):
+                aim |= found
+                _all_there(reasons)
+        for _, (found, reasons) in features(seats, context.store_buckets(), target=False):
+            pool |= found
+            failed |= reasons
+        tally = total([recorder for seat in seats for recorder in seat])
+    progress.close()
+    facts = {
+        "warmup_rows": rows.num_rows,
+        "checkpoints": [] if snapshots == [None] else [[s.step, s.weight] for s in snapshots],
+        "gradients_computed": tally.computed,
+        "gradients_found": tally.found,
+    }
+    return Featured(pool, aim, failed, facts)
+
+
+def _all_there(reasons: dict[str, str]) -> None:
+    """Refuses target rows without features."""
+    if reasons:
+        first = min(reasons)
+        raise ValueError(
+            f"{len(reasons)} target rows have no gradient features, first {first} "
+            f"({reasons[first]}): take them out"
+        )
