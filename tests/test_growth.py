@@ -19,10 +19,13 @@ from siftline.kernels.shingles import char_shingles, word_grams
 from siftline.kernels.text import plain, words
 from siftline.kernels.text import words_of as worded
 from siftline.schema import make_row, message, text_view
+from siftline.scoring.answers import find_answers
 from siftline.scoring.degenerate import degenerate
 from siftline.scoring.fences import blocks
 from siftline.scoring.similarity import word_overlap
 from siftline.scoring.steps import trace
+from siftline.scoring.verifiers.counts import without_marks
+from siftline.scoring.verifiers.registry import get_verifier
 from siftline.stages import planting
 
 CHARS = 12_000
@@ -95,6 +98,10 @@ READERS = {
     "degenerate": lambda text: degenerate(text, "What is six times seven, my friend?"),
     "degenerate prompt": lambda text: degenerate("It is forty two, my friend.", text),
     "fences": blocks,
+    "answers": find_answers,
+    "exact": lambda text: get_verifier("exact")(text, "42"),
+    "choice": lambda text: get_verifier("choice")(text, "B"),
+    "counts": without_marks,
     "steps": trace,
     "overlap": lambda text: word_overlap(text, text + " on"),
     "row": lambda text: make_row(talk(text)),

@@ -19,10 +19,10 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
 LEAVES = {
-    "config", "conversations", "disk", "locks", "native", "progress", "published", "schema",
-    "scratch", "shards", "shuffle", "verified", "workspace",
+    "config", "conversations", "disk", "locks", "native", "outputs", "progress", "published",
+    "schema", "scratch", "shards", "shuffle", "verified", "workspace",
 }  # fmt: skip
-DATA_IN = {"disk", "locks", "published", "schema", "shards", "verified"}
+DATA_IN = {"disk", "locks", "outputs", "published", "schema", "shards", "verified"}
 DATA = {*LEAVES, "ingest", "ledger", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 RECIPES = {"recipe"}
@@ -37,16 +37,17 @@ ALLOWED: dict[str, set[str]] = {
     "conversations": {"native"},
     "progress": set(),
     "schema": {"kernels", "native"},
-    "scratch": set(),
-    "shards": {"disk", "verified"},
+    "scratch": {"disk"},
+    "shards": {"disk", "scratch", "verified"},
+    "outputs": {"shards", "verified"},
     "verified": set(),
-    "published": {"verified"},
+    "published": {"outputs", "verified"},
     "workspace": set(),
     "shuffle": {"conversations", "kernels", "schema", "shards"},
     "journal": {"verified"},
     "namespace": {"journal", "locks", "shards", "verified"},
     "store": {"journal", "namespace", "schema", "shards"},
-    "cache": {"namespace"},
+    "cache": {"locks", "namespace"},
     "terminal": {"progress"},
     "ingest": {*DATA_IN},
     "kernels": set(),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.scratch import unfinished
 from siftline.shards import (
     Manifest,
     Part,
@@ -251,7 +252,7 @@ def test_published_folders_are_immutable(tmp_path):
 
 
 def test_building_clears_what_a_killed_run_left(tmp_path):
-    left = tmp_path / f".v1.{os.getpid()}"
+    left = tmp_path / unfinished("v1")
     left.mkdir()
     (left / "stale").write_text("1")
     with building(tmp_path / "v1") as folder:

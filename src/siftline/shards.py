@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.disk import Sink, writing
+from siftline.scratch import unfinished
 from siftline.verified import (
     RERUN,
     AlteredError,
@@ -57,7 +58,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(unfinished(path.name))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -81,7 +82,7 @@ def building(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is immutable: publish under another name")
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary = final.with_name(unfinished(final.name))
     with writing(final), _built(final, temporary):
         yield temporary
 
@@ -108,7 +109,7 @@ def point_latest(folder: Path, target: str) -> None:
     link = folder / "latest"
     if link.is_symlink() and os.readlink(link) == target:
         return
-    temporary = folder / f".latest.{os.getpid()}"
+    temporary = folder / unfinished("latest")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
@@ -253,7 +254,7 @@ class PartWriter:
         """Writes `data` as the next part of a bucket; an empty table writes nothing."""
         if not data.num_rows:
             return
-        scratch = self.folder / f".{table}-{bucket}-{os.getpid()}.parquet"
+        scratch = self.folder / f"{unfinished(f'{table}-{bucket}-')}.parquet"
         write_parquet(data, scratch)
         sha256 = file_hash(scratch)
         name = f"{self.stem or f'{table}-b{bucket:04d}'}-{sha256[:16]}.parquet"
