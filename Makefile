@@ -4,7 +4,7 @@ ROOT   ?= build/demo
 # uv does not read pip's settings: hand over a folder of wheels where there is one.
 UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS=$(PIP_FIND_LINKS) )$(CURDIR)/.venv/bin/uv
 
-.PHONY: help setup lint types check test test-slow docs demo ui clean
+.PHONY: help setup lint types check test test-slow chaos docs demo ui clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: setup      ## all tests but the slow and the GPU ones; real vLLM, Dagster 
 
 test-slow: setup ## the slow ones
 	.venv/bin/python -m pytest -q -m slow
+
+chaos: setup    ## 200 kills, full disks and damages over the whole chain, all engines (10 minutes)
+	.venv/bin/python tests/chaos.py --work build/chaos
 
 docs: setup      ## write the generated parts of docs/ anew
 	.venv/bin/python docs/generate.py

@@ -286,6 +286,16 @@ def test_a_run_under_way_survives_a_collection_between_its_buckets(tmp_path):
     assert cache.list_store(tmp_path / "store")[0].namespace == store.files.namespace
 
 
+def test_gc_says_who_holds_what_it_leaves(tmp_path, hold):
+    store = make(tmp_path, days=99)
+    process = hold(store, 3)
+    (line,) = cache.collect_garbage(tmp_path / "store", 0, dry=False)
+    assert line.what == "in use"
+    assert f"process {process.pid}" in line.holder
+    (line,) = cache.collect_garbage(tmp_path / "store", 0, dry=True)
+    assert f"process {process.pid}" in line.holder
+
+
 def test_what_a_killed_collection_left_goes_with_the_next(call, tmp_path):
     make(tmp_path)
     gone = tmp_path / "store" / ".gone-toy-1.77" / "parts"

@@ -215,7 +215,8 @@ def test_a_second_run_computes_nothing_and_writes_the_same_bytes(call, tmp_path)
     after = [(tmp_path / "out" / n).read_bytes() for n in ("scores.parquet", "failed.parquet")]
     assert after == before
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"scores.parquet", "failed.parquet", "store", ".siftline-score"}
+    listed = "siftline-files.json"
+    assert names == {"scores.parquet", "failed.parquet", "store", ".siftline-score", listed}
     # Rows that are new are the only ones asked, rows that are gone are not in the tables.
     path = write(tmp_path / "a.jsonl", [pair(i) for i in range(10, 25)])
     third = done(call(tmp_path / "out", path, "--json"))

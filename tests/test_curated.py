@@ -253,7 +253,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from siftline import curated
+from siftline.rows import curated
 import test_curated
 
 write = curated.write_json

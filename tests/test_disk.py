@@ -5,7 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from siftline.disk import check_folder, check_temporary, explained, need, writin
 from siftline.kernels.sets.spill import values_room
 from siftline.pipelines.execute import prepare_home
 from siftline.rows.shards import building, write_json, write_parquet
+from siftline.scratch import scratch_folder
 from siftline.workspace import Workspace
 
 NOISE = pa.table({"a": np.random.default_rng(0).random(400_000)})  # 3.2 MB that no packing shrinks
@@ -156,6 +157,45 @@ def test_what_is_written_appears_whole_or_not_at_all(full):
     ):
         (folder / "x").write_bytes(b"x" * 3_000_000)
     assert list(full.iterdir()) == []
+
+
+def test_a_writer_of_scratch_files_that_names_none_is_told(full):
+    """As Arrow's streams, which rows are put in order with."""
+
+    def spooled():
+        with (
+            scratch_folder(full, "publish") as folder,
+            pa.ipc.new_stream(str(folder / "s"), NOISE.schema) as stream,
+        ):
+            stream.write_table(NOISE)
+
+    assert str(full) in said(spooled)
+    assert list(full.iterdir()) == []
+
+
+def test_a_database_that_a_full_disk_left_without_tables_is_told(full):
+    """As Dagster's of a run, which is made when the run begins and read when it ends."""
+    import sqlalchemy
+
+    def run():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            read()
+
+    def read():
+        with sqlalchemy.create_engine(f"sqlite:///{full / 'run.db'}").begin() as connection:
+            connection.execute(sqlalchemy.text("select * from event_logs"))
+
+    for call in (run, lambda: (fill(full), read())):
+        with pytest.raises(OSError, match=f"No space left for {full}"), writing(full):
+            call()
+
+
+def fill(folder):
+    with (folder / "most").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
 
 
 def test_a_read_only_disk_and_a_forbidden_folder_are_told(tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs beyond plain fine-tuning: objectives, adapters, dev loss, failures, two processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from siftline.rows import schema
+from siftline.rows.outputs import LISTED, record_outputs
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out, training_passes
 from siftline.training.sft import check_sharding, last_checkpoint
@@ -446,7 +448,63 @@ def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) is None  # nothing says that they are whole
+    record_outputs(tmp_path / "checkpoint-5")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+STOPPED = replace(BASE, epochs=4, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model, tmp_path_factory):
+    """A run that ended in its sixth step, with two checkpoints."""
+    out = tmp_path_factory.mktemp("stopped") / "m"
+
+    def dies(done, total):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tiny_model, out, STOPPED, progress=dies)
+    assert len(list((out / "checkpoints").glob("checkpoint-*"))) == 2
+    return out
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", LISTED])
+def test_a_damaged_checkpoint_is_told_and_not_gone_on_from(
+    file, stopped, tmp_path, caplog, mini_tools
+):
+    for name, damage in mini_tools.beside("test_verified").DAMAGE.items():
+        checkpoints = tmp_path / name
+        shutil.copytree(stopped / "checkpoints", checkpoints)
+        first, last = sorted(checkpoints.glob("checkpoint-*"))
+        assert last_checkpoint(checkpoints) == last
+        before = (last / file).read_bytes()
+        damage(last / file, last / "trainer_state.json", first / file)
+        if (last / file).exists() and (last / file).read_bytes() == before:
+            continue  # nothing was drawn between the two
+        caplog.clear()
+        assert last_checkpoint(checkpoints) == first, name
+        if (last / LISTED).exists():
+            assert f"{last.name}/" in caplog.text
+            assert "passed over" in caplog.text
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, tiny_model, tmp_path):
+    shutil.copytree(stopped, tmp_path / "m")
+    first, last = sorted((tmp_path / "m" / "checkpoints").glob("checkpoint-*"))
+    raw = bytearray((last / "model.safetensors").read_bytes())
+    raw[-4] ^= 1
+    (last / "model.safetensors").write_bytes(raw)
+    seen = []
+    resumed = train(
+        tiny_model, tmp_path / "m", STOPPED, progress=lambda step, total: seen.append(step)
+    )
+    assert seen[0] == int(first.name.rpartition("-")[2]) + 1
+    whole = train(tiny_model, tmp_path / "whole", STOPPED)
+    assert resumed.curve.equals(whole.curve)
+    assert weights(resumed.model_dir) == weights(whole.model_dir)
 
 
 def test_balanced_sources_of_poft_have_equal_rows_not_tokens(tiny):

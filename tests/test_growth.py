@@ -20,9 +20,12 @@ from siftline.kernels.text.words import plain, words
 from siftline.kernels.text.words import words_of as worded
 from siftline.rows.schema import make_row, message, text_view
 from siftline.scoring.answers.fences import blocks
+from siftline.scoring.answers.find import find_answers
 from siftline.scoring.answers.steps import trace
 from siftline.scoring.measures.degenerate import degenerate
 from siftline.scoring.measures.similarity import word_overlap
+from siftline.scoring.verifiers.counts import without_marks
+from siftline.scoring.verifiers.registry import get_verifier
 from siftline.stages import planting
 
 CHARS = 12_000
@@ -95,6 +98,10 @@ READERS = {
     "degenerate": lambda text: degenerate(text, "What is six times seven, my friend?"),
     "degenerate prompt": lambda text: degenerate("It is forty two, my friend.", text),
     "fences": blocks,
+    "answers": find_answers,
+    "exact": lambda text: get_verifier("exact")(text, "42"),
+    "choice": lambda text: get_verifier("choice")(text, "B"),
+    "counts": without_marks,
     "steps": trace,
     "overlap": lambda text: word_overlap(text, text + " on"),
     "row": lambda text: make_row(talk(text)),

@@ -164,7 +164,8 @@ def test_indicators_of_plain_files(data, call):
     assert set(table["n_prompt_words"]) == {3}
     assert table["mtld"].to_list() == [mtld(a.split()) for a in answers]
     assert said["indicators"]["n_words"] == {"rows": ROWS, "mean": 5.5}
-    assert sorted(p.name for p in Path("plain").iterdir()) == ["scores.parquet"]
+    written = ["scores.parquet", "siftline-files.json"]
+    assert sorted(p.name for p in Path("plain").iterdir()) == written
     g = np.random.default_rng(0)
     x = g.normal(size=(ROWS - 1, 4)).astype(np.float32)  # the last row has no vector
     Path("vectors").mkdir()

@@ -105,7 +105,8 @@ def test_every_row_has_a_line_and_kept_records_are_whole(rows, tmp_path, done):
     assert (result["rows"], result["kept"], result["removed"]) == (20, 5, {"below_cut": 15})
     assert result["facts"]["spent"] == 5
     assert result["options"] == {"column": "n_chars", "longest": True}
-    assert sorted(p.name for p in out.iterdir()) == ["data", "selection.json", "selection.parquet"]
+    written = ["data", "selection.json", "selection.parquet", "siftline-files.json"]
+    assert sorted(p.name for p in out.iterdir()) == written
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     said = json.loads((out / "selection.json").read_text())
     assert said == {k: v for k, v in result.items() if k not in ("selection", "data")}

@@ -33,6 +33,7 @@ from siftline.rows.verified import (
     file_hash,
     read_parquet,
 )
+from siftline.scratch import unfinished
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), ("text", pa.string())])
 
@@ -254,7 +255,7 @@ def test_published_folders_are_immutable(tmp_path):
 
 
 def test_building_clears_what_a_killed_run_left(tmp_path):
-    left = tmp_path / f".v1.{os.getpid()}"
+    left = tmp_path / unfinished("v1")
     left.mkdir()
     (left / "stale").write_text("1")
     with building(tmp_path / "v1") as folder:

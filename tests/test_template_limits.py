@@ -3,11 +3,13 @@
 import os
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
 import pytest
 
+from siftline.scoring import template_limits
 from siftline.scoring.spans import UnscorableRow, response_span
 from siftline.scoring.template_limits import STEPS, TemplateLimit, render_limited
 from siftline.scoring.templates import QUESTION_ANSWER
@@ -116,8 +118,16 @@ def shipped():
     return {path.name: path.read_text() for path in sorted(folder.glob("*.jinja"))}
 
 
-def test_templates_in_use_come_out_as_transformers_has_them():
+def test_templates_in_use_come_out_as_transformers_has_them(monkeypatch):
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    class OneDay(datetime):  # the date is ours in every rendering
+        @classmethod
+        def now(cls, tz=None):
+            return template_limits.DATE
+
+    monkeypatch.setattr(chat_template_utils, "datetime", OneDay)
 
     def outcome(render, **given):
         try:
@@ -171,3 +181,44 @@ def test_a_row_under_a_hostile_template_has_a_reason(tokenizer):
 def test_a_template_that_is_none_says_so():
     with pytest.raises(jinja2.TemplateError):
         render_limited("{% for %}")
+
+
+# ---- the same text, whenever it is made --------------------------------------------------------
+
+UNSTEADY = {
+    "a function": "{{ raise_exception }}",
+    "a method": "{{ messages[0].content.upper }}",
+    "an object": "{{ cycler(1, 2) }}",
+    "a generator": "{{ messages | map(attribute='role') }}",
+    "in a list": "{{ [[joiner()]] }}",
+    "in a join of terms": "{{ 'a' ~ range.__class__ ~ joiner() }}",
+    "in a join": "{{ [raise_exception] | join }}",
+    "in a join of what is mapped": "{{ [[joiner()]] | map('first') | join }}",
+    "by a filter": "{{ raise_exception | string }}",
+    "by a format": "{{ '%s' % raise_exception }}",
+    "by a filter's format": "{{ '%s' | format(joiner()) }}",
+    "by a method's format": "{{ '{}'.format(joiner()) }}",
+    "by a named format": "{{ '{a}'.format(a=joiner()) }}",
+    "at random": "{{ [1, 2, 3] | random }}",
+}
+
+
+@pytest.mark.parametrize("how", UNSTEADY)
+def test_a_template_whose_text_is_another_in_each_process_fails(how):
+    with pytest.raises(jinja2.TemplateError):
+        render_limited(UNSTEADY[how], messages=[{"role": "user", "content": "x"}])
+
+
+def test_the_date_is_one_whenever_a_row_is_rendered(caplog):
+    """As Llama, Mistral and gpt-oss ask for it."""
+    template_limits._say_date.cache_clear()
+    llama = (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
+        "Today Date: {{ date_string }}"
+    )
+    assert render_limited(llama) == "Today Date: 26 Jul 2024"
+    assert render_limited("{{ strftime_now('%Y-%m-%d') }}") == "2024-07-26"
+    assert caplog.text.count("asks for the date") == 1
+    assert render_limited(llama, date_string="1 Jan 2000") == "Today Date: 1 Jan 2000"
+    assert len(render_limited("{{ strftime_now('%H%M%S%f' * 100) }}")) == 1200

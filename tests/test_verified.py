@@ -490,6 +490,22 @@ def test_the_remedy_of_a_damaged_part_works(house, copy):
     assert chain(root) == house.made
 
 
+def test_an_older_manifest_of_a_pool_is_caught_by_a_stage_alone(house, copy):
+    from siftline.ingest.pool import Pool
+
+    root = copy("alone")
+    path = root / "pool" / "p" / "manifest.json"
+    now = path.read_bytes()
+    shutil.copy2(house.older / "pool" / "p" / "manifest.json", path)
+    with pytest.raises(AlteredError, match=r"manifest\.json is not the newest manifest of its"):
+        Pool(path.parent)
+    path.write_bytes(now)
+    Pool(path.parent)
+    shutil.copy2(house.older / "pool" / "p" / "manifest.json", path)
+    assert chain(root) == house.made  # a run makes it again
+    Pool(path.parent)
+
+
 def test_a_manifest_without_a_hash_is_made_again(house, copy):
     """As earlier versions of Siftline wrote it: nothing has to be removed by hand."""
     root = copy("earlier")

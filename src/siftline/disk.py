@@ -55,8 +55,11 @@ def explained(error: BaseException, path: Path | None = None) -> OSError | None:
     if isinstance(error, ValueError):  # it has its own line, whatever it came from
         return None
     seen: set[int] = set()
-    here: BaseException | None = error
-    while here is not None and id(here) not in seen:
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        here = waiting.pop()
+        if here is None or id(here) in seen:
+            continue
         if isinstance(here, OSError) and here.errno in _REMEDIES and here.strerror is None:
             return here  # explained further inside
         code = _code(here)
@@ -68,8 +71,10 @@ def explained(error: BaseException, path: Path | None = None) -> OSError | None:
             name = getattr(here, "filename", None) or getattr(here, "filename2", None)
             return _told(code, Path(os.fsdecode(name)) if isinstance(name, str | bytes) else path)
         seen.add(id(here))
-        here = here.__cause__ or here.__context__
-    if path is not None and isinstance(error, RuntimeError | OSError):
+        waiting += [here.__context__, here.__cause__]  # the cause first
+    # A database that could not be made on a full disk says later that it has no tables.
+    library = type(error).__module__.partition(".")[0] in _LIBRARIES
+    if path is not None and (library or isinstance(error, RuntimeError | OSError)):
         left = free_bytes(path)
         if left is not None and left < ALMOST_NOTHING:
             return _told(errno.ENOSPC, path)

@@ -97,7 +97,8 @@ def collect(root: Path, older_than: str, scorer: str | None, dry_run: bool, as_j
         return
     for one in swept:
         sealed = f", {one.journals} journals sealed" if one.journals else ""
-        click.echo(f"{one.name}: {one.what}, {size_text(one.bytes)}{sealed}")
+        by = f" by {one.holder}" if one.holder else ""
+        click.echo(f"{one.name}: {one.what}{by}, {size_text(one.bytes)}{sealed}")
     click.echo(f"{size_text(total)} {'would be freed' if dry_run else 'freed'}")
 
 

@@ -23,6 +23,8 @@ from siftline.ingest.readers import Source, source_files
 from siftline.kernels.text.mtld import mtld, words_of
 from siftline.kernels.vectors.neighbours import kth_distances
 from siftline.progress import Tracker
+from siftline.rows.outputs import record_outputs
+from siftline.rows.published import confirm_inputs
 from siftline.rows.schema import ROW, text_view
 from siftline.rows.shards import building, write_parquet
 from siftline.selectors.linear_rule import fit_rule
@@ -78,6 +80,7 @@ def write_indicators(asked: Asked, out: Path, make_tracker: MakeTracker) -> pl.D
         table = places.join(rows, on="id").sort("file", "row", "id")
         write_parquet(table.to_arrow(), folder / SCORES)
         shutil.rmtree(folder / ".rows")
+        record_outputs(folder)
     return table
 
 
@@ -188,6 +191,7 @@ def _means(path: Path, folder: str, known: pl.DataFrame, names: Sequence[str]) -
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ValueError(f"{places[0]} is not there: give the folder of siftline select")
+    confirm_inputs([found])
     kept = pl.read_parquet(found, columns=["id", "kept"]).filter("kept").select("id")
     rows = kept.join(known, on="id", how="left")
     for name in names:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.commands.score_tables import (
+    FAILED,
     GRADIENTS,
     ROWS,
     STORE,
@@ -31,6 +32,7 @@ from siftline.commands.score_tables import (
 from siftline.ingest.pool import Pool
 from siftline.ingest.readers import Source, source_files
 from siftline.progress import Tracker
+from siftline.rows.outputs import record_outputs
 from siftline.scoring.engines.base import ModelSpec, check_directory
 from siftline.selectors.less import Gradients
 from siftline.stages.context import by_store_bucket
@@ -108,6 +110,7 @@ def gradient_files(
         write_failed(made.failed, out)
         for name in (ROWS, TARGET):
             shutil.rmtree(out / name)
+        record_outputs(out, [name for name in (GRADIENTS, FAILED) if (out / name).exists()])
     return made
 
 

@@ -23,6 +23,7 @@ from siftline.ingest.pool import PROVENANCE, QUARANTINE, Pool, PoolSpec, build_p
 from siftline.ingest.readers import Source, source_files
 from siftline.locks import held
 from siftline.progress import Tracker
+from siftline.rows.outputs import LISTED, forget_outputs, record_outputs
 from siftline.rows.shards import write_parquet
 from siftline.scoring.engines.base import ModelSpec, check_directory
 from siftline.scoring.measures.likelihood import Likelihood
@@ -112,6 +113,7 @@ def score_files(
         write_failed(scored.failed, out)
         write_parquet(_with_vectors(scored.scores, asked), out / SCORES)
         shutil.rmtree(out / ROWS)
+        record_outputs(out, [name for name in (SCORES, FAILED) if (out / name).exists()])
     return scored
 
 
@@ -124,7 +126,7 @@ def claimed(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder")
-    mine = (MARK, SCORES, FAILED, STORE, ROWS, GRADIENTS, WARM_UP, TARGET)
+    mine = (MARK, LISTED, SCORES, FAILED, STORE, ROWS, GRADIENTS, WARM_UP, TARGET)
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     written = tuple(f".{name}." for name in (SCORES, FAILED, GRADIENTS))  # by a killed run
     other = [name for name in there if name not in mine and not name.startswith(written)]
@@ -133,6 +135,7 @@ def claimed(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     check_folder(out)
     with held(out / MARK, str(out), wait=False), writing(out):
+        forget_outputs(out)
         for name in there:
             if name.startswith(written):
                 (out / name).unlink()

@@ -15,6 +15,7 @@ from siftline.ingest.files import input_files
 from siftline.ingest.pool import PROVENANCE, Pool
 from siftline.ingest.readers import Source
 from siftline.progress import Tracker
+from siftline.rows.published import confirm_inputs
 from siftline.rows.schema import ROW, text_view
 from siftline.stages.select.run import narrow, whole_text
 
@@ -39,6 +40,7 @@ def read_scores(folder: Path) -> pl.DataFrame:
     path = folder / SCORES if folder.is_dir() else folder
     if not path.is_file():
         raise ValueError(f"{path} is not there: give --scores the folder of siftline score")
+    confirm_inputs([path])
     table = pl.read_parquet(path)
     if "id" not in table.columns:
         raise ValueError(f"{path} has no id column: give --scores the folder of siftline score")
@@ -205,6 +207,7 @@ def read_embeddings(folder: Path, column: str) -> Embeddings:
         ValueError: if none has it, rows can't be told, vectors are of several widths, or one row
             has two that differ.
     """
+    confirm_inputs(_files(folder))
     names = {path: pq.read_schema(path).names for path in _files(folder)}
     used = [path for path in names if column in names[path]]
     if not used:

@@ -30,6 +30,7 @@ from siftline.ingest.pool import REJECTED, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
 from siftline.ingest.records import EmptyFile
 from siftline.progress import Tracker
+from siftline.rows.outputs import record_outputs
 from siftline.rows.shards import building, write_json, write_parquet
 from siftline.selectors.method import RANKS
 from siftline.selectors.registry import Entry, find
@@ -100,6 +101,7 @@ def select_files(
         result |= {"budget": asdict(budget), **counts, **pool.reading(read), "facts": facts}
         write_json(folder / "selection.json", result)
         shutil.rmtree(scratch)
+        record_outputs(folder)
     return {"selection": str(out / SELECTION), "data": str(out / DATA), **result}
 
 

@@ -27,13 +27,24 @@ from siftline.ingest.readers import Source, fingerprint, read_sources
 from siftline.ingest.source import Holds
 from siftline.locks import held
 from siftline.rows import schema
-from siftline.rows.shards import Manifest, Part, PartWriter, RowHash, no_rows, read_bucket
-from siftline.rows.verified import RERUN, AlteredError, SchemaError, content_hash
+from siftline.rows.shards import (
+    Manifest,
+    Part,
+    PartWriter,
+    RowHash,
+    no_rows,
+    read_bucket,
+    sync,
+    write_text,
+)
+from siftline.rows.verified import RERUN, AlteredError, SchemaError, content_hash, file_hash
 
 logger = logging.getLogger(__name__)
 
 ROWS, REJECTED, PROVENANCE, QUARANTINE = "rows", "rejected", "provenance", "quarantine"
 COUNTED = (ROWS, REJECTED, PROVENANCE, QUARANTINE)
+NEWEST = "newest"
+"""Beside a pool's manifest: its hash, so that an older copy of it is no pool."""
 READING = ("set_aside", "reasons", "repeated_keys", "contradicting_labels")
 """What `info` of a pool's manifest counts: lines of its tables, and what reading met with."""
 _SCHEMAS = {
@@ -85,6 +96,7 @@ class Pool:
             raise ValueError(f"pool {folder.name!r} has not been built: materialize it first")
         self.folder = folder
         self.manifest = Manifest.load(path)
+        _confirm_newest(path)
 
     @property
     def version(self) -> str:
@@ -284,14 +296,50 @@ def build_pool(
                     f"{spec.buckets}: give the new one another name, or delete {folder}"
                 )
             if old.info["inputs"] == inputs and all(_there(folder, p) for p in old.parts):
+                write_text(folder / NEWEST, f"{file_hash(path)}\n")
                 return old
         notes = _Notes()
         spill, quarantine = _read(spec, scratch, progress, notes, apart=apart)
         manifest = _write(folder, spec, inputs, old, spill, quarantine, notes)
-        manifest.save(path)
+        _put(path, manifest)
     if notes.aside.keys() - set(read):
         logger.warning("pool %s: %s", spec.name, notes_of({"set_aside": notes.aside}, read)[0])
     return manifest
+
+
+def _put(path: Path, manifest: Manifest) -> None:
+    """Writes a pool's manifest, and beside it that this is the newest one.
+
+    An older manifest is valid by itself and may find its parts, so a stage that is run alone would
+    take a copy of it for the pool. At every moment the manifest that is there is one of those
+    named; a killed build leaves two.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    manifest.save(draft)
+    names = [file_hash(draft), *([file_hash(path)] if path.exists() else [])]
+    write_text(path.with_name(NEWEST), "\n".join(names) + "\n")
+    draft.replace(path)
+    sync(path.parent)
+    write_text(path.with_name(NEWEST), names[0] + "\n")
+
+
+def _confirm_newest(path: Path) -> None:
+    """Refuses a manifest that another one has replaced.
+
+    Raises:
+        AlteredError: naming it.
+    """
+    for _ in range(2):  # it may be replaced just now
+        try:
+            named = path.with_name(NEWEST).read_text(encoding="utf-8", errors="replace").split()
+        except FileNotFoundError:  # of an earlier version
+            return
+        if file_hash(path) in named:
+            return
+    raise AlteredError(
+        f"{path} is not the newest manifest of its pool, which {NEWEST} beside it names: run the "
+        "recipe, it makes the pool again where that is another one"
+    )
 
 
 def _there(folder: Path, part: Part) -> bool:

@@ -20,7 +20,9 @@ import dagster as dg
 
 from siftline.disk import ROOT_BYTES, check_folder, need, writing
 from siftline.locks import held, warn_if_shared
+from siftline.pipelines.retention import forget_runs
 from siftline.recipe.parse import Recipe
+from siftline.scratch import sweep
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
@@ -86,7 +88,12 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     Returns:
         Ids of the runs that were buried.
     """
-    alive = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]
+    # Between its record and its first step, a run counts as not started.
+    alive = [
+        dg.DagsterRunStatus.NOT_STARTED,
+        dg.DagsterRunStatus.STARTING,
+        dg.DagsterRunStatus.STARTED,
+    ]
     buried = []
     for run in instance.get_runs(dg.RunsFilter(statuses=alive)):
         pid, host = run.tags.get(PID_TAG), run.tags.get(HOST_TAG)
@@ -101,6 +108,16 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return buried
+
+
+def tidy(workspace: Workspace, instance: dg.DagsterInstance, say: Callable[[str], None]) -> None:
+    """Takes away what earlier runs left and no later one needs."""
+    gone = forget_runs(instance, workspace.dagster_home)
+    if gone:
+        say(f"Dagster's records of {len(gone)} old runs were deleted (see docs/integrity.md)")
+    left = sweep(workspace.root)
+    if left:
+        say(f"{left} unfinished files of killed runs were removed")
 
 
 def run_recipe(
@@ -155,6 +172,7 @@ def run_recipe(
     ):
         for dead in bury_dead_runs(instance):
             say(f"run {dead[:8]} was killed: marked failed, its slots freed")
+        tidy(workspace, instance, say)
         watcher = _Watcher(instance, tags, say)
         with watcher:
             result = dg.execute_job(
@@ -201,7 +219,10 @@ class _Watcher:
 
     def _follow(self) -> None:
         while not self._stop.is_set():
-            self._drain()
+            try:
+                self._drain()
+            except Exception:  # the last `_drain`, in the run's own thread, meets it again
+                return
             time.sleep(POLL_SECONDS)
 
     def _drain(self) -> None:

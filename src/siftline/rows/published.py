@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from siftline.rows.outputs import confirm_output
 from siftline.rows.verified import AlteredError, confirm, content_hash, read_parquet
 
 MANIFEST = "manifest.json"
@@ -113,15 +114,19 @@ def confirmed_files(folder: Path, config: str = "data") -> list[Path]:
 
 
 def confirm_inputs(paths: Sequence[Path]) -> None:
-    """Compares those of some files that are shards of published versions with their manifests.
+    """Compares files that were written here with what vouches for them: manifests and lists.
+
+    Shards of published versions are held to their version, outputs of verbs to the list beside
+    them; other files are the user's.
 
     Raises:
-        AlteredError: if one is not what was published.
+        AlteredError: if one is not what was written.
     """
     for given in paths:
         path = Path(given).resolve()  # `latest` is a link
         folder = path.parent.parent
         if not is_version(folder):
+            confirm_output(path)
             continue
         listed = {folder / file["path"]: file for file in read_version(folder)["files"]}
         if path in listed:

@@ -39,6 +39,7 @@ from siftline.rows.verified import (
     read_parquet,
     with_hash,
 )
+from siftline.scratch import unfinished
 
 ROW_GROUP_BYTES = 64 << 20
 """In-memory bytes of one row group: the Hub's viewer wants them under 100 MB."""
@@ -56,7 +57,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a dot-named path beside `path`: renamed into place on success, else removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(unfinished(path.name))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -80,7 +81,7 @@ def building(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is immutable: publish under another name")
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary = final.with_name(unfinished(final.name))
     with writing(final), _built(final, temporary):
         yield temporary
 
@@ -107,7 +108,7 @@ def point_latest(folder: Path, target: str) -> None:
     link = folder / "latest"
     if link.is_symlink() and os.readlink(link) == target:
         return
-    temporary = folder / f".latest.{os.getpid()}"
+    temporary = folder / unfinished("latest")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
@@ -252,7 +253,7 @@ class PartWriter:
         """Writes `data` as the next part of a bucket; an empty table writes nothing."""
         if not data.num_rows:
             return
-        scratch = self.folder / f".{table}-{bucket}-{os.getpid()}.parquet"
+        scratch = self.folder / f"{unfinished(f'{table}-{bucket}-')}.parquet"
         write_parquet(data, scratch)
         sha256 = file_hash(scratch)
         name = f"{self.stem or f'{table}-b{bucket:04d}'}-{sha256[:16]}.parquet"

@@ -29,7 +29,7 @@ RERUN = "delete it and run again"
 SELF = "sha256"
 """Key under which a JSON file holds the hash of the rest of it."""
 
-_GONE = "is missing though its manifest names it: run again"
+_GONE = "is missing though its manifest names it"
 
 Identity = tuple[int, int, int, int, int]
 _hashed: dict[Identity, tuple[str, float]] = {}
@@ -105,7 +105,7 @@ def confirm(path: Path, sha256: str, remedy: str = RERUN) -> Identity:
     try:
         found, seen = _digest(path)
     except FileNotFoundError:
-        raise AlteredError(f"{path} {_GONE}") from None
+        raise _missing(path, remedy) from None
     except OSError as error:
         raise _unreadable(path, error, remedy) from error
     if not sha256 or found[: len(sha256)] != sha256:
@@ -114,6 +114,11 @@ def confirm(path: Path, sha256: str, remedy: str = RERUN) -> Identity:
             f"{sha256[:12]}… was written): {remedy}"
         )
     return seen
+
+
+def _missing(path: Path, remedy: str) -> AlteredError:
+    helps = "run again" if remedy == RERUN else remedy
+    return AlteredError(f"{path} {_GONE}: {helps}")
 
 
 def _unreadable(path: Path, error: OSError, remedy: str) -> AlteredError:
@@ -167,7 +172,7 @@ def read_parquet(
                 table = file.read(columns)  # a name it has not is left out
             still = _identity(path.stat()) == seen
         except FileNotFoundError:
-            raise AlteredError(f"{path} {_GONE}") from None
+            raise _missing(path, remedy) from None
         except (OSError, KeyError, pa.ArrowException) as error:
             detail = str(error).splitlines()[0]
             raise AlteredError(f"{path} is corrupt ({detail}): {remedy}") from error

@@ -7,12 +7,18 @@ large values; who spends more than `STEPS`, or makes a value above `CHARS`, gets
 
 Steps are counted, not seconds: the same row has the same end on every machine, under any load, in
 threads and in child processes, where no signal could stop it.
+
+The same row has the same text as well, whenever it is rendered. A template that asks for the date
+gets `DATE`; one that draws at random, or writes an object's address, fails.
 """
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, wraps
+from datetime import datetime
+from functools import cache, lru_cache, wraps
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, MethodWrapperType
 from typing import Any
 
 import jinja2
@@ -22,6 +28,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+logger = logging.getLogger(__name__)
+
+DATE = datetime(2024, 7, 26)
+"""What `strftime_now` tells. Llama 3.1's template names this day where nobody gives it a date."""
 STEPS = 2_000_000
 """Most steps of one rendering, some seconds. Templates of known models take some tens a message,
 and one for every 64 characters they copy."""
@@ -44,7 +54,7 @@ _MULTIPLYING = ("translate", "expandtabs", "wordwrap", "indent")
 _SHALLOW = frozenset([
     "attr", "batch", "boolean", "callable", "count", "d", "default", "defined", "even", "false",
     "filter", "first", "float", "integer", "items", "iterable", "last", "length", "list", "map",
-    "mapping", "none", "number", "odd", "random", "reject", "rejectattr", "reverse", "safe",
+    "mapping", "none", "number", "odd", "reject", "rejectattr", "reverse", "safe",
     "sameas", "select", "selectattr", "sequence", "slice", "test", "true", "undefined",
 ])
 # fmt: on
@@ -101,6 +111,45 @@ def _weighed(value: Any) -> Any:
     return value
 
 
+_ADDRESSED = (BuiltinFunctionType, FunctionType, GeneratorType, MethodType, MethodWrapperType, map,
+              zip, filter)  # fmt: skip
+
+
+def _check_text(value: Any) -> None:
+    """Refuses to make a text of what shows its address, which is another one in each process."""
+    left = [value]
+    while left:
+        here = left.pop()
+        if isinstance(here, dict):
+            left += [*here.keys(), *here.values()]
+        elif isinstance(here, list | tuple):
+            left += here
+        elif isinstance(here, _ADDRESSED) or type(here).__repr__ is object.__repr__:
+            raise TemplateLimit(f"the template writes a {type(here).__name__}, which is no text")
+
+
+def _finalized(value: Any) -> Any:
+    """What `{{ value }}` writes."""
+    if not isinstance(value, str):
+        _weighed(value)
+        _check_text(value)
+    return value
+
+
+@cache
+def _say_date() -> None:
+    logger.warning(
+        "a chat template asks for the date: it is told %s, always, so that equal rows are equal "
+        "texts; name a template with a date of your own to change that", f"{DATE:%Y-%m-%d}"
+    )  # fmt: skip
+
+
+def _strftime_now(form: str) -> str:
+    """The date of every rendering."""
+    _say_date()
+    return DATE.strftime(form)
+
+
 def _refuse(size: float) -> None:
     """Refuses a value before it is made."""
     if size > CHARS:
@@ -150,9 +199,11 @@ def _operate(sign: str, left: Any, right: Any) -> None:
         _refuse(
             max([_size(side) for side in sides if not isinstance(side, int)]) * max([1, *times])
         )
-    elif sign == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
-        raise TemplateLimit(f"the template formats with a width in {left[:40]!r}")
+    elif sign == "%" and isinstance(left, str):
+        if _WIDE_FORMAT.search(left):
+            raise TemplateLimit(f"the template formats with a width in {left[:40]!r}")
         _weighed(right)
+        _check_text(right)
     _METER.take(1 + (_size(left) + _size(right)) / STEP_CHARS)
 
 
@@ -172,7 +223,7 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 
 def _joined(parts: list[Any]) -> str:
     """`a ~ b`, as Jinja joins."""
-    texts = [part if isinstance(part, str) else str(_weighed(part)) for part in parts]
+    texts = [part if isinstance(part, str) else str(_finalized(part)) for part in parts]
     _refuse(sum(map(len, texts)))
     return str(_paid("".join(texts)))
 
@@ -184,10 +235,17 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def called(*arguments: Any, **named: Any) -> Any:
         context = isinstance(arguments[0], jinja2.Environment | Context | nodes.EvalContext)
         given = arguments[1:] if context else arguments
+        if name == "join" and isinstance(given[0], Iterator):
+            given = (list(_counted(given[0])), *given[1:])
+            arguments = (*arguments[:1], *given) if context else given
         _check_arguments([*given[1:], *named.values()])
         (_paid if name in _SHALLOW else _weighed)(given[0])
         _check_growth(name, given[0], (*given[1:], *named.values()))
-        return _paid(function(*arguments, **named))
+        made = function(*arguments, **named)
+        if isinstance(made, str):  # what is no text itself may be shown in it
+            for value in (*given, *named.values()):
+                _check_text(value)
+        return _paid(made)
 
     return called
 
@@ -246,8 +304,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             _check_arguments([*arguments, *named.values()])
         if isinstance(owner, str):
             name, given = function.__name__, (owner, (*arguments, *named.values()))
-            for argument in arguments:
+            for argument in (*arguments, *named.values()):
                 _weighed(argument)
+                if name in _FORMATS:
+                    _check_text(argument)
             if name == "join" and arguments:
                 given = arguments[0], (owner,)
             _check_growth(name, *given)
@@ -282,12 +342,14 @@ def limited(template: str) -> jinja2.Template:
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
         extensions=extensions,
-        finalize=lambda value: value if isinstance(value, str) else _weighed(value),
+        finalize=_finalized,
     )
     ours.globals.update(theirs.globals)
     ours.globals.pop("lipsum")  # as much filler text as it is asked for, in one call
+    ours.globals["strftime_now"] = _strftime_now
     for table, given in ((ours.filters, theirs.filters), (ours.tests, theirs.tests)):
         table.update({name: _limited(name, function) for name, function in given.items()})
+    ours.filters.pop("random")
     ours.filters.update(_rounds=_rounds, _joined=_joined, _paid=_paid, _weighed=_weighed)
     return ours.from_string(template)
 

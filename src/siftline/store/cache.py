@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from siftline.locks import holder
 from siftline.store.namespace import BUCKETS, InUseError, Namespace, NamespaceFolder
 
 DEFAULT_DAYS = 30.0
@@ -61,6 +62,7 @@ class Swept:
         what: "removed", "tidied" (journals of dead writers sealed, leftovers deleted), "in use".
         bytes: Bytes that are free now.
         journals: Journals sealed.
+        holder: Who holds it, where it is in use.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Swept:
     what: str
     bytes: int
     journals: int = 0
+    holder: str = ""
 
 
 def list_store(root: Path) -> list[Entry]:
@@ -137,8 +140,8 @@ def _remove(path: Path, scorer: str, older_than: float, dry: bool) -> Swept | No
     files = NamespaceFolder(path)
     size = sum(size for _, size, _ in _walk(path))
     if dry:
-        held = any(files.held(bucket) for bucket in range(BUCKETS))
-        return Swept(path.name, scorer, *(("in use", 0) if held else ("removed", size)))
+        who = _holder(files)
+        return Swept(path.name, scorer, *(("in use", 0, 0, who) if who else ("removed", size)))
     gone = path.with_name(f"{_GONE}{path.name}.{os.getpid()}")
     with ExitStack() as leases:
         try:
@@ -146,15 +149,28 @@ def _remove(path: Path, scorer: str, older_than: float, dry: bool) -> Swept | No
             for bucket in range(BUCKETS):
                 leases.enter_context(files.lease(bucket, wait=False))
         except InUseError:
-            return Swept(path.name, scorer, "in use", 0)
+            return Swept(path.name, scorer, "in use", 0, holder=_holder(files, among=leases))
         except FileNotFoundError:  # somebody else collects it
             return None
         used = max(last_written(path), _mtime(path / "used"))
         if time.time() - used < older_than:  # a run came along before the leases were had
-            return Swept(path.name, scorer, "in use", 0)
+            return Swept(path.name, scorer, "in use", 0, holder="a run has just looked into it")
         path.rename(gone)
     shutil.rmtree(gone)
     return Swept(path.name, scorer, "removed", size)
+
+
+def _holder(files: NamespaceFolder, among: ExitStack | None = None) -> str:
+    """Who holds a lease of a namespace; "" where nobody does.
+
+    Args:
+        files: The namespace.
+        among: This process's own leases, given back first.
+    """
+    if among is not None:
+        among.close()
+    held = [bucket for bucket in range(BUCKETS) if files.held(bucket)]
+    return holder(files.path / "leases" / f"b{held[0]:02d}.lock") if held else ""
 
 
 def _tidy(path: Path, scorer: str, dry: bool) -> Swept | None:

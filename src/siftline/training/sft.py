@@ -5,14 +5,18 @@ item of its dataset is the number of one planned forward pass (see `schedule`), 
 """
 
 import importlib.util
-import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from siftline.kernels.draws import hash64
+from siftline.rows.outputs import LISTED, confirm_outputs
+from siftline.rows.verified import AlteredError, UnhashedError
 from siftline.training.phases import Phase
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["full", "lora", "qlora", "peft"]
 Kind = Literal["sft", "sft_kl", "dft", "asft", "poft"]
@@ -198,20 +202,20 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; the trainer writes trainer_state.json as its last file.
+    """The newest checkpoint that is what the trainer wrote.
 
-    One whose state can't be read was cut off while that file was written.
+    The list of its hashes is its last file, so one that was cut off has none. A damaged one is told
+    and passed over; on one CPU an earlier one leads to the same weights.
     """
-    states = folder.glob("checkpoint-*/trainer_state.json")
-    whole = [path.parent for path in states if _readable(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _readable(state: Path) -> bool:
-    try:
-        return "global_step" in json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
+    there = [path.parent for path in folder.glob(f"checkpoint-*/{LISTED}")]
+    for path in sorted(there, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            confirm_outputs(path, "passed over, training goes on from an earlier checkpoint")
+        except (AlteredError, UnhashedError) as error:
+            logger.warning("%s", error)
+        else:
+            return path
+    return None
 
 
 def check_sharding(config: FineTune) -> None:

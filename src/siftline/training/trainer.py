@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from siftline.rows.outputs import confirm_outputs, record_outputs
+from siftline.scoring.fingerprint import RETRAIN
 from siftline.training.logprobs import States, TokenScores, read_tokens, token_scores
 from siftline.training.objectives import ANCHORED, Lesson, Objective
 from siftline.training.packing import Row, check_head, choose, length_groups, packed, padded
@@ -57,7 +59,7 @@ class PlannedTrainer(SFTTrainer):
             eval_dataset=None if dev is None else _numbers(len(dev)),
             processing_class=tokenizer,
             data_collator=self._collate,
-            callbacks=[_Report(progress), _LastEvaluation(dev is not None)],
+            callbacks=[_Report(progress), _LastEvaluation(dev is not None), _Listed()],
         )
         self.remove_callback(PrinterCallback)  # it prints every loss to stdout
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -222,6 +224,7 @@ class PlannedTrainer(SFTTrainer):
         best = self.state.best_global_step
         if not self.keep_best or best is None or best == self.state.global_step:
             return self.state.global_step
+        confirm_outputs(Path(str(self.state.best_model_checkpoint)), RETRAIN)
         self._load_best_model()
         return best
 
@@ -248,6 +251,16 @@ class _Report(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress(state.global_step, state.max_steps)
+
+
+class _Listed(TrainerCallback):
+    """Lists the hashes of a checkpoint's files once all processes have written theirs."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            record_outputs(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _LastEvaluation(TrainerCallback):

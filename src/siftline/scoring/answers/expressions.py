@@ -5,12 +5,12 @@ ways says so.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
+from siftline.kernels.text.normalization import normalized
 from siftline.scoring.answers.quantities import parse_quantity
 
 _quantity = lru_cache(maxsize=4096)(parse_quantity)  # the same numbers come again and again
@@ -88,7 +88,7 @@ def tokens(text: str) -> list[Token]:
     """Splits a text into tokens, with LaTeX and typographic signs rewritten to plain ones."""
     for pattern, replacement in _REWRITTEN[:1]:
         text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFKC", text).translate(_DASHES)
+    text = normalized("NFKC", text).translate(_DASHES)
     for pattern, replacement in _REWRITTEN[1:]:
         text = pattern.sub(replacement, text)
     found = []

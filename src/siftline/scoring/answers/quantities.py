@@ -5,9 +5,10 @@ while -5 and 5, 1/2 and 12 stay apart. Nothing is evaluated and nothing is round
 """
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+
+from siftline.kernels.text.normalization import normalized
 
 LONGEST_NUMBER = 200
 """Digits and signs beyond which a text is compared as text: an answer is never that long."""
@@ -90,7 +91,7 @@ def tidy(text: str) -> str:
         return " ".join(text.split())
     text = _RAISED.sub(r"^\g<0>", text)  # or 5² would become 52
     text = _VULGAR.sub(" ", text)  # or 2½ would become 21/2
-    text = unicodedata.normalize("NFKC", text).translate(_MINUSES)
+    text = normalized("NFKC", text).translate(_MINUSES)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = " ".join(text.split()).strip("* ")

@@ -1,9 +1,9 @@
 """Which option a response chooses, by its letter."""
 
 import re
-import unicodedata
 from dataclasses import dataclass
 
+from siftline.kernels.text.normalization import normalized
 from siftline.scoring.answers.reasoning import without_reasoning
 from siftline.scoring.verifiers.verdict import Verdict
 
@@ -177,7 +177,7 @@ def chosen(text: str) -> Chosen:
 
 def _plain(text: str) -> str:
     """The text without bold, code and mathematics marks."""
-    text = unicodedata.normalize("NFKC", text)
+    text = normalized("NFKC", text)
     for _ in range(2):
         text = _SHELL.sub(r"\1", text)
     return _MARKUP.sub("", text).strip()

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from siftline.kernels.text.normalization import normalized
+
 _IDEOGRAPHS = (
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 )
@@ -51,9 +53,7 @@ def without_marks(text: str) -> str:
     """The text without combining marks, which end a word to Python's regular expressions."""
     if text.isascii():
         return text
-    return "".join(
-        c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c)[0] != "M"
-    )
+    return "".join(c for c in normalized("NFC", text) if unicodedata.category(c)[0] != "M")
 
 
 def words(text: str) -> Range:

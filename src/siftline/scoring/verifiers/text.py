@@ -1,8 +1,8 @@
 """Responses compared as text."""
 
 import re
-import unicodedata
 
+from siftline.kernels.text.normalization import normalized
 from siftline.scoring.answers.reasoning import without_reasoning
 from siftline.scoring.verifiers.verdict import Verdict
 
@@ -63,5 +63,5 @@ def final_text(response: str) -> str:
 
 
 def _plain(text: str) -> str:
-    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    words = " ".join(normalized("NFKC", text).casefold().split())
     return words.strip("\"'`").removesuffix(".").strip("\"'` ")
