@@ -21,7 +21,7 @@ from siftline.cli import cli
 from siftline.ingest.pool import PoolSpec
 from siftline.recipe.parse import parse
 from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Training
-from siftline.scoring.engines import ModelSpec
+from siftline.scoring.engines.base import ModelSpec
 from siftline.selectors.less import Gradients
 from siftline.training.evaluate import Evaluation
 from siftline.training.sft import FineTune

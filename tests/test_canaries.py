@@ -164,7 +164,7 @@ class InMemory:
 
     def __init__(self, rows, per_kind, seed):
         self.held = {r["id"]: r for r in rows}
-        self.recipe = SimpleNamespace(canaries=Canaries(per_kind), seed=seed)
+        self.recipe = SimpleNamespace(canaries=Canaries(per_kind), seed=seed, budget=None)
         self.stage = Stage("verify", "verify", Verify())
         self.buckets = range(1)
         self.emit = quiet

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from siftline.assets.shared import build
 from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.recipe.kinds import StageKind
+from siftline.recipe.kinds import Stage, StageKind
 from siftline.recipe.parse import parse
 from siftline.rows.ledger import KEPT, StageResult
 from siftline.rows.schema import ADDED, bucket_of, make_row, message
@@ -451,7 +451,7 @@ def test_a_dev_verdict_that_got_no_answer_is_asked_for_again(
     output, computed = run_stage(workspace, recipe, "confidence", quiet)
     assert (computed, output.facts["auroc_rows"], output.facts["unanswered"]) == (True, 40, 0)
     assert not run_stage(workspace, recipe, "confidence", quiet)[1]
-    stage = SimpleNamespace(name="confidence", kind="confidence", scope="added")
+    stage = Stage("confidence", "confidence", None, scope="added")
     facts = SimpleNamespace(facts={"unanswered": 2}, accounting=SimpleNamespace(failed=0))
     assert _notes([(stage, facts)], None) == (
         "confidence: 2 questions got no answer, asked again next run.",

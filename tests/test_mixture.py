@@ -223,6 +223,6 @@ def test_the_stage_hands_the_sources_on(tmp_path, monkeypatch):
     monkeypatch.setattr(spend, "identity", lambda spec: spec.path)
     pool = Pool(workspace.pool("p"))
     stage = recipe.stage("allocate")
-    run = spend.allocate(Context(workspace, recipe, stage, pool, [], None, lambda line: None))
+    run = spend.run(Context(workspace, recipe, stage, pool, [], None, lambda line: None))
     table = run.tables["mixture"].select("source", "quota", "capacity", "chosen").rows()
     assert table == [("*", 9, 10, 9), ("a", 3, 10, 3)]

@@ -97,12 +97,12 @@ PHASES = st.lists(
 )
 
 
-@given(PHASES, st.integers(1, 9), st.integers(0, 99))
+@given(PHASES, st.integers(1, 2), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_it_is_the_rule_in_plain_python_and_no_order_of_rows_changes_it(phases, size, seed):
     ids, sizes, sources = data({"a": 5, "b": 3, "c": 7, "d": 2}, seed)
-    # Phases of 1 to 12 parts, sources of 1 to 7: this divides by all of them.
-    budget = 48 * 4 * 7 * 5 * 3 * size
+    # Phases of 1 to 9 parts, sources of 1 to 7: this divides by every product of two.
+    budget = 48 * 7 * 7 * 5 * 3 * size
     run = rows_for_phases(ids, sizes, sources, phases, budget, seed)
     assert run.ids == plain(ids, sizes, sources, phases, budget, seed)
     held = sum(int(sizes[ids.index(i)]) for i in run.ids)

@@ -168,7 +168,7 @@ def test_a_pool_too_large_is_refused_before_anything_is_computed(monkeypatch, tm
 
     def run(method, **options):
         stage = SimpleNamespace(name="select", options=Select(method, **options))
-        return selecting.select(
+        return selecting.run(
             SimpleNamespace(
                 stage=stage,
                 recipe=SimpleNamespace(budget=Budget(3, "rows")),

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from siftline.kernels.draws import hash64
-from siftline.scoring.engines import streaming
 from siftline.scoring.engines.base import Failed, Generation, ModelSpec, Sampling
 from siftline.scoring.engines.streaming import Streaming
 from siftline.scoring.measures.samples import sample_store, seed_of
 from siftline.scoring.recorder import REFUSED, Recorder
+from siftline.stages.rejection_sampling import streaming
 from siftline.stages.rejection_sampling.campaign import Campaign
 from siftline.stages.rejection_sampling.drawing import run_campaign
 from siftline.stages.rejection_sampling.streaming import Prompt

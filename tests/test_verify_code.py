@@ -346,6 +346,7 @@ def test_an_unprivileged_user_has_the_same_walls(walled):
     folder = Path("/tmp") / f"siftline-walls-{os.getpid()}"
     try:
         shutil.copytree(source / "siftline" / "scoring", folder / "siftline" / "scoring")
+        shutil.copytree(source / "siftline" / "kernels", folder / "siftline" / "kernels")
         shutil.copy(source / "siftline" / "__init__.py", folder / "siftline")
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         done = subprocess.run(

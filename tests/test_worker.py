@@ -21,7 +21,7 @@ from siftline.scoring.engines.worker_process import WorkerProcess
 
 SCRIPT = """
 import os, signal, subprocess, sys, time
-from siftline.scoring import worker
+from siftline.scoring.engines import worker
 from siftline.scoring.engines.pipe import Frame
 
 class Backend:

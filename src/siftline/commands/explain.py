@@ -12,8 +12,8 @@ from siftline.workspace import Workspace
 
 if TYPE_CHECKING:
     from siftline.recipe.kinds import Stage
+    from siftline.recipe.parse import Recipe
     from siftline.rows.ledger import StageOutput
-from siftline.recipe.parse import Recipe
 
 
 def recipe_outputs(

@@ -98,7 +98,7 @@ class VllmEngine:
         except BaseException:
             self._worker.close(wait=0)
             raise
-        logger.info("vllm %(version)s scores by %(road)s in process %(pid)s", self._facts)
+        logger.info("vllm %(version)s scores by %(route)s in process %(pid)s", self._facts)
 
     @property
     def pid(self) -> int:
@@ -107,8 +107,8 @@ class VllmEngine:
 
     @property
     def details(self) -> frozenset[Detail]:
-        """Top-1 hits where vLLM tells the rank of a prompt token; its compact road does not."""
-        flat = self._facts["road"] == "prompt_logprobs"
+        """Top-1 hits where vLLM tells the rank of a prompt token; its compact route does not."""
+        flat = self._facts["route"] == "prompt_logprobs"
         return frozenset(("top1",)) if flat else frozenset()
 
     def score(
@@ -257,10 +257,10 @@ class VllmEngine:
         )
 
     def fingerprint(self) -> str:
-        """Hash of model files, dtype, template, vLLM's minor version and road, and our version."""
+        """Hash of model files, dtype, template, vLLM's minor version and route, and our version."""
         release = ".".join(self._facts["version"].split(".")[:2])
         return model_fingerprint(
-            self.spec, "vllm", f"vllm {release}, {self._facts['road']}, engine {versions.VLLM}"
+            self.spec, "vllm", f"vllm {release}, {self._facts['route']}, engine {versions.VLLM}"
         )
 
     def close(self) -> None:
