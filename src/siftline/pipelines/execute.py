@@ -27,7 +27,7 @@ from siftline.workspace import ROOT_VARIABLE, Workspace
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
 NAME_TAG = "siftline/run"
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
