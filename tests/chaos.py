@@ -147,7 +147,9 @@ def prepare():
 def made(root):
     """Inputs and base model of the mini recipe."""
     siftline = module("conftest").siftline
-    done = siftline("run", "mini", "--root", root, "--select", "inputs/mini or models/tiny")
+    done = siftline(
+        "run", "mini", "--root", root, "--select", 'key:"inputs/mini" or key:"models/tiny"'
+    )
     must(done.returncode == 0, done.stderr)
     return root
 

@@ -15,8 +15,9 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.reconstruct import build_reconstructable_job
 
-from siftline.pipelines import executor
+from siftline.pipelines import execute, executor
 from siftline.pipelines.execute import instance_settings, run_recipe
+from siftline.recipe.parse import parse
 from siftline.workspace import Workspace
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 import dagster as dg
-from siftline.pipelines import executor
+from siftline.pipelines import execute, executor
 executor.PRELOADED = ("dagster._core.executor.multiprocess",)
 sys.path.insert(0, sys.argv[1])
 import test_executor
@@ -177,3 +178,21 @@ def test_a_script_that_begins_a_run_anew_in_its_own_steps_is_told(tmp_path, monk
     with pytest.raises(ValueError, match=r'mine .* put the call there under `if __name__ == "__m'):
         run_recipe(Workspace(tmp_path), recipe, (), say=print)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("select", ["inputs/mini or models/tiny", "key:(", 'key:"no/such"'])
+def test_a_selection_that_names_nothing_is_one_line(select):
+    recipe = parse(
+        {
+            "name": "mine",
+            "pool": {"name": "rows", "inputs": [{"path": "rows.jsonl"}]},
+            "models": {"base": {"path": "model"}},
+            "stages": ["duplicates"],
+            "budget": {"unit": "rows", "size": 4},
+        }
+    )
+    with pytest.raises(ValueError, match=r"--select .*(name assets as in key|names no asset)"):
+        execute._keys(recipe, select)
+    assert [str(key) for key in execute._keys(recipe, 'key:"mine/duplicates"')] == [
+        "AssetKey(['mine', 'duplicates'])"
+    ]

@@ -192,7 +192,16 @@ def _keys(recipe: Recipe, select: str | None) -> list[dg.AssetKey] | None:
     from siftline.pipelines.compose import compose
 
     graph = compose([recipe]).resolve_asset_graph()
-    return sorted(dg.AssetSelection.from_string(select).resolve(graph))
+    try:
+        keys = sorted(dg.AssetSelection.from_string(select).resolve(graph))
+    except dg.DagsterError as error:
+        raise ValueError(
+            f'--select {select!r}: {error}: name assets as in key:"{recipe.name}/duplicates", with + '
+            "before it for all that it needs"
+        ) from error
+    if not keys:
+        raise ValueError(f"--select {select!r} names no asset of recipe {recipe.name}")
+    return keys
 
 
 class _Watcher:
