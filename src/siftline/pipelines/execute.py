@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,8 +195,8 @@ def _keys(recipe: Recipe, select: str | None) -> list[dg.AssetKey] | None:
         keys = sorted(dg.AssetSelection.from_string(select).resolve(graph))
     except dg.DagsterError as error:
         raise ValueError(
-            f'--select {select!r}: {error}: name assets as in key:"{recipe.name}/duplicates", with + '
-            "before it for all that it needs"
+            f"--select {select!r}: {error}: name assets as in "
+            f'key:"{recipe.name}/duplicates", with + before it for all that it needs'
         ) from error
     if not keys:
         raise ValueError(f"--select {select!r} names no asset of recipe {recipe.name}")
@@ -232,7 +231,7 @@ class _Watcher:
                 self._drain()
             except Exception:  # the last `_drain`, in the run's own thread, meets it again
                 return
-            time.sleep(POLL_SECONDS)
+            self._stop.wait(POLL_SECONDS)
 
     def _drain(self) -> None:
         if self._run_id is None:
