@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from siftline.rows.outputs import LISTED
 from siftline.rows.shards import write_json
 from siftline.rows.verified import confirm, file_hash, read_hashed, with_hash
 from siftline.scoring.engines.base import ModelSpec, check_directory
@@ -47,8 +48,6 @@ FREE_KEYS = (
     "base_model_name_or_path",
     "transformers_version",
 )
-LISTED = "siftline-files.json"
-"""Holds the hashes of a trained model's files, and its own."""
 RECORDS = ("training.json", "curve.csv", "skipped.csv", "warmup.json")
 """What training writes beside a model and reads back."""
 RETRAIN = "remove the folder and run again: it is trained again"

@@ -20,6 +20,7 @@ import pyarrow as pa
 from siftline.ingest.pool import Pool
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
+from siftline.recipe.sections import Canaries
 from siftline.rows import schema
 from siftline.rows.ledger import KEPT, StageResult
 from siftline.rows.shards import no_rows
@@ -54,8 +55,8 @@ def measured(context: Context, judge: Judge, run: StageRun) -> StageRun:
         fact of that name, one entry per kind: kind, sound (whether a removal is a false drop),
         planted, removed, failed, share, low, high (Wilson, 95 %; null where nothing was judged).
     """
-    asked = context.recipe.canaries
-    if asked is None or context.stage.scope == "added":
+    asked = canaries_of(context.recipe, context.stage)
+    if asked is None:
         return run
     lines, facts = [pl.DataFrame(schema=LINES)], []
     known = sorted(i for r in run.results for i in [*r.decisions["id"].to_list(), *r.failed])
@@ -182,9 +183,14 @@ def _count(recipe: Recipe) -> int:
     return SPARE * recipe.canaries.per_kind + 1
 
 
+def canaries_of(recipe: Recipe, stage: Stage) -> Canaries | None:
+    """What the recipe says of canaries, for a stage that any are planted before; else None."""
+    return recipe.canaries if stage.of.planted and stage.scope == "all" else None
+
+
 def held_rows_of(recipe: Recipe, stage: Stage, rows: int) -> HeldRows | None:
     """Where a gate with so many rows leaves those that its canaries are made of."""
-    if recipe.canaries is None or not stage.of.planted or stage.scope == "added":
+    if canaries_of(recipe, stage) is None:
         return None
     own = [kind for kind in _kinds(stage) if kind != "leaked"]
     return HeldRows(recipe.seed, _count(recipe) * len(own), rows)

@@ -16,7 +16,7 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe, scorers_read
 from siftline.rows.ledger import StageOutput, write_stage
 from siftline.rows.verified import RERUN, AlteredError, UnhashedError, content_hash, plain
-from siftline.stages.canaries import held_rows_of
+from siftline.stages.canaries import canaries_of, held_rows_of
 from siftline.stages.context import Context
 from siftline.stages.models import engines, identity, model_spec
 from siftline.stages.scorers import scorer_table
@@ -49,7 +49,7 @@ def _inputs(
     """Everything that a stage's decisions depend on; JSON."""
     upstream = before[-1][1].manifest if before else None
     roles, wanted = models_used(recipe, stage), sets_used(stage)
-    planted = recipe.canaries if stage.of.planted and stage.scope == "all" else None
+    planted = canaries_of(recipe, stage)
     return {
         "code": VERSION,
         "kind": stage.kind,
@@ -167,9 +167,9 @@ def stage_asks(workspace: Workspace, recipe: Recipe, name: str) -> bool:
     inputs = _inputs(workspace, recipe, stage, before)
     if _reusable(_path(workspace, recipe, stage, inputs), inputs) is not None:
         return False
-    plants = stage.of.planted and stage.scope == "all" and recipe.canaries is not None
+    plants = canaries_of(recipe, stage) is not None
     added = any(output.accounting.added for _, output in before)
-    return not stage.of.found or bool(plants) or added
+    return not stage.of.found or plants or added
 
 
 def run_stage(

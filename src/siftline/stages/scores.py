@@ -1,4 +1,4 @@
-"""Likelihood: the shared score table of a pool, and the outlier gate that reads it.
+"""Likelihood: the shared score table of a pool, and what stages read of it.
 
 The table covers the whole pool once and is shared by recipes. Rows that a stage adds later are
 scored through the same store when a gate asks for them.

@@ -1,13 +1,10 @@
-"""Auto-Correct (CLEAR, arXiv 2403.12776): its options, and the models that propose answers."""
+"""Auto-Correct (CLEAR, arXiv 2403.12776): its options."""
 
 from dataclasses import dataclass, field
 
 from siftline.scoring.engines.base import Sampling
 from siftline.stages.correct.decide import CorrectionRule
 from siftline.training.finetune import FineTune
-
-TOLD = ("save_steps", "report_to")
-"""Training options that decide no weight."""
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,13 @@
 """The likelihood gate: responses the target model finds too unlikely, or too likely."""
 
-from collections.abc import Callable
-from typing import Any
-
 import polars as pl
 import pyarrow as pa
 
 from siftline.rows.ledger import StageResult
-from siftline.scoring.measures.likelihood import COLUMNS
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, pass_earlier, split_failed
 from siftline.stages.likelihood.decide import LikelihoodOutliers
 from siftline.stages.scores import likelihoods, score_rows
-
-VERSION = 3
-"""Raise it when the table's columns change, or which rows have a score."""
-TABLE = pa.schema(
-    [
-        ("id", pa.string()),
-        ("key", pa.string()),
-        ("n_tokens", pa.int32()),
-        *((name, pa.float64()) for name, kind in COLUMNS.items() if kind == pl.Float64),
-        ("pooled", pa.binary()),
-    ]
-)
-Observe = Callable[[int, dict[str, Any]], None]
-"""Takes a finished store bucket and its numbers."""
 
 
 def run(context: Context) -> StageRun:
