@@ -18,7 +18,7 @@ HEAVY = ("torch", "vllm", "faiss", "transformers", "trl", "peft", "sentence_tran
 
 # What each part of the package may import of the others. The five folders and training go one way:
 # kernels <- selectors, scoring, training <- stages <- assets <- pipelines <- definitions.
-LEAVES = {"config", "disk", "locks", "progress", "scratch", "workspace"}
+LEAVES = {"config", "disk", "entry_points", "locks", "progress", "scratch", "workspace"}
 DATA = {*LEAVES, "ingest", "rows", "store"}
 METHODS = {"kernels", "selectors", "scoring", "training"}
 BELOW_STAGES = {*DATA, *METHODS, "recipe", "plots", "report"}
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"rows"},
     "config": set(),
     "disk": set(),
+    "entry_points": set(),
     "locks": set(),
     "progress": set(),
     "scratch": {"disk"},
@@ -36,10 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"locks", "rows"},
     "ingest": {"disk", "locks", "rows"},
     "dedup": {"disk", "ingest", "kernels", "locks", "progress", "rows"},  # one reader for all verbs
-    "selectors": {"config", "kernels", "rows"},
+    "selectors": {"config", "entry_points", "kernels", "rows"},
     "scoring": {"kernels", "rows", "selectors", "store"},
     "training": {"disk", "ingest", "kernels", "rows", "scoring", "selectors", "store"},
-    "recipe": {"config", "ingest", "rows", "scoring", "training"},
+    "recipe": {"config", "entry_points", "ingest", "rows", "scoring", "training"},
     "export": {"rows"},
     "plots": {*LEAVES, "kernels"},
     "report": {*LEAVES, "kernels", "plots", "rows"},

@@ -6,15 +6,14 @@ a recipe loads no code of others. An installed package adds a kind by an entry p
 `siftline.stages`.
 """
 
-import importlib.metadata
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
 from siftline.config import nearest
+from siftline.entry_points import load_registered, registered
 
 GROUP = "siftline.stages"
 """Entry points of packages that add a kind: its name, and `package.module:attribute`."""
@@ -139,7 +138,7 @@ class StageKind:
 
 def known() -> tuple[str, ...]:
     """Names of all kinds, those of installed packages last; none is imported."""
-    return (*BUILT_IN, *sorted({p.name for p in _points()} - {*BUILT_IN}))
+    return (*BUILT_IN, *registered(GROUP))
 
 
 @cache
@@ -150,40 +149,15 @@ def kind_of(name: str) -> StageKind:
         ValueError: if there is none, naming the nearest; or naming the package, if the name is
             taken twice, the entry point can't be loaded, or it gives something else.
     """
-    points = [point for point in _points() if point.name == name]
-    owners = sorted(point.dist.name if point.dist else "an unnamed package" for point in points)
-    if name in BUILT_IN and points:
-        raise ValueError(
-            f"stage {name!r} of package {owners[0]} has the name of one of siftline's: give its "
-            "entry point another name"
-        )
-    if name in BUILT_IN:
-        found: Any = import_module(f"siftline.stages.{name}").KIND
-        assert found.name == name
-        return found
-    if len(points) > 1:
-        raise ValueError(
-            f"packages {' and '.join(owners)} register a stage {name!r} each: uninstall one"
-        )
-    if not points:
+    if name in registered(GROUP):
+        given = load_registered(GROUP, "stage", name, BUILT_IN)
+        if not isinstance(given.found, StageKind) or given.found.name != name:
+            raise ValueError(
+                f"{given.what}: {given.value!r} is {given.found!r}: give its StageKind"
+            )
+        return given.found
+    if name not in BUILT_IN:
         raise ValueError(f"unknown stage {name!r}: {nearest(name, known())}")
-    what = f"stage {name!r} of package {owners[0]}"
-    try:
-        found = points[0].load()
-    except Exception as error:  # importing it runs its code, which may raise anything
-        raise ValueError(
-            f"{what} can't be loaded from {points[0].value!r} ({type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(found, StageKind) or found.name != name:
-        raise ValueError(f"{what}: {points[0].value!r} is {found!r}: give its StageKind")
+    found: StageKind = import_module(f"siftline.stages.{name}").KIND
+    assert found.name == name
     return found
-
-
-def _points() -> importlib.metadata.EntryPoints:
-    return _points_on(tuple(sys.path))
-
-
-@lru_cache(maxsize=4)
-def _points_on(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
-    """Looked for once for each search path: it reads what every installed package says."""
-    return importlib.metadata.entry_points(group=GROUP)

@@ -12,13 +12,10 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
-import re
-import sys
-from collections.abc import Container, Mapping
-from functools import lru_cache
-from importlib.metadata import EntryPoint
+from collections.abc import Container
 from typing import Any, get_args
 
+from siftline import entry_points
 from siftline.selectors.entry import Entry, Need
 from siftline.selectors.method import MAX_ROWS
 
@@ -31,16 +28,7 @@ TAUGHT = ("compare", "max_new_tokens", "seed")
 
 def registered() -> tuple[str, ...]:
     """Names of the methods that installed packages register, sorted; nothing is imported."""
-    return tuple(sorted(_points(tuple(sys.path))))
-
-
-@lru_cache(maxsize=4)
-def _points(path: tuple[str, ...]) -> Mapping[str, tuple[EntryPoint, ...]]:
-    """Entry points by name, looked for once for each search path: it reads every package's."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in importlib.metadata.entry_points(group=GROUP):
-        found[point.name] = (*found.get(point.name, ()), point)
-    return found
+    return entry_points.registered(GROUP)
 
 
 def registered_as(name: str, taken: Container[str]) -> Entry:
@@ -54,29 +42,8 @@ def registered_as(name: str, taken: Container[str]) -> Entry:
         ValueError: naming the package, if the name is taken or not fit, the entry point can't be
             loaded, or what it names is no method with defaults for all its options.
     """
-    points = _points(tuple(sys.path))[name]
-    owners = sorted(point.dist.name if point.dist else "an unnamed package" for point in points)
-    what = f"method {name!r} of package {owners[0]}"
-    if len(points) > 1:
-        raise ValueError(
-            f"packages {' and '.join(owners)} register a method {name!r} each: rename one, or "
-            "uninstall its package"
-        )
-    if name in taken:
-        raise ValueError(
-            f"{what} has the name of one of siftline's: give its entry point another name"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"{what}: name it in letters, digits and _ - . alone")
-    (point,) = points
-    try:
-        found = point.load()
-    except Exception as error:  # importing it runs its code, which may raise anything
-        raise ValueError(
-            f"{what} can't be loaded from {point.value!r} ({type(error).__name__}: {error}): mend "
-            "its entry point, or uninstall it"
-        ) from error
-    entry = _entry(name, point.value, found, what, owners[0])
+    found, value, package, what = entry_points.load_registered(GROUP, "method", name, taken)
+    entry = _entry(name, value, found, what, package)
     missing = dataclasses.MISSING
     for option in dataclasses.fields(found):
         if option.init and option.default is missing and option.default_factory is missing:
