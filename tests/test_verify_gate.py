@@ -18,7 +18,7 @@ def surroundings(rows, **options):
     blank = pa.nulls(table.num_rows, pa.string())
     table = table.append_column("parent_id", blank).append_column("origin", blank).sort_by("id")
     return SimpleNamespace(
-        stage=SimpleNamespace(options=Verify(**options), name="verify", kind="verify", scope="all"),
+        stage=Stage("verify", "verify", Verify(**options)),
         recipe=SimpleNamespace(canaries=None), buckets=range(1), held_rows=None,
         in_play=lambda bucket: table.column("id").to_pylist(), rows=lambda bucket: table,
         emit=lambda line: None, judged=lambda bucket: None,
