@@ -139,8 +139,10 @@ def prepare():
     torch.set_num_threads(1)
     from siftline.pipelines.executor import PRELOADED
 
-    more = ("siftline.cli", "siftline.definitions", "siftline.stages.publish", "sklearn.base",
-            "siftline.scoring.engines.server_engine", "transformers.models.auto.tokenization_auto")  # fmt: skip
+    more = (
+        "siftline.cli", "siftline.definitions", "siftline.stages.publish", "sklearn.base",
+        "siftline.scoring.engines.server_engine", "transformers.models.auto.tokenization_auto",
+    )  # fmt: skip
     for name in (*PRELOADED, *more):
         importlib.import_module(name)
 

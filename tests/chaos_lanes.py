@@ -1,14 +1,12 @@
 """Lanes of `chaos.py`: roots that are disturbed again and again, and what has to hold."""
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import logging
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -258,7 +256,7 @@ class Lane:
     def disturb(self, moments):
         """Lives through so many moments and then to the end."""
         begun = time.monotonic()
-        adopt()
+        module("chaos_hook").adopt()
         self.undisturbed()
         if self.aged:
             self.age()
@@ -297,7 +295,7 @@ class Lane:
         repeated = self.figures.asked - self.figures.needed
         must(self.done or repeated <= self.figures.allowed, "asked again:", repeated, self.figures)
         self.figures.seconds = time.monotonic() - begun
-        self.figures.processor = spent()
+        self.figures.processor = module("chaos_hook").spent()
 
     def check(self, kind, ended):
         """The disturbance ended the run as it may."""
@@ -451,7 +449,7 @@ class TreeLane(Lane):
         while not (status := os.waitpid(run, os.WNOHANG))[0]:
             must(time.monotonic() < end, "a run does not end")
             time.sleep(0.05)
-        must(orphans_ended(), "left behind by", plan)
+        must(module("chaos_hook").orphans_ended(), "left behind by", plan)
         code = os.waitstatus_to_exitcode(status[1])
         lines = said.read_text().splitlines()
         if code == 1:
@@ -475,7 +473,7 @@ class TreeLane(Lane):
         sys.modules["__main__"] = siftline.cli  # as `python -m siftline.cli` has it
         hook = module("chaos_hook")
         hook.inside(hook.arm(plan))
-        fork_steps()
+        hook.fork_steps()
         code = 0
         try:
             siftline.cli.main(["run", "mini", "--root", str(self.root)])
@@ -496,55 +494,6 @@ class TreeLane(Lane):
             for path in (self.root / name).glob("mini-*" if name == "models" else "*"):
                 if self.dice.random() < 0.5:
                     remove(path)
-
-
-def fork_steps():
-    """Starts the server of step processes by a fork; it has nothing left to load."""
-    from multiprocessing import forkserver, util
-
-    start, here = util.spawnv_passfds, "/proc/self/fd"
-    held = {name for name in os.listdir(here) if os.path.exists(f"{here}/{name}")}
-
-    def forked(path, arguments, handles):
-        if "multiprocessing.forkserver" not in arguments[-1]:
-            return start(path, arguments, handles)
-        child = os.fork()
-        if not child:
-            try:
-                # The other ends of its pipes: open here, they would keep it alive.
-                for name in set(os.listdir(here)) - held - set(map(str, handles)):
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
-                exec(arguments[-1], {})
-            finally:
-                os._exit(0)
-        return child
-
-    util.spawnv_passfds = forked
-    forkserver.ensure_running()
-
-
-def adopt():
-    """Makes orphans of runs this process's children, which tells what is left and what it cost."""
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
-def orphans_ended():
-    """Whether every process that a run left ends within 20 s."""
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        try:
-            if not os.waitpid(-1, os.WNOHANG)[0]:
-                time.sleep(0.05)
-        except ChildProcessError:
-            return True
-    return False
-
-
-def spent():
-    """Processor time in seconds of this process and all that it waited for."""
-    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in both)
 
 
 REFUSED = re.compile(
