@@ -158,7 +158,8 @@ class Lane:
             said = " ".join(str(error).split()) if told else traceback.format_exc()
             os.write(self.says, said.encode()[:60_000])
             os._exit(1)
-        (self.work / "modules").write_text("\n".join(sys.modules))
+        if plan["at"] < 0:  # a disturbed one may not be able to write
+            (self.work / "modules").write_text("\n".join(sys.modules))
         os._exit(0)
 
     def run(self, act="kill", at=-1, keep=0):
@@ -189,7 +190,7 @@ class Lane:
         return Ended({0: "finished", 1: "error", -9: "killed"}.get(code, f"code {code}"), said)
 
     def learn(self):
-        """Loads what a finished run has loaded, so that the next child need not."""
+        """Loads what an undisturbed run has loaded, so that the next child need not."""
         told = self.work / "modules"
         if not told.exists():
             return
@@ -481,7 +482,7 @@ class TreeLane(Lane):
         except BaseException:
             traceback.print_exc()
             code = 1
-        if not code:
+        if not code and plan["at"] < 0:
             (self.work / "modules").write_text("\n".join(sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
