@@ -35,6 +35,11 @@ SETS = {
     "backslashes64": set(b"\\"),
     "opening64": set(b"([{"),
     "closing64": set(b")]}"),
+    "round_opening64": set(b"("),
+    "round_closing64": set(b")"),
+    "square_opening64": set(b"["),
+    "square_closing64": set(b"]"),
+    "beside64": set(b"!$),.:;=?"),
     "signs64": set(b"#$%&*+/<=>@\\^|~"),
     "operators64": set(b"%&*+/<=>^|~"),
     "spaces64": set(range(1, 33)),
@@ -70,7 +75,7 @@ def test_vector_steps_equal_byte_by_byte(raw, at):
     assert (out[32:] == 7).all()
 
 
-SIGNED = st.text("ab1 .-'!_([)]+=\\é\n", min_size=1, max_size=200)
+SIGNED = st.text("abn1 .,;-'!_([)]+=\\éα∞\n", min_size=1, max_size=200)
 
 
 @settings(deadline=None, max_examples=500)

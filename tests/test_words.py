@@ -157,6 +157,21 @@ APART = [
     ["ใกล้", "ไกล"],
     ["ខ្មែរ", "ខ្មារ"],
     ["漢字", "汉字"],
+    ["f'(x)", "f(x)", "f''(x)", "f'''(x)"],
+    ["y'' + y = 0", "y' + y = 0", "y + y = 0", "y + y' = 0"],
+    ["(fg)'(x)", "(fg)(x)", "θ'(t)", "θ(t)"],
+    ["y'", "y", "y''"],
+    ["n!", "n", "n!!", "2n!", "2n"],
+    ["5!!", "5!", "(n + 1)!!", "(n + 1)!", "(n + 1)"],
+    ["the value of k!, then", "the value of k, then"],
+    ["3 + x!", "3 + x"],
+    ["[2,3)", "(2,3]", "[2,3]", "]2,3]", "]2,3["],
+    ["[2, 3)", "(2, 3]", "(2, 3)", "[2, 3["],
+    ["(-∞, 3]", "[-∞, 3)", "(-∞, 3)"],
+    ["x ∈ [a, b)", "x ∈ (a, b]", "x ∈ ]a, b]"],
+    ["[1,000, 2,000)", "(1,000, 2,000]"],
+    ["\\left[0,2\\pi\\right)", "\\left(0,2\\pi\\right]"],
+    ["[start, end)", "(start, end]"],
 ]
 ALIKE = [
     [
@@ -186,6 +201,18 @@ ALIKE = [
     ["❤️", "❤"],
     ["a, b; (c)", "a b c", "a b, c."],
     ["soft\u00adhyphen", "softhyphen"],
+    ["f'(x)", "f′(x)", "f’(x)", "F ′ (x)".replace(" ", "")],
+    ["f''(x)", "f″(x)", "f′′(x)"],
+    ["Plan B!", "plan b", "Plan B.", "'Plan B'"],
+    ["an A! it was I! oh, B!", "an A. It was I. Oh, B"],
+    ["letters 'a' or 'b'", 'letters "a" or "b"', "letters a or b"],
+    ["'a' + 'b' = 'c'", '"a" + "b" = "c"', "a + b = c"],
+    ["rock 'n' roll", "rock n roll"],
+    ["the dogs' = John's", "the dogs = john's"],
+    ["see [2,3] and (2,3)", "see 2,3 and (2,3)"],
+    ["x[1], y[i] (a, b)", "x 1 y i a b"],
+    ["(see [1, 2], or [3])", "see 1, 2 or 3"],
+    ["Dear {name}! dear [Name]!", "Dear name, dear name"],
 ]
 
 

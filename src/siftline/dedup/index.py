@@ -54,8 +54,8 @@ MANIFEST, SETS, LOCK = "manifest.json", "sets.bin", ".lock"
 _PART = r"(?:keys|decisions|changes)-\d{5}\.parquet"
 _OURS = re.compile(rf"{_PART}|\.(?:manifest\.json|{_PART})\.\d+")
 """Files of an index besides those three, half written ones included; no other is ever removed."""
-FORMAT = 2
-"""2: words by UAX #29, signs count; every file is hashed."""
+FORMAT = 3
+"""3: primes, factorials and the brackets of intervals count; 2: words by UAX #29, signs count."""
 CHANGES = pa.schema(
     [
         ("sift_row", pa.string()),

@@ -54,6 +54,16 @@ def trailing_zeros(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
+def leading_zeros(typing: Any, value: Any) -> Any:
+    """Zero bits above the highest set bit of a uint64; 64 for zero."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), build
+
+
+@intrinsic
 def high32(typing: Any, data: Any, at: Any) -> Any:
     """The high bits of data[at : at + 32] of a uint8 array, byte 0 lowest; a uint64."""
 
@@ -124,6 +134,11 @@ bangs64 = _class64("", "!")
 backslashes64 = _class64("", "\\")
 opening64 = _class64("", "([{")
 closing64 = _class64("", ")]}")
+round_opening64 = _class64("", "(")
+round_closing64 = _class64("", ")")
+square_opening64 = _class64("", "[")
+square_closing64 = _class64("", "]")
+beside64 = _class64("", "!$),.:;=?")
 signs64 = _class64("#&*+<>", "/@\\^|~")
 operators64 = _class64("%&*+<>", "/^|~")
 

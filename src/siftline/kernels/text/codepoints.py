@@ -34,7 +34,7 @@ PARTS, WORD, SOLO, MARK, ORDERED, JOINING, NOTHING, SPACE, SIGN, EXPANDS = range
 LIMIT = 0x110000
 GROWTH = 4
 """Bytes that one byte of a text may fold to."""
-ROOM = 96
+ROOM = 160
 """Bytes that a fold buffer needs beyond `GROWTH` times the length of the text."""
 FRONT = 16
 """Spaces before a folded text, so that what looks back finds nothing; more follow it."""
@@ -46,8 +46,7 @@ _IOTA_BELOW = "\u0345"
 _ALIKE = {
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\u2e3a\u2e3b\ufe58\ufe63\uff0d",
     "'": "\u00b4\u02b9\u02bb\u02bc\u02bd\u02c8\u2018\u2019\u201a\u201b\u2032\u2035\uff07\uff40",
-    '"': "\u00a8\u00ab\u00bb\u05f3\u05f4\u201c\u201d"
-    "\u201e\u201f\u2033\u2036\u2039\u203a\u301d\u301e",
+    '"': "\u00a8\u00ab\u00bb\u05f3\u05f4\u201c\u201d\u201e\u201f\u2036\u2039\u203a\u301d\u301e",
     "*": "\u00b7\u00d7\u0387\u2217\u22c5\u2715\u2716\u2a2f",
     "/": "\u00f7\u2044\u2215\u2797",
     "+": "\u2795",
@@ -58,6 +57,7 @@ _ALIKE = {
     "<=": "\u2264\u2a7d",
     ">=": "\u2265\u2a7e",
     "/^": "\u221a",
+    "''": "\u2033",
     " ": "\u180e\u200b",
 }
 """What is written in many ways and means one thing."""

@@ -16,9 +16,16 @@ nothing else:
   nothing stands before, and behind a digit or a word of one or two letters ("-5", "a - b",
   "-x", "Cl-"). A hyphen or a dash between words is none;
 * "!" before a word, "=" or "(", behind a digit or ")", and between a single letter and an operator
-  ("!=", "5!", "n! / 2");
+  ("!=", "5!", "n! / 2"); whatever follows, behind k m n p q r by itself ("find n!"), and behind
+  another letter but a, i, o at the start of a text and behind an operator, "$" or an opening
+  bracket. "Plan B!" is prose. A second one counts as the first does, three do not;
+* a run of "'" behind a single letter or a closing bracket, before "(" or an operator ("f'(x)",
+  "y'' + y"), and behind a letter but a, i, o at the end and before closing punctuation, unless a
+  quotation opened before it;
 * "." before a word with none before it (".5", ".NET"); ":" between digits ("3:4");
-* an opening bracket behind an operator, a closing one before an operator: "(2 + 3) * 4".
+* an opening bracket behind an operator, a closing one before an operator: "(2 + 3) * 4";
+* both brackets of an interval, which are no pair and hold two operands: "[2, 3)", "]0, 1[". "[2, 3]"
+  may be a citation.
 
 So case, white space, commas, full stops, quotes and typography make no difference, and neither does
 indentation. `words_reference` says the same in plain Python.

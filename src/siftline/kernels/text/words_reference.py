@@ -1,13 +1,18 @@
 """The words of a text in plain Python: what `tokens` is tested against."""
 
+import re
 from collections.abc import Callable
 
 from siftline.kernels.text.codepoints import fold_reference
-from siftline.kernels.text.signs import REACH
+from siftline.kernels.text.signs import QUOTED, REACH, SPAN
 
 _OPERATORS, _ALWAYS = set("+*/^<=>|~&%"), set("#$@\\")
 _OPEN, _CLOSE = set("([{"), set(")]}")
-_PAD = " " * (REACH + 5)
+_PAD = " " * (max(QUOTED, REACH, SPAN) + 5)
+_BETWEEN_BRACKETS = re.compile(rf"[^()\[\]]{{0,{SPAN}}}(?=[()\[\]])")
+_APART = re.compile(r"(?<![0-9])[,;]|[,;](?![0-9])")
+_JOINED = re.compile(r"(?<=[0-9])[,;](?=[0-9])")
+_SPACES = "".join(map(chr, range(1, 33)))
 
 
 def words_reference(text: str) -> list[str]:
@@ -63,6 +68,10 @@ def _is_sign(text: str, k: int) -> bool:
         return _is_digit(left) and _is_digit(right)
     if char in "-!":
         return _is_operator(text, k)
+    if char == "'":
+        return _is_prime(text, k)
+    if _is_bound(text, k):
+        return True
     if char in _OPEN:
         before = _without(text[k + 1 - REACH : k][::-1], lambda c: "\0" < c <= " " or c in _OPEN)
         at = k - 1 - (REACH - 1 - before)
@@ -87,7 +96,12 @@ def _is_operator(text: str, k: int) -> bool:
         if right in "=(" or _is_word(right) or left == ")" or _is_digit(left):
             return True
         after = text[_beside(text, k, 1)]
-        return (after in _OPERATORS or after in _CLOSE or after in "-!") and _alone(text, k - 1)
+        if (after in _OPERATORS or after in _CLOSE or after in "-!") and _alone(text, k - 1):
+            return True
+        if left == "!":
+            once = text[k - 2] != "!" and right != "!"
+            return once and (text[k - 2] == ")" or _is_operand(text, k - 2))
+        return _is_operand(text, k - 1)
     if char != "-":
         return char in _OPERATORS
     a, b = _beside(text, k, -1), _beside(text, k, 1)
@@ -105,6 +119,99 @@ def _is_operator(text: str, k: int) -> bool:
     if text[a] in _CLOSE or (left == "-" and text[k - 2] > " "):
         return False
     return _is_word(right) or right in _OPEN or right == "\\"
+
+
+def _is_operand(text: str, k: int) -> bool:
+    """Whether a factorial may stand behind what ends at k."""
+    char, left = text[k], text[k - 1]
+    if _is_digit(char):
+        return True
+    if char in "]}":
+        return _is_digit(left) or _alone(text, k - 1)
+    if not ("a" <= char <= "z") or char in "aio":
+        return False
+    if char == "n" and _is_digit(left):
+        digits = text[k + 1 - REACH : k]
+        rest = text[k - REACH] + digits.rstrip("0123456789")
+        return not _is_word(rest[-1])
+    if _is_word(left):
+        return False
+    if char in "kmnpqr":
+        return left != "'"
+    a = _beside(text, k, -1)
+    if text[a] == "-":
+        return _is_operator(text, a)
+    return text[a] <= " " or text[a] in _OPERATORS or text[a] in _OPEN or text[a] == "$"
+
+
+def _is_prime(text: str, k: int) -> bool:
+    before = text[: k + 1].rstrip("'") if text[k - REACH : k].strip("'") else text[: k - REACH]
+    after = text[k:].lstrip("'") if text[k : k + REACH].strip("'") else text[k + REACH :]
+    char = before[-1]
+    at = len(before) - 1
+    lone = _alone(text, at)
+    if not (lone or char in ")]") or _is_quoted(before[:-1][-QUOTED - 1 :] + char):
+        return False
+    if after[0] == "(" or after[0] in _OPERATORS:
+        return True
+    if char >= "\u0800":
+        return False
+    spaces = re.match(rf"[{re.escape(_SPACES)}]{{0,{REACH - 1}}}", after).end()
+    end = len(text) - len(after) + spaces
+    if text[end] in _OPERATORS:
+        return True
+    if text[end] == "-":
+        operand = text[_beside(text, end, 1)]
+        small = "a" <= operand <= "z" and _alone(text, _beside(text, end, 1))
+        return _is_digit(operand) or operand in _OPEN or small
+    if not lone or char in "aio" or not char.isascii():
+        return False
+    return "\0" < text[end] <= " " or after[0] in "$),.;?]}"
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether the last quote of a text that is in no word is an opening one."""
+    for k in range(len(text) - 2, 0, -1):
+        left, right = text[k - 1], text[k + 1]
+        if text[k] == "'" and not (_is_word(left) and _is_word(right)):
+            opens = not (_is_word(left) or left == "'" or left in _CLOSE)
+            return opens and not "\0" < right <= " "
+    return False
+
+
+def _is_bound(text: str, k: int) -> bool:
+    """Whether the bracket at k is one of an interval."""
+    if text[k] in "([]" and _is_interval(text, k):
+        return True
+    if text[k] not in ")][":
+        return False
+    places = [a for a in range(k - SPAN - 1, k) if text[a] in "()[]"]
+    return bool(places) and text[places[-1]] != ")" and _is_interval(text, places[-1])
+
+
+def _is_interval(text: str, k: int) -> bool:
+    """Whether an interval that is open at one end, or has reversed brackets, starts at k."""
+    found = _BETWEEN_BRACKETS.match(text, k + 1)
+    if not found:
+        return False
+    inside, end = found[0], found.end()
+    if text[k] == "]" and (text[k - 1] > " " and text[k - 1] not in "$:="):
+        return False
+    if text[k] == "]" and inside[:1] and inside[0] in _SPACES:
+        return False
+    sides = [side.strip(_SPACES) for side in _APART.split(inside)]
+    two = len(sides) == 2 or (len(sides) == 1 and _JOINED.search(inside))
+    if not two or not all(sides):
+        return False
+    for gap in re.finditer(rf"[{re.escape(_SPACES)}]+", inside.strip(_SPACES)):
+        near = inside.strip(_SPACES)
+        if _is_word(near[gap.start() - 1]) and _is_word(near[gap.end()]):
+            return False
+    if text[end] == "[" and (
+        inside[-1] in _SPACES or (text[end + 1] > " " and text[end + 1] not in "!$),.:;?")
+    ):
+        return False
+    return text[end] != "(" and text[k] + text[end] not in ("()", "[]")
 
 
 def _beside(text: str, k: int, step: int) -> int:
