@@ -15,7 +15,8 @@ from siftline.kernels.sets.shingles import write_distinct
 from siftline.kernels.text import bits
 from siftline.kernels.text.codepoints import FRONT, fold_bytes, fold_points, tables
 from siftline.kernels.text.folding import fold
-from siftline.kernels.text.signs import ALWAYS, SMALL, marked, role
+from siftline.kernels.text.roles import ALWAYS, SMALL, role
+from siftline.kernels.text.signs import marked
 from siftline.kernels.text.textgrams import shingles_reference, windows
 from siftline.kernels.text.tokens import word_units
 

@@ -157,12 +157,15 @@ APART = [
     ["ใกล้", "ไกล"],
     ["ខ្មែរ", "ខ្មារ"],
     ["漢字", "汉字"],
+]
+# Not seen by the number guard, so that short questions that differ in these alone may be near.
+APART_AS_WORDS = [
     ["f'(x)", "f(x)", "f''(x)", "f'''(x)"],
     ["y'' + y = 0", "y' + y = 0", "y + y = 0", "y + y' = 0"],
     ["(fg)'(x)", "(fg)(x)", "θ'(t)", "θ(t)"],
     ["y'", "y", "y''"],
     ["n!", "n", "n!!", "2n!", "2n"],
-    ["5!!", "5!", "(n + 1)!!", "(n + 1)!", "(n + 1)"],
+    ["5!!", "5!", "5"],
     ["the value of k!, then", "the value of k, then"],
     ["3 + x!", "3 + x"],
     ["[2,3)", "(2,3]", "[2,3]", "]2,3]", "]2,3["],
@@ -216,7 +219,7 @@ ALIKE = [
 ]
 
 
-@pytest.mark.parametrize("texts", APART, ids=lambda texts: texts[0])
+@pytest.mark.parametrize("texts", APART + APART_AS_WORDS, ids=lambda texts: texts[0])
 def test_different_texts_stay_apart(texts):
     assert len({words(text) for text in texts}) == len(texts)
     assert (deduplicate(pa.array(texts)).matched == -1).all()

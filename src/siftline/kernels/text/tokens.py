@@ -24,8 +24,8 @@ nothing else:
   quotation opened before it;
 * "." before a word with none before it (".5", ".NET"); ":" between digits ("3:4");
 * an opening bracket behind an operator, a closing one before an operator: "(2 + 3) * 4";
-* both brackets of an interval, which are no pair and hold two operands: "[2, 3)", "]0, 1[". "[2, 3]"
-  may be a citation.
+* both brackets of an interval, which are no pair and hold two operands: "[2, 3)", "]0, 1[".
+  "[2, 3]" may be a citation.
 
 So case, white space, commas, full stops, quotes and typography make no difference, and neither does
 indentation. `words_reference` says the same in plain Python.

@@ -1,4 +1,4 @@
-"""The loop over texts of `text.words_of`; apart from it, so that importing that compiles nothing."""
+"""The loop over texts of `text.words_of`; importing that compiles nothing."""
 
 import numpy as np
 from numba import njit

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from siftline.kernels.text.codepoints import fold_reference
-from siftline.kernels.text.signs import QUOTED, REACH, SPAN
+from siftline.kernels.text.roles import QUOTED, REACH, SPAN
 
 _OPERATORS, _ALWAYS = set("+*/^<=>|~&%"), set("#$@\\")
 _OPEN, _CLOSE = set("([{"), set(")]}")
@@ -90,7 +90,7 @@ def _without(text: str, skipped: Callable[[str], bool]) -> int:
     return 0
 
 
-def _is_operator(text: str, k: int) -> bool:
+def _is_operator(text: str, k: int) -> bool:  # noqa: C901, a list of cases
     char, left, right = text[k], text[k - 1], text[k + 1]
     if char == "!":
         if right in "=(" or _is_word(right) or left == ")" or _is_digit(left):
@@ -156,7 +156,8 @@ def _is_prime(text: str, k: int) -> bool:
         return True
     if char >= "\u0800":
         return False
-    spaces = re.match(rf"[{re.escape(_SPACES)}]{{0,{REACH - 1}}}", after).end()
+    gap = re.match(rf"[{re.escape(_SPACES)}]{{0,{REACH - 1}}}", after)
+    spaces = gap.end() if gap else 0
     end = len(text) - len(after) + spaces
     if text[end] in _OPERATORS:
         return True
