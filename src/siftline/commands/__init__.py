@@ -49,6 +49,7 @@ VERBS: dict[str, Verb] = {
         "Write the version in FOLDER for another trainer, with the configuration it wants.",
     ),
     "plan": Verb("plan", "plan", "Say what RECIPE's rejection sampling will cost, from its pilot."),
+    "recipe": Verb("recipe", "recipe", "Say what a recipe may hold."),
     "report": Verb(
         "report",
         "report",
