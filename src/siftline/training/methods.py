@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from siftline.kernels.draws import hash64
-from siftline.training.sft import FineTune
+from siftline.training.sft import LORA_SCALE, FineTune
 
 
 def load_model(base: Path, config: FineTune, seed: int) -> Any:
@@ -73,7 +73,7 @@ def adapter_config(config: FineTune) -> Any:
     if config.method != "peft":
         return LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=LORA_SCALE * config.lora_rank,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )

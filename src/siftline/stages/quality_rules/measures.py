@@ -7,7 +7,7 @@ lies on that side of the threshold on which its filter saw it.
 import re
 from collections.abc import Callable, Sequence
 
-from siftline.stages.quality_rules.decide import Rules
+from siftline.stages.quality_rules.decide import SHORT_LINE, Rules
 
 Measure = Callable[[str, list[str], Rules], float]
 """From a text, its words and the rules of its language to a number."""
@@ -70,7 +70,7 @@ def _punctuated_lines(text: str, words: list[str], rules: Rules) -> float:
 
 def _short_lines(text: str, words: list[str], rules: Rules) -> float:
     lines = _full_lines(text)
-    return sum(len(line) <= rules.short_line_length for line in lines) / len(lines)
+    return sum(len(line) <= SHORT_LINE for line in lines) / len(lines)
 
 
 def _char_duplicates(text: str, words: list[str], rules: Rules) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from siftline.scoring.measures.languages import REMEDY
-from siftline.stages.quality_rules.decide import Rules
+from siftline.stages.quality_rules.decide import SHORT_LINE, Rules
 from siftline.stages.quality_rules.measures import MEASURES, gram_share, spoken
 
 LIBRARY = "datatrove"
@@ -144,7 +144,7 @@ def _filters(rules: Rules, words: Any) -> list[Any]:
         FineWebQualityFilter(
             line_punct_thr=or_(rules.line_punct_thr, 0.0),
             short_line_thr=or_(rules.short_line_thr, math.inf),
-            short_line_length=rules.short_line_length,
+            short_line_length=SHORT_LINE,
             char_duplicates_ratio=or_(rules.char_duplicates_ratio, math.inf),
             new_line_ratio=or_(rules.new_line_ratio, math.inf),
             language=words,
