@@ -1,4 +1,4 @@
-"""What there is to know about Siftline, counted: numbers of ratchet.json fall, or a commit says why.
+"""What there is to know about Siftline, counted: numbers only fall, unless a commit says why.
 
 python tests/test_ratchet.py --write     # the numbers as they are now
 """
