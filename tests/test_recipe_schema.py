@@ -238,10 +238,10 @@ def test_a_stage_of_a_package_is_in_it(tmp_path, monkeypatch):
         "from dataclasses import dataclass\n"
         "from siftline.recipe.kinds import StageKind\n"
         "@dataclass(frozen=True)\n"
-        "class Least:\n"
+        "class Recipe:\n"  # the name of one of ours
         '    """Keeps long rows.\n\n    Attributes:\n        words: Words at least.\n    """\n\n'
         "    words: int\n"
-        "KIND = StageKind(name='least', role='gate', options=Least, run='leasty:run')\n"
+        "KIND = StageKind(name='least', role='gate', options=Recipe, run='leasty:run')\n"
     )
     (tmp_path / "leasty.py").write_text(code, encoding="utf-8")
     info = tmp_path / "leasty-1.0.dist-info"

@@ -54,7 +54,7 @@ def recipe_schema() -> dict[str, Any]:
         if classes:
             said = {method: found[cls, "validation"] for method, cls in classes.items()}
             _by_method(shared[f"{name}_options"], said)
-    whole = shared.pop("Recipe")
+    whole = shared.pop(found["", "validation"]["$ref"].rpartition("/")[2])
     return {"$schema": DIALECT, **whole, "title": "Siftline recipe", "$defs": shared}
 
 
