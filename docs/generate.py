@@ -22,8 +22,7 @@ from siftline.cli import cli
 from siftline.config import field_texts
 from siftline.ingest.pool import PoolSpec
 from siftline.recipe.kinds import kind_of as stage_kind
-from siftline.recipe.library import SHIPPED
-from siftline.recipe.parse import parse
+from siftline.recipe.parse import SHIPPED, parse
 from siftline.recipe.schema import FILE, schema_text
 from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Training
 from siftline.scoring.engines.base import ModelSpec

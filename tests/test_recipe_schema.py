@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from siftline.cli import cli
-from siftline.recipe import library
+from siftline.recipe import parse as library
 from siftline.recipe.kinds import BUILT_IN, kind_of
 from siftline.recipe.parse import REQUIRED, Recipe, parse
 from siftline.recipe.schema import FILE, recipe_schema
