@@ -59,7 +59,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "recipes", "plan", "Say what RECIPE's rejection sampling will cost, from its pilot."
     ),
-    "recipe": Verb("recipe", "recipe", "Say what a recipe may hold."),
+    "recipe": Verb("recipes", "recipe", "Say what a recipe may hold."),
     "report": Verb(
         "recipes",
         "report",
