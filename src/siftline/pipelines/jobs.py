@@ -1,11 +1,15 @@
 """Jobs, schedules and sensors: one of each per recipe; the last two are off until switched on."""
 
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from siftline.assets import keys
 from siftline.assets.outcome import outcomes
-from siftline.ingest.readers import source_files
+from siftline.ingest.files import file_states
 from siftline.recipe.parse import Recipe, expand_pool
 from siftline.rows.verified import content_hash
 from siftline.workspace import Workspace
@@ -15,6 +19,15 @@ RETRIES = {
     "dagster/retry_on_asset_or_op_failure": "false",  # a failed stage says why
 }
 """A run whose process crashed is tried again, whatever instance it runs on."""
+FILES_TAG = "siftline/files"
+"""Tag of runs that the sensor asked for: which request."""
+GONE = "0" * 64
+"""State of files of which a whole source has gone."""
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 60.0, 3600.0
+"""Between runs of one state that fail: doubled each time, from the second on."""
+UNRECORDED_SECONDS = 600.0
+"""After which a run that was asked for and has no record is asked for again."""
+_WAITING = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.QUEUED)
 
 
 def recipe_job(recipe: Recipe) -> UnresolvedAssetJobDefinition:
@@ -39,39 +52,136 @@ def recipe_schedule(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.Sch
 
 
 def input_state(workspace: Workspace, recipe: Recipe) -> str | None:
-    """Hash of names, sizes and times of a pool's input files; None while there are none."""
-    import fsspec
+    """Hash of paths, sizes and times of what the pool and the sets are read from.
 
-    spec = expand_pool(recipe.pool, workspace.inputs(recipe.name))
+    Returns:
+        None while a source matches no file.
+    """
     seen = []
-    for source in spec.inputs:
+    for spec in (recipe.pool, *(spec for _, spec in recipe.sets.items())):
         try:
-            files = source_files(source)
+            states = file_states(expand_pool(spec, workspace.inputs(recipe.name)).inputs)
         except ValueError:
             return None
-        for file in files:
-            system, path = fsspec.core.url_to_fs(file)
-            info = system.info(path)
-            seen.append([file, info.get("size"), str(info.get("mtime", info.get("LastModified")))])
-    return content_hash(sorted(seen, key=str))
+        seen.append([spec.name, *states])
+    return content_hash(seen)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the sensor asked for last; kept as its cursor.
+
+    Attributes:
+        state: State of the files, see `input_state`.
+        key: Key and tag of the run; no other run has it.
+        at: When, in seconds since 1970.
+        failed: How many runs of this state have failed one after the other.
+        done: Whether a run of this state succeeded.
+    """
+
+    state: str
+    key: str
+    at: float
+    failed: int = 0
+    done: bool = False
+
+    @classmethod
+    def read(cls, cursor: str | None) -> "Asked | None":
+        """The cursor's; None where there is none, or one of an earlier version of Siftline."""
+        if not cursor or not cursor.startswith("{"):
+            return None
+        return cls(**json.loads(cursor))
+
+    @classmethod
+    def anew(cls, state: str, now: float, failed: int = 0) -> "Asked":
+        """A run of its own: the time is in its key, for a state may come back."""
+        return cls(state, f"{state[:12]}-{now:.3f}", now, failed)
+
+    def cursor(self) -> str:
+        """As the sensor keeps it."""
+        return json.dumps(asdict(self))
+
+
+def next_run(
+    state: str | None, last: Asked | None, run: dg.DagsterRun | None, now: float
+) -> tuple[Asked | None, str | None]:
+    """Whether a run is to be asked for.
+
+    A state counts as done when its run succeeded, not when it was asked for: what failed is tried
+    again, at the next look and then after pauses that double.
+
+    Args:
+        state: State of the files now; None while a source matches none.
+        last: What was asked for last.
+        run: Newest run of what was asked for; None where there is no record of one.
+        now: Seconds since 1970.
+
+    Returns:
+        What to remember, and why no run is asked for, or None: one is.
+    """
+    if state is None:
+        return last, "the recipe's input files are not there yet"
+    if last is None:
+        return Asked.anew(state, now), None
+    if state != last.state:
+        if run is not None and run.status in _WAITING:
+            reason = f"run {run.run_id[:8]} has not begun: it will read the files as they are now"
+            return replace(last, state=state, failed=0), reason
+        return Asked.anew(state, now), None
+    if last.done or (run is not None and run.is_success):
+        return replace(last, done=True), "no input file changed"
+    if run is None:
+        if now - last.at < UNRECORDED_SECONDS:
+            return last, "no input file changed since a run was asked for"
+        return Asked.anew(state, now, last.failed), None
+    if not run.is_finished:
+        return last, f"no input file changed; run {run.run_id[:8]} is under way"
+    return _again(last, run, now)
+
+
+def _again(last: Asked, run: dg.DagsterRun, now: float) -> tuple[Asked, str | None]:
+    """The same state once more, after a pause; who cancelled a run meant to have some peace."""
+    cancelled = run.status == dg.DagsterRunStatus.CANCELED
+    pause = min(PAUSE_SECONDS * 2**last.failed, LONGEST_PAUSE_SECONDS) if last.failed else 0.0
+    pause = LONGEST_PAUSE_SECONDS if cancelled else pause
+    left = last.at + pause - now
+    if left > 0:
+        ended = "was cancelled" if cancelled else "failed"
+        return last, f"run {run.run_id[:8]} of these files {ended}: again in {left / 60:.0f} min"
+    return Asked.anew(last.state, now, last.failed + 1), None
 
 
 def new_files_sensor(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
-    """Asks for a run when the pool's input files change."""
+    """Asks for a run when a file that the recipe reads comes, changes or goes."""
 
     @dg.sensor(
         name=f"{recipe.name}_new_files",
         job=job,
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
+        description="A run when an input file comes, changes or goes; until one succeeds.",
     )
     def new_files(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        last = Asked.read(context.cursor)
         state = input_state(Workspace.from_environment(), recipe)
-        if state is None:
-            return dg.SkipReason("the recipe's input files are not there yet")
-        if state == context.cursor:
-            return dg.SkipReason("no input file changed")
-        context.update_cursor(state)
-        return dg.RunRequest(run_key=state)
+        if state is None and last is not None and recipe.inputs is None:
+            state = GONE  # what was there is not: a run says so
+        # Looked up after the files: a run that has not begun will see what was seen here.
+        run = _newest_run(context, last.key) if last is not None else None
+        asked, reason = next_run(state, last, run, time.time())
+        if asked is not None and asked != last:
+            context.update_cursor(asked.cursor())
+        if reason is not None:
+            return dg.SkipReason(reason)
+        assert asked is not None
+        return dg.RunRequest(run_key=asked.key, tags={FILES_TAG: asked.key})
 
     return new_files
+
+
+def _newest_run(context: dg.SensorEvaluationContext, key: str) -> dg.DagsterRun | None:
+    """The newest run of a request; Dagster's own retries carry its tag."""
+    if context.instance_ref is None and context._instance is None:
+        return None  # asked outside an instance, as a test may
+    runs = context.instance.get_runs(dg.RunsFilter(tags={FILES_TAG: key}), limit=1)
+    return runs[0] if runs else None
