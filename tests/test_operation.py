@@ -1,17 +1,36 @@
 """What people who operate a recipe meet: files that come and go, runs cancelled, two at a time."""
 
+import hashlib
 import json
 import os
+import platform
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import dagster as dg
 import fsspec
+import polars as pl
 import pytest
+import yaml
+from dagster._core.launcher import WorkerStatus
+from dagster._utils.tags import TagConcurrencyLimitsCounter
 
+from siftline.assets.asking import OWNER
+from siftline.assets.keys import recipes_of
+from siftline.assets.metadata import check_results
 from siftline.pipelines import jobs
+from siftline.pipelines.execute import instance_settings, prepare_home
 from siftline.pipelines.jobs import FILES_TAG, new_files_sensor, recipe_job
+from siftline.pipelines.launching import BORN_TAG, HOST_TAG, PID_TAG, own_tags
 from siftline.recipe.parse import parse
+from siftline.recipe.sections import Bounds
+from siftline.rows.ledger import Accounting
+from siftline.workspace import Workspace
 
 RUNS = dg.DagsterRunStatus
 
@@ -233,7 +252,6 @@ def test_a_root_at_an_address_is_refused_in_one_line(tmp_path, monkeypatch):
 
     from siftline.assets.resource import Siftline
     from siftline.commands.run import run
-    from siftline.workspace import Workspace
 
     monkeypatch.chdir(tmp_path)
     for address in ("s3://bucket/data", "gs://bucket", "hf://datasets/x/y", "s3:/bucket"):
@@ -248,3 +266,316 @@ def test_a_root_at_an_address_is_refused_in_one_line(tmp_path, monkeypatch):
         monkeypatch.delenv("SIFTLINE_ROOT")
     assert list(tmp_path.iterdir()) == []
     assert Workspace(tmp_path / "a: b" / "c").root.name == "c"
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def verdicts(counts, role="gate", **bounds):
+    decided = pl.DataFrame({"outcome": ["failed"] * counts.failed, "reason": "too_long"})
+    output = SimpleNamespace(accounting=counts, all_decisions=lambda: decided)
+    stage = SimpleNamespace(of=SimpleNamespace(role=role))
+    key = dg.AssetKey(["small", "duplicates"])
+    return {c.check_name: c for c in check_results(key, stage, output, Bounds(**bounds))}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("failed", "removed"), [(0, 0), (2, 0), (40, 0), (0, 30), (2, 30), (40, 30), (0, 98)]
+)
+def test_a_check_says_what_it_found_and_only_a_red_one_what_to_do(failed, removed, lost):
+    counts = Accounting(100, 0, 100 - removed - failed - lost, removed, failed)
+    found = verdicts(counts, max_failed=0.05, max_removed=0.9)
+    expected = {"accounting": not lost, "failed_rows": failed <= 5, "removed_rows": removed <= 90}
+    assert {name: check.passed for name, check in found.items()} == expected
+    remedies = {"accounting": "run it again", "failed_rows": "raise the bound",
+                "removed_rows": "loosen the gate"}  # fmt: skip
+    for name, check in found.items():
+        said = check.metadata["said"].value
+        assert check.description == said
+        assert (remedies[name] in said) != check.passed
+        assert ("report" in said) == (name == "accounting" and not check.passed)
+        plotted = {k: v.value for k, v in check.metadata.items() if k != "said"}
+        assert plotted
+        assert all(isinstance(v, int | float) for v in plotted.values()), plotted
+    assert found["failed_rows"].metadata["share"].value == failed / 100
+    assert ("too_long" in found["failed_rows"].metadata["said"].value) == bool(failed)
+    assert f"{removed} of 100 rows removed" in found["removed_rows"].metadata["said"].value
+
+
+# ---- runs: one of a recipe at a time, and cancelled ones stop ---------------------------------
+
+FIRST = """
+import sys, time
+from pathlib import Path
+from siftline.recipe.library import find
+from siftline.workspace import Workspace
+import siftline.assets.outcome as outcome
+from siftline.pipelines import execute
+was = outcome.publish_curated
+def slow(workspace, recipe, confirm):
+    Path(sys.argv[1], "publishing").touch()
+    def waits():
+        while Path(sys.argv[1], "hold").exists():
+            time.sleep(0.05)
+        confirm()
+    return was(workspace, recipe, waits)
+outcome.publish_curated = slow
+say = lambda line: print(line, flush=True)
+ended = execute.run_recipe(Workspace(Path(sys.argv[1])), find("small"), (), say)
+print("ended", ended.success, ended.error)
+"""
+"""A run that waits before it publishes as long as a file is there."""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, mini_tools):
+    """A root whose recipe `small` can be run by name, in this process and in others."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    write_rows(tmp_path / "rows" / "a.jsonl", range(8))
+    (recipes / "small.yaml").write_text(SMALL.format(folder=tmp_path))
+    folder = tmp_path / "root"
+    folder.mkdir()
+    for name, value in (("SIFTLINE_RECIPES", recipes), ("SIFTLINE_ROOT", folder),
+                        ("DAGSTER_HOME", folder / ".dagster")):  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    return folder
+
+
+SMALL = """
+name: small
+pool: {{name: small_rows, buckets: 1, inputs: [{{path: "{folder}/rows/*.jsonl"}}]}}
+models: {{base: {{path: model}}}}
+stages: [duplicates]
+budget: {{unit: rows, size: 4}}
+"""
+
+
+def begin(root, hold=True):
+    (root / "hold").touch() if hold else (root / "hold").unlink(missing_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", FIRST, str(root)], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_until(true, process):
+    deadline = time.monotonic() + 120
+    while not true():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cancelled_run_ends_and_publishes_nothing(root, force):
+    process = begin(root)
+    wait_until((root / "publishing").exists, process)
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs()
+        assert run.tags[OWNER] == "small"
+        if force:
+            instance.report_run_canceled(run)
+        else:  # what the button does
+            assert instance.run_coordinator.cancel_run(run.run_id)
+        out, _ = process.communicate(timeout=60)
+        assert f"ended False run {run.run_id[:8]} was cancelled" in out
+        assert instance.get_run_by_id(run.run_id).status == RUNS.CANCELED
+        assert not list(root.glob("curated/small/*"))
+        if force:
+            return
+        # A second run goes on from there; the lock, and the place in the queue, are free.
+        again = begin(root, hold=False)
+        out, _ = again.communicate(timeout=120)
+        assert "waits" not in out
+        assert [path.name for path in root.glob("curated/small/latest")] == ["latest"]
+
+
+def test_a_run_cancelled_at_the_last_moment_publishes_nothing(root):
+    """Between the last look and the publication; nothing interrupts it there."""
+    from siftline.assets.resource import stop_if_cancelled
+    from siftline.ingest.pool import build_pool
+    from siftline.recipe.library import find
+    from siftline.recipe.parse import expand_pool
+    from siftline.stages.publish import publish_curated
+    from siftline.stages.run import run_stage
+
+    workspace, recipe = Workspace(root), find("small")
+    build_pool(workspace.pool("small_rows"), expand_pool(recipe.pool, root), lambda rows: None)
+    run_stage(workspace, recipe, "duplicates", lambda line: None)
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(dg.job(name="small")(lambda: None), status=RUNS.STARTED)
+        confirm = partial(stop_if_cancelled, instance, run.run_id)
+        instance.report_run_canceling(run)
+        with pytest.raises(dg.DagsterExecutionInterruptedError, match="was cancelled"):
+            publish_curated(workspace, recipe, confirm)
+    assert not list(root.glob("curated/small/*"))
+    publish_curated(workspace, recipe)
+    assert list(root.glob("curated/small/latest"))
+
+
+@pytest.mark.slow
+def test_a_second_run_waits_and_says_for_whom(root):
+    first = begin(root)
+    wait_until((root / "publishing").exists, first)
+    second = begin(root)
+    lines = []
+    while "waits for" not in (line := second.stdout.readline()):
+        assert line, lines
+        lines.append(line)
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs()  # and has begun nothing
+    assert f"waits for run {run.run_id[:8]} (process {first.pid}): one run of recipe small" in line
+    (root / "hold").unlink()
+    for process in (first, second):
+        out, _ = process.communicate(timeout=120)
+        assert "ended True" in out
+
+
+def test_the_queue_holds_a_second_run_of_a_recipe_back(instance):
+    """The shipped settings: one run of a recipe, and others beside it."""
+    settings = yaml.safe_load(instance_settings().read_text())
+    limits = settings["concurrency"]["runs"]["tag_concurrency_limits"]
+    job = dg.job(name="x")(lambda: None)
+    going = [instance.create_run_for_job(job, tags={OWNER: "small"}, status=RUNS.STARTED)]
+    counter = TagConcurrencyLimitsCounter(limits, going)
+    other = [instance.create_run_for_job(job, tags={OWNER: name}) for name in ("small", "other")]
+    assert [counter.is_blocked(run) for run in other] == [True, False]
+
+
+def test_a_run_on_chosen_assets_counts_as_one_of_its_recipe():
+    keys = [dg.AssetKey(["small", "duplicates"]), dg.AssetKey(["pool", "small_rows"])]
+    assert recipes_of(keys) == ["small"]
+    assert recipes_of(keys[1:]) == []
+    job = recipe_job(small())
+    assert job.tags[OWNER] == "small"
+    tags = {key.path[-1]: step_tags(key) for key in keys[:1]}
+    assert tags == {"duplicates": "small"}
+
+
+def step_tags(key):
+    from siftline.pipelines.compose import compose
+
+    graph = compose([small()]).resolve_asset_graph()
+    return graph.get(key).assets_def.get_op_def_for_asset_key(key).tags[OWNER]
+
+
+def test_a_killed_run_is_noticed_by_the_daemon(root):
+    prepare_home(Workspace(root))
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    gone = {HOST_TAG: platform.node(), PID_TAG: str(child.pid), BORN_TAG: "1"}
+    job = dg.job(name="small")(lambda: None)
+    with dg.DagsterInstance.get() as instance:
+        launcher = instance.run_launcher
+        dead = instance.create_run_for_job(job, tags=gone, status=RUNS.STARTED)
+        assert launcher.check_run_worker_health(dead).status == WorkerStatus.NOT_FOUND
+        alive = instance.create_run_for_job(job, tags=own_tags(), status=RUNS.STARTED)
+        assert launcher.check_run_worker_health(alive).status == WorkerStatus.RUNNING
+        assert launcher.terminate(dead.run_id)
+        assert instance.get_run_by_id(dead.run_id).status == RUNS.CANCELED
+        assert launcher.terminate(alive.run_id)
+        assert instance.get_run_by_id(alive.run_id).status == RUNS.CANCELING
+
+
+def test_settings_follow_the_version_unless_somebody_edited_them(root):
+    home = prepare_home(Workspace(root))
+    settings, made = home / "dagster.yaml", home / ".made"
+    old = "telemetry: {enabled: false}\n"
+    settings.write_text(old)
+    made.write_text(hashlib.sha256(old.encode()).hexdigest())  # as an earlier version copied it
+    prepare_home(Workspace(root))
+    assert settings.read_bytes() == instance_settings().read_bytes()
+    settings.write_text(old)
+    prepare_home(Workspace(root))
+    assert settings.read_text() == old
+
+
+# ---- a bad recipe file -------------------------------------------------------------------------
+
+
+def altered(name, was, by):
+    """The small recipe under another name and with a change."""
+    return SMALL.replace("name: small\n", f"name: {name}\n").replace(was, by)
+
+
+BAD = {
+    "typo": altered("typo", "[duplicates]", "[duplicatez]"),
+    "no-yaml": "name: [",
+    "no.yaml": "name: [",
+    "bad_cron": altered("bad_cron", "models", 'schedule: "every day"\nmodels'),
+    "bad_zone": altered(
+        "bad_zone", "models", 'schedule: "CRON_TZ=Europe/Berlim 0 3 * * *"\nmodels'
+    ),
+    "zz_clash": altered("zz_clash", "buckets: 1", "buckets: 2"),
+    "taken": altered("taken", "[duplicates]", "[duplicates: {{name: report}}]"),
+}
+"""Recipes that can't be used, each for another reason; the last two are found by composing."""
+SAYS = {
+    "typo": "did you mean 'duplicates'",
+    "no-yaml": "not YAML",
+    "no.yaml": "not YAML",
+    "bad_cron": "'every day' is no cron time",
+    "bad_zone": "did you mean 'Europe/Berlin'",
+    "zz_clash": "both define pool/small_rows",
+    "taken": "a stage can't be called 'report'",
+}
+
+
+@pytest.fixture
+def beside_bad_ones(root, tmp_path):
+    for name, text in BAD.items():
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(text.format(folder=tmp_path))
+    return root
+
+
+def test_a_bad_recipe_takes_no_other_down(beside_bad_ones):
+    from siftline.pipelines.compose import compose_all
+    from siftline.recipe.library import read_all
+
+    defs = compose_all(*read_all())
+    names = {job.name for job in defs.jobs}
+    assert {"small", "demo", "typo", "no_yaml"} <= names
+    assert {s.name for s in defs.schedules} >= {"small_schedule", "bad_cron_schedule"}
+    assert {s.name for s in defs.sensors} >= {"small_new_files", "no_yaml_new_files"}
+    graph = defs.resolve_asset_graph()
+    for name, says in SAYS.items():
+        key = dg.AssetKey([name, "recipe"])
+        node = graph.get(key)
+        assert node.group_name.rstrip("_") == name.replace("-", "_").replace(".", "_")
+        assert says in node.description
+        (check,) = graph.get_check_keys_for_assets({key})
+        assert says in graph.get_check_spec(check).description
+        job = defs.resolve_job_def(node.group_name)
+        result = job.execute_in_process(raise_on_error=False)
+        assert not result.success
+        (verdict,) = result.get_asset_check_evaluations()
+        assert not verdict.passed
+        assert says in verdict.metadata["said"].value
+    with pytest.raises(ValueError, match="not YAML"):
+        defs.resolve_sensor_def("no_yaml_new_files")(dg.build_sensor_context())
+    assert dg.AssetKey(["small", "curated"]) in graph.get_all_asset_keys()
+
+
+def test_status_goes_on_beside_a_bad_recipe(beside_bad_ones):
+    from click.testing import CliRunner
+
+    from siftline.commands.status import status
+
+    said = CliRunner().invoke(status, ["--root", str(beside_bad_ones)])
+    assert said.exit_code == 0, said.output
+    assert "recipe typo is not loaded: typo.yaml: " in said.output
+    said = CliRunner().invoke(status, ["--root", str(beside_bad_ones), "--json"])
+    assert SAYS["no-yaml"] in json.loads(said.stdout)["broken_recipes"]["no-yaml"]
+
+
+def test_a_schedule_has_a_time_zone():
+    for said, cron, zone in (
+        ("0 3 * * *", "0 3 * * *", "UTC"),
+        ("CRON_TZ=America/New_York 30 4 * * 1", "30 4 * * 1", "America/New_York"),
+    ):
+        recipe = small(schedule=said)
+        made = jobs.recipe_schedule(recipe, recipe_job(recipe))
+        assert (made.cron_schedule, made.execution_timezone) == (cron, zone)

@@ -73,6 +73,10 @@ class Workspace:
         """HTML report and its numbers."""
         return self.root / "reports" / recipe
 
+    def recipe_lock(self, recipe: str) -> Path:
+        """Held by the run of a recipe: there is one at a time."""
+        return self.dagster_home / f".{recipe}.lock"
+
     @property
     def dagster_home(self) -> Path:
         """Dagster's instance; dagster.yaml is copied here."""

@@ -18,6 +18,8 @@ from siftline.stages.scores import likelihood_table
 from siftline.workspace import Workspace
 
 RECIPE, PART, OF = "siftline/recipe", "siftline/part", "siftline/of"
+OWNER = "siftline/owner"
+"""Tag of steps that decide for one recipe, and of runs: one run of a recipe at a time."""
 
 
 def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
@@ -30,6 +32,11 @@ def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
     """
     assert part in _ASKS, part
     return {RECIPE: recipe.name, PART: part, OF: of}
+
+
+def owned(recipe: Recipe) -> dict[str, str]:
+    """Tags of an asset that is one recipe's own."""
+    return {OWNER: recipe.name}
 
 
 def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:

@@ -1,5 +1,7 @@
 """Names of assets, and of the groups the UI shows them in."""
 
+from collections.abc import Iterable
+
 import dagster as dg
 
 from siftline.ingest.pool import PoolSpec
@@ -9,6 +11,12 @@ from siftline.stages.scorers import scorer_model
 
 SHARED = "shared"
 KINDS = {"parquet", "python"}
+_SHARED_PARTS = ("inputs", "files", "pool", "models", "scores")
+
+
+def recipes_of(assets: Iterable[dg.AssetKey]) -> list[str]:
+    """Recipes whose own assets these are, shared ones aside; sorted."""
+    return sorted({key.path[0] for key in assets if key.path[0] not in _SHARED_PARTS})
 
 
 def inputs(recipe: Recipe) -> dg.AssetKey:

@@ -1,5 +1,6 @@
 """What comes after the stages: the published version, models, their evaluation, the report."""
 
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -9,7 +10,7 @@ import polars as pl
 from siftline import plots
 from siftline.assets import asking, keys
 from siftline.assets.metadata import picture, shown_before
-from siftline.assets.resource import Siftline
+from siftline.assets.resource import Siftline, stop_if_cancelled
 from siftline.recipe.parse import Recipe
 from siftline.rows.verified import content_hash
 from siftline.stages.arms import Arm, arms_pending, train_arms
@@ -50,10 +51,15 @@ def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
         ],
         group_name=recipe.name,
         kinds=keys.KINDS,
+        op_tags=asking.owned(recipe),
     )
     def curated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Immutable versioned Parquet with a dataset card, removed rows and a manifest."""
-        published = publish_curated(siftline.workspace, siftline.recipe(recipe.name))
+        published = publish_curated(
+            siftline.workspace,
+            siftline.recipe(recipe.name),
+            partial(stop_if_cancelled, context.instance, context.run_id),
+        )
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": published.rows,
@@ -82,7 +88,7 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",
-        op_tags=asking.tags(recipe, "arms", "training"),
+        op_tags=asking.owned(recipe) | asking.tags(recipe, "arms", "training"),
     )
     def model(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Models trained on the curated rows and on random rows at equal cost."""
@@ -134,7 +140,7 @@ def evaluation_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"python"},
         pool="gpu",
-        op_tags=asking.tags(recipe, "evaluation", "evaluation"),
+        op_tags=asking.owned(recipe) | asking.tags(recipe, "evaluation", "evaluation"),
     )
     def evaluation(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Accuracy by level with intervals, base and arms, on questions nothing else has read."""
@@ -180,7 +186,7 @@ def report_asset(recipe: Recipe) -> dg.AssetsDefinition:
         deps=[keys.outcome(recipe, last)],
         group_name=recipe.name,
         kinds={"html"},
-        op_tags=asking.tags(recipe, part, "report") if part else None,
+        op_tags=asking.owned(recipe) | (asking.tags(recipe, part, "report") if part else {}),
     )
     def report(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """One self-contained page: funnel, scores, clusters, difficulty, curves, accuracy."""

@@ -32,3 +32,17 @@ class Siftline(dg.ConfigurableResource):
     def recipe(self, name: str) -> Recipe:
         """A recipe with this run's changes."""
         return find(name, self.overrides)
+
+
+CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+def stop_if_cancelled(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Ends what a run is doing, once somebody has cancelled it.
+
+    Raises:
+        DagsterExecutionInterruptedError: if the run is being cancelled, or marked as cancelled.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is not None and run.status in CANCELLED:
+        raise dg.DagsterExecutionInterruptedError(f"run {run_id[:8]} was cancelled")

@@ -34,7 +34,7 @@ def stage_asset(recipe: Recipe, stage: Stage) -> dg.AssetsDefinition:
         kinds=keys.KINDS,
         description=(type(stage.options).__doc__ or "").split("\n")[0],
         pool="gpu" if uses else None,
-        op_tags=asking.tags(recipe, "stage", stage.name) if uses else None,
+        op_tags=asking.owned(recipe) | (asking.tags(recipe, "stage", stage.name) if uses else {}),
         check_specs=check_specs(key),
     )
     def decided(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:

@@ -43,7 +43,9 @@ from dagster._core.executor.multiprocess import MultiprocessExecutorChildProcess
 from dagster._utils import get_run_crash_explanation
 from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
 
-from siftline.assets.asking import asks_a_model
+from siftline.assets.asking import OWNER, asks_a_model
+from siftline.assets.resource import stop_if_cancelled
+from siftline.locks import LOOK_SECONDS, alone
 
 MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""
@@ -213,6 +215,7 @@ class StepExecutor(Executor):
                 context = here.get_context()
                 assert isinstance(context, PlanExecutionContext)
                 yield from _captured(stack, context, execution_plan)
+                _hold_recipes(stack, context, execution_plan)
                 slots = stack.enter_context(_Slots(context, self._most))
                 active = stack.enter_context(
                     ActiveExecution(
@@ -237,6 +240,29 @@ def _captured(
     yield DagsterEvent.capture_logs(context, steps, key, captured)
 
 
+def _hold_recipes(stack: ExitStack, context: PlanExecutionContext, plan: ExecutionPlan) -> None:
+    """Waits until no other run decides about the recipes of this one.
+
+    The queue holds runs of a recipe's job back; this also holds what is launched past the queue.
+    """
+    steps = {
+        step.tags[OWNER]: step
+        for step in plan.get_steps_to_execute_in_topo_order()
+        if OWNER in step.tags
+    }
+    for recipe, step in sorted(steps.items(), key=lambda item: item[0]):
+        workspace = context.for_step(step).resources.siftline.workspace
+        stack.enter_context(
+            alone(
+                workspace.recipe_lock(recipe),
+                f"one run of recipe {recipe} at a time",
+                f"run {context.run_id[:8]} (process {os.getpid()})",
+                say=context.log.info,
+                look=lambda: stop_if_cancelled(context.instance, context.run_id),
+            )
+        )
+
+
 class _Run:
     """The steps of one run: those that wait for their turn here, and those in processes."""
 
@@ -253,6 +279,7 @@ class _Run:
         self._turns: deque[ExecutionStep] = deque()
         self._processes: dict[str, _Process] = {}
         self._forks: BaseContext | None = None
+        self._looked = time.monotonic()
 
     def events(self) -> Iterator[DagsterEvent]:
         """Everything that happens, until no step is left.
@@ -264,6 +291,8 @@ class _Run:
             while self._turns or self._processes or not self._active.is_complete:
                 if self._active.check_for_interrupts():
                     raise dg.DagsterExecutionInterruptedError
+                if time.monotonic() - self._looked > LOOK_SECONDS:
+                    self._stop_if_cancelled()
                 self._fetch()
                 yield from self._active.concurrency_event_iterator(self._plan)
                 # Those in processes first: a step here may take long.
@@ -274,10 +303,15 @@ class _Run:
                 elif not self._processes:
                     time.sleep(TICK_SECONDS)  # what is left waits for a slot, or to be retried
                 yield from self._active.plan_events_iterator(self._plan)
+            self._stop_if_cancelled()  # else the run would end as a success
         except BaseException:
             self._active.mark_interrupted()
             self._end_processes()
             raise
+
+    def _stop_if_cancelled(self) -> None:
+        self._looked = time.monotonic()
+        stop_if_cancelled(self._context.instance, self._context.run_id)
 
     def _fetch(self) -> None:
         """Takes the steps whose turn has come."""

@@ -1,14 +1,20 @@
 """Jobs, schedules and sensors: one of each per recipe; the last two are off until switched on."""
 
 import json
+import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._utils.schedules import is_valid_cron_schedule
 
 from siftline.assets import keys
+from siftline.assets.asking import owned
 from siftline.assets.outcome import outcomes
+from siftline.config import nearest
 from siftline.ingest.files import file_states
 from siftline.recipe.parse import Recipe, expand_pool
 from siftline.rows.verified import content_hash
@@ -36,17 +42,47 @@ def recipe_job(recipe: Recipe) -> UnresolvedAssetJobDefinition:
     return dg.define_asset_job(
         recipe.name,
         selection=dg.AssetSelection.assets(*last).upstream(),
-        tags=RETRIES,
+        tags=RETRIES | owned(recipe),
         description=recipe.card.description or f"The whole chain of recipe {recipe.name}.",
     )
 
 
 def recipe_schedule(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     """Reruns a recipe at its cron time; what did not change is found, not run."""
+    return timed(recipe.name, job, recipe.schedule)
+
+
+def timed(name: str, job: UnresolvedAssetJobDefinition, said: str) -> dg.ScheduleDefinition:
+    """A schedule, off until switched on.
+
+    Args:
+        name: The recipe's.
+        job: Its job.
+        said: `minute hour day month weekday` in UTC, or in the zone of a `CRON_TZ=Area/City` before
+            it, as cron itself has it.
+
+    Raises:
+        ValueError: if it is not that, or there is no such zone.
+    """
+    zone, cron = "UTC", said.strip()
+    if found := re.fullmatch(r"(?:CRON_)?TZ=(\S+)\s+(.*)", cron):
+        zone, cron = found[1], found[2]
+    try:
+        ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ValueError(
+            f"schedule: no time zone {zone!r}: {nearest(zone, sorted(available_timezones()))}"
+        ) from None
+    if not is_valid_cron_schedule(cron):
+        raise ValueError(
+            f"schedule: {said!r} is no cron time: write minute hour day month weekday, such as "
+            "'0 3 * * *' or 'CRON_TZ=Europe/Berlin 0 3 * * *'"
+        )
     return dg.ScheduleDefinition(
-        name=f"{recipe.name}_schedule",
+        name=f"{name}_schedule",
         job=job,
-        cron_schedule=recipe.schedule,
+        cron_schedule=cron,
+        execution_timezone=zone,
         default_status=dg.DefaultScheduleStatus.STOPPED,
     )
 
@@ -154,13 +190,6 @@ def _again(last: Asked, run: dg.DagsterRun, now: float) -> tuple[Asked, str | No
 def new_files_sensor(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
     """Asks for a run when a file that the recipe reads comes, changes or goes."""
 
-    @dg.sensor(
-        name=f"{recipe.name}_new_files",
-        job=job,
-        minimum_interval_seconds=60,
-        default_status=dg.DefaultSensorStatus.STOPPED,
-        description="A run when an input file comes, changes or goes; until one succeeds.",
-    )
     def new_files(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         last = Asked.read(context.cursor)
         state = input_state(Workspace.from_environment(), recipe)
@@ -176,7 +205,25 @@ def new_files_sensor(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.Se
         assert asked is not None
         return dg.RunRequest(run_key=asked.key, tags={FILES_TAG: asked.key})
 
-    return new_files
+    text = "A run when an input file comes, changes or goes, again until one succeeds."
+    return sensor_of(recipe.name, job, new_files, text)
+
+
+def sensor_of(
+    name: str,
+    job: UnresolvedAssetJobDefinition,
+    look: Callable[[dg.SensorEvaluationContext], dg.RunRequest | dg.SkipReason],
+    description: str,
+) -> dg.SensorDefinition:
+    """A recipe's sensor, off until switched on; it looks once a minute."""
+    return dg.SensorDefinition(
+        name=f"{name}_new_files",
+        job=job,
+        evaluation_fn=look,
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=description,
+    )
 
 
 def _newest_run(context: dg.SensorEvaluationContext, key: str) -> dg.DagsterRun | None:

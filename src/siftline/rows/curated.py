@@ -19,7 +19,7 @@ in `data/`, and TRL changes the task when it sees a column called `prompt` or `t
 
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def publish(
     identity: dict[str, Any],
     card: CardInfo,
     configs: Mapping[str, pa.Table] | None = None,
+    confirm: Callable[[], None] = lambda: None,
     shard_bytes: int = SHARD_BYTES,
     row_group_bytes: int = ROW_GROUP_BYTES,
     ranges: int = 64,
@@ -132,6 +133,7 @@ def publish(
             the software. No dates, paths or host names: they would make equal data look different.
         card: What the recipe says about the data.
         configs: Further tables by config name, in their order; those without rows are left out.
+        confirm: Called when all is written and nothing is published; it raises to leave it so.
         shard_bytes: Upper bound of one shard in memory; a larger row gets a shard of its own.
         row_group_bytes: Upper bound of one row group in memory.
         ranges: Into how many ranges the rows are shuffled; each must stay under 2 GiB.
@@ -167,6 +169,7 @@ def publish(
             manifest = _manifest(tree, schema, shuffled.rows, removed, seed, identity, counts)
             write_json(tree / MANIFEST, manifest)
         path = root / manifest["version"]
+        confirm()
         new = _move(scratch / "tree", path, manifest)
     point_latest(root, manifest["version"])
     files = tuple(file["path"] for file in manifest["files"])

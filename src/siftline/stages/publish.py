@@ -1,5 +1,6 @@
 """The curated version: rows that every stage kept, with their scores and the whole ledger."""
 
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
@@ -47,8 +48,16 @@ def final_context(
     return Context(workspace, recipe, done[-1][0], pool, done, Engines(), lambda line: None)
 
 
-def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
-    """Publishes the rows that every stage kept; the same rows again touch nothing."""
+def publish_curated(
+    workspace: Workspace, recipe: Recipe, confirm: Callable[[], None] = lambda: None
+) -> Published:
+    """Publishes the rows that every stage kept; the same rows again touch nothing.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe.
+        confirm: Called when all is written and nothing is published; it raises to leave it so.
+    """
     done = outputs(workspace, recipe)
     context = final_context(workspace, recipe, done)
     identity = {
@@ -82,6 +91,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         identity=identity,
         card=card,
         configs=sample_bank(context),
+        confirm=confirm,
     )
 
 
