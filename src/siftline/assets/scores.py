@@ -6,12 +6,13 @@ red, and nothing downstream of it runs.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from siftline.assets import asking, keys
-from siftline.assets.metadata import column_schema
+from siftline.assets.metadata import bounded, column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import Recipe
@@ -52,12 +53,16 @@ def observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Observe:
 
 
 def result(
-    key: dg.AssetKey, recipe: Recipe, manifest: Manifest, fresh: bool, shown: dict[str, Any]
+    key: dg.AssetKey,
+    recipe: Recipe,
+    folder: Path,
+    manifest: Manifest,
+    fresh: bool,
+    shown: dict[str, Any],
 ) -> dg.MaterializeResult:
     """The materialization of a score table."""
     info = manifest.info
     rows = info["scored"] + info["failed"]
-    share = info["failed"] / max(1, rows)
     return dg.MaterializeResult(
         metadata={
             "dagster/row_count": info["scored"],
@@ -67,16 +72,21 @@ def result(
             "forward_rows_found": info["found"],
             "tokens_computed": info["tokens"] if fresh else 0,
             "computed": fresh,
+            "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
             **shown,
         },
         data_version=dg.DataVersion(manifest.version),
         check_results=[
-            dg.AssetCheckResult(
-                check_name="failed_rows",
-                asset_key=key,
-                passed=share <= recipe.bounds.max_failed,
-                severity=dg.AssetCheckSeverity.ERROR,
-                metadata={"share": share, "bound": recipe.bounds.max_failed},
+            bounded(
+                key,
+                "failed_rows",
+                info["failed"],
+                rows,
+                "bounds.max_failed",
+                recipe.bounds.max_failed,
+                "they are asked again at the next run; mend what their reasons name, or raise the "
+                "bound",
+                reasons_of(folder, manifest),
             )
         ],
     )
@@ -123,10 +133,9 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
         shown = {
             "dagster/column_schema": column_schema(TABLE),
             "engine": engine,
-            "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
             "trimmed": manifest.info.get("trimmed", 0),
         }
-        return result(key, loaded, manifest, fresh, shown)
+        return result(key, loaded, folder, manifest, fresh, shown)
 
     return likelihood
 
@@ -158,8 +167,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
             "dagster/column_schema": column_schema(table.schema),
             "scorer": type(config).__name__,
             "model": scorer_model(loaded, name),
-            "failed_reasons": dg.MetadataValue.json(reasons_of(table.folder, found.manifest)),
         }
-        return result(key, loaded, found.manifest, found.fresh, shown)
+        return result(key, loaded, table.folder, found.manifest, found.fresh, shown)
 
     return quality

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from siftline.assets import asking, keys
-from siftline.assets.metadata import column_schema
+from siftline.assets.metadata import bounded, column_schema
 from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
@@ -102,7 +102,6 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
         built = build(siftline.workspace, loaded, spec.name, context.log.info)
         info, reading = built.manifest.info, built.reading(loaded.columns_read(spec.name))
         read = info["provenance"] + info["quarantine"]
-        share = info["quarantine"] / max(1, read)
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": info["rows"],
@@ -120,11 +119,17 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
             },
             data_version=dg.DataVersion(built.version),
             check_results=[
-                dg.AssetCheckResult(
-                    check_name="readable",
-                    asset_key=key,
-                    passed=share <= spec.max_quarantine,
-                    metadata={"share": share, "bound": spec.max_quarantine},
+                bounded(
+                    key,
+                    "readable",
+                    info["quarantine"],
+                    read,
+                    f"max_quarantine of {spec.name}",
+                    spec.max_quarantine,
+                    f"the table quarantine under {built.folder} has files, lines and reasons: mend "
+                    "them, or raise the bound",
+                    info["reasons"],
+                    what="quarantined",
                 )
             ],
         )
