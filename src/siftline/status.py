@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from siftline.ingest.pool import REJECTED, Pool, notes_of, reading_of
-from siftline.recipe.library import all_recipes
+from siftline.recipe.library import read_all
 from siftline.rows.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
@@ -23,10 +23,11 @@ def describe(workspace: Workspace) -> dict[str, Any]:
     """
     if not workspace.root.is_dir():
         raise ValueError(f"{workspace.root} does not exist: run a recipe, or name another --root")
+    valid, broken = read_all()
     pools = []
     for path in sorted(workspace.root.glob("pool/*/manifest.json")):
         info, name = Manifest.load(path).info, path.parent.name
-        read = frozenset().union(*(recipe.columns_read(name) for recipe in all_recipes()))
+        read = frozenset().union(*(recipe.columns_read(name) for recipe in valid))
         pools.append(
             {
                 "name": name,
@@ -39,7 +40,7 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         )
     paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
     recipes = []
-    for recipe in all_recipes():
+    for recipe in valid:
         if not (workspace.pool(recipe.pool.name) / "manifest.json").exists():
             continue
         done = outputs_so_far(workspace, recipe)
@@ -60,6 +61,7 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         "scores": [coverage(workspace, path.parent) for path in paths],
         "store": [as_json(entry) for entry in list_store(workspace.store)],
         "recipes": recipes,
+        "broken_recipes": broken,
     }
 
 
@@ -95,6 +97,19 @@ def coverage(workspace: Workspace, folder: Path) -> dict[str, Any]:
             found = [read_part(folder, p, columns=["id"]).column("id").to_pylist() for p in parts]
             said[table] = ids.is_in([i for part in found for i in part]).sum()
     return {**said, "rows": rows, "share": said["scored"] / max(1, rows)}
+
+
+def pool_lines(said: dict[str, Any]) -> list[str]:
+    """Pools and what was noted about them, as lines.
+
+    Args:
+        said: What `describe` says.
+    """
+    lines = []
+    for pool in said["pools"]:
+        counts = f"{pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
+        lines += [f"pool {pool['name']}: {counts}", *(f"  {line}" for line in pool["notes"])]
+    return lines
 
 
 def coverage_text(said: dict[str, Any]) -> list[str]:

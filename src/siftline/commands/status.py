@@ -15,18 +15,14 @@ from siftline.workspace import Workspace
 @json_option
 def status(root: Path, as_json: bool) -> None:
     """Show what is under ROOT: pools, stages, score coverage, published versions."""
-    from siftline.status import coverage_text, describe
+    from siftline.status import coverage_text, describe, pool_lines
 
     said = describe(Workspace(root.absolute()))
     if as_json:
         click.echo(json.dumps(said))
         return
-    for pool in said["pools"]:
-        click.echo(
-            f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
-        )
-        for line in pool["notes"]:
-            click.echo(f"  {line}")
+    for line in pool_lines(said):
+        click.echo(line)
     for line in coverage_text(said):
         click.echo(line)
     for recipe in said["recipes"]:
@@ -35,7 +31,9 @@ def status(root: Path, as_json: bool) -> None:
             click.echo(funnel_text(recipe["rows"]))
         for version in recipe["versions"]:
             click.echo(f"curated {version}")
-    known = {recipe["name"] for recipe in said["recipes"]}
+    for name, error in said["broken_recipes"].items():
+        say(f"recipe {name} is not loaded: {error}")
+    known = {recipe["name"] for recipe in said["recipes"]} | set(said["broken_recipes"])
     for folder in sorted(Workspace(root.absolute()).root.glob("curated/*")):
         if folder.name not in known:
             say(f"curated/{folder.name}: set SIFTLINE_RECIPES to its recipe's folder to see more")

@@ -1,14 +1,18 @@
 """Recipes as Dagster sees them: their assets, jobs, schedules and sensors."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import dagster as dg
+from dagster_shared.check import CheckError
 
 from siftline.assets.outcome import outcome_assets, outcomes
 from siftline.assets.resource import Siftline
 from siftline.assets.scores import likelihood_asset, scorer_asset
 from siftline.assets.shared import inputs_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
+from siftline.pipelines.broken import Broken, broken_recipe
 from siftline.pipelines.executor import step_executor
 from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
 from siftline.recipe.library import find
@@ -27,8 +31,14 @@ def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     return assets + outcome_assets(recipe)
 
 
-def compose(recipes: Sequence[Recipe]) -> dg.Definitions:
+def compose(
+    recipes: Sequence[Recipe], broken: Mapping[str, str] = MappingProxyType({})
+) -> dg.Definitions:
     """Recipes as one set of definitions.
+
+    Args:
+        recipes: Valid recipes.
+        broken: What is wrong with each of the others.
 
     Raises:
         ValueError: if two define one shared asset differently, or a name is taken.
@@ -47,14 +57,58 @@ def compose(recipes: Sequence[Recipe]) -> dg.Definitions:
                 )
             assets.setdefault(asset.key, asset)
     jobs = {recipe.name: recipe_job(recipe) for recipe in recipes}
+    marks: list[Broken] = []
+    for name, error in broken.items():
+        label = re.sub(r"\W", "_", name)
+        while label in {*jobs, *(mark.job.name for mark in marks)}:
+            label += "_"
+        marks.append(broken_recipe(name, label, error))
     return dg.Definitions(
-        assets=list(assets.values()),
-        jobs=list(jobs.values()),
-        schedules=[recipe_schedule(recipe, jobs[recipe.name]) for recipe in recipes],
-        sensors=[new_files_sensor(recipe, jobs[recipe.name]) for recipe in recipes],
+        assets=[*assets.values(), *(mark.asset for mark in marks)],
+        jobs=[*jobs.values(), *(mark.job for mark in marks)],
+        schedules=[recipe_schedule(recipe, jobs[recipe.name]) for recipe in recipes]
+        + [mark.schedule for mark in marks],
+        sensors=[new_files_sensor(recipe, jobs[recipe.name]) for recipe in recipes]
+        + [mark.sensor for mark in marks],
         resources={"siftline": Siftline()},
         executor=step_executor,
     )
+
+
+_UNFIT = (ValueError, dg.DagsterError, CheckError)
+
+
+def compose_all(recipes: Sequence[Recipe], broken: Mapping[str, str]) -> dg.Definitions:
+    """All recipes: one that can't be composed, alone or beside the others, takes none other down.
+
+    Args:
+        recipes: Valid recipes; of two that don't go together the first by name stays.
+        broken: What is wrong with each of the others.
+    """
+    try:
+        return compose(recipes, broken)
+    except _UNFIT:
+        pass  # found below, one by one
+    good: list[Recipe] = []
+    wrong = dict(broken)
+    for recipe in recipes:
+        try:
+            compose([*_sharing(recipe, good), recipe])
+        except _UNFIT as error:
+            wrong[recipe.name] = f"{recipe.name}.yaml: {' '.join(str(error).split())}"
+        else:
+            good.append(recipe)
+    return compose(good, dict(sorted(wrong.items())))
+
+
+def _sharing(recipe: Recipe, others: Sequence[Recipe]) -> list[Recipe]:
+    """Those of the others with which a recipe has a pool, a set or a model in common."""
+    mine = _shared_names(recipe)
+    return [other for other in others if mine & _shared_names(other)]
+
+
+def _shared_names(recipe: Recipe) -> set[str]:
+    return {recipe.pool.name, *(spec.name for _, spec in recipe.sets.items()), *recipe.models}
 
 
 def _check_names(recipe: Recipe) -> None:

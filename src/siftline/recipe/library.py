@@ -44,3 +44,17 @@ def all_recipes() -> list[Recipe]:
         ValueError: if one is not valid; the file's name comes first.
     """
     return [find(name) for name in sorted(recipe_files())]
+
+
+def read_all() -> tuple[list[Recipe], dict[str, str]]:
+    """Every recipe that is valid, sorted by name, and what is wrong with each of the others."""
+    valid: list[Recipe] = []
+    broken: dict[str, str] = {}
+    for name in sorted(recipe_files()):
+        try:
+            valid.append(find(name))
+        except ValueError as error:
+            broken[name] = str(error)
+        except OSError as error:
+            broken[name] = f"{name}.yaml can't be read: {error}"
+    return valid, broken
