@@ -17,6 +17,7 @@ import fsspec
 import polars as pl
 import pytest
 import yaml
+from dagster._core.execution.api import create_execution_plan
 from dagster._core.launcher import WorkerStatus
 from dagster._utils.tags import TagConcurrencyLimitsCounter
 
@@ -579,3 +580,94 @@ def test_a_schedule_has_a_time_zone():
         recipe = small(schedule=said)
         made = jobs.recipe_schedule(recipe, recipe_job(recipe))
         assert (made.cron_schedule, made.execution_timezone) == (cron, zone)
+
+
+# ---- trials ------------------------------------------------------------------------------------
+
+
+def materialize_small(*overrides, names=("curated",)):
+    """The small recipe's pool and stage and what else is asked for, with changes; metadata."""
+    from siftline.pipelines.compose import compose
+    from siftline.recipe.library import find
+
+    defs = compose([find("small")])
+    keys = [dg.AssetKey(["pool", "small_rows"]), dg.AssetKey(["small", "duplicates"]),
+            *(dg.AssetKey(["small", name]) for name in names)]  # fmt: skip
+    job = defs.resolve_implicit_global_asset_job_def()
+    config = {"resources": {"siftline": {"config": {"overrides": list(overrides)}}}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(
+            run_config=config, asset_selection=keys, instance=instance, raise_on_error=False
+        )
+        assert result.success
+        found = {}
+        for key in keys:
+            event = instance.get_latest_materialization_event(key)
+            found[key.path[-1]] = event.asset_materialization
+        return found
+
+
+def test_a_trial_publishes_beside_latest_and_says_so(root):
+    from siftline.commands.outcome import summary
+    from siftline.recipe.library import find
+    from siftline.stages.publish import newest
+
+    folder = root / "curated" / "small"
+    made = materialize_small()["curated"].metadata
+    assert made["is_latest"].value is True
+    latest = os.readlink(folder / "latest")
+    change = "stages.duplicates.threshold=0.3"
+    shown = materialize_small(change, names=("curated", "report"))["curated"].metadata
+    assert (shown["is_latest"].value, shown["changed_by_overrides"].value) == (False, change)
+    version = shown["version"].value
+    assert version != latest == os.readlink(folder / "latest")
+    # What belongs to the trial finds the trial, and everybody else finds latest.
+    workspace = Workspace(root)
+    assert newest(workspace, find("small", [change])).name == version
+    assert newest(workspace, find("small")).name == latest
+    said = summary(workspace, find("small", [change]))
+    assert Path(said["curated"]).name == Path(said["report"]).stem == version
+    assert said["is_latest"] is False
+    from siftline.status import describe
+
+    (line,) = [r for r in describe(workspace)["recipes"] if r["name"] == "small"]
+    assert set(line["versions"]) == {f"small/{latest} (latest)", f"small/{version} (trial)"}
+    # The same again finds it; a change that changes nothing is no trial.
+    again = materialize_small(change)["curated"].metadata
+    assert (again["version"].value, again["computed"].value) == (version, False)
+    same = materialize_small("budget.size=4")["curated"].metadata
+    assert (same["version"].value, same["is_latest"].value) == (latest, True)
+
+
+def test_a_recipe_that_takes_its_trial_over_ends_it(root, tmp_path):
+    materialize_small()
+    file = tmp_path / "recipes" / "small.yaml"
+    trial = materialize_small("stages.duplicates.threshold=0.3")["curated"].metadata
+    file.write_text(file.read_text().replace("[duplicates]", "[duplicates: {threshold: 0.3}]"))
+    made = materialize_small()["curated"].metadata
+    assert made["version"].value == trial["version"].value
+    assert os.readlink(root / "curated" / "small" / "latest") == made["version"].value
+    assert list((root / "curated" / "small" / ".trials").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("budget.sise=3", "unknown key 'sise': did you mean 'size'?"),
+        ("stages.duplicatez.threshold=0.5", "no entry 'duplicatez': did you mean 'duplicates'?"),
+        ("budget.size=many", "budget.size: expected int, found 'many'"),
+        ("budget", "expected key=value"),
+    ],
+)
+def test_a_typing_error_launches_nothing(root, wrong, says):
+    """The plan is made before a run is: it is what the Launchpad asks for."""
+    from siftline.pipelines.compose import compose
+    from siftline.recipe.library import find
+
+    job = compose([find("small")]).resolve_job_def("small")
+    config = {"resources": {"siftline": {"config": {"overrides": [wrong]}}}}
+    with pytest.raises(dg.DagsterInvalidConfigError) as refused:
+        create_execution_plan(job, config)
+    assert says in str(refused.value)
+    config["resources"]["siftline"]["config"]["overrides"] = ["budget.size=3"]
+    assert create_execution_plan(job, config).step_keys_to_execute

@@ -8,6 +8,7 @@ import polars as pl
 
 from siftline.ingest.pool import REJECTED, Pool, notes_of, reading_of
 from siftline.recipe.library import read_all
+from siftline.rows.curated import TRIALS
 from siftline.rows.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
@@ -136,6 +137,8 @@ def coverage_text(said: dict[str, Any]) -> list[str]:
 
 def _versions(folder: Path) -> list[str]:
     latest = os.readlink(folder / "latest") if (folder / "latest").is_symlink() else None
+    trials = {os.readlink(link).rpartition("/")[2] for link in folder.glob(f"{TRIALS}/*")}
     names = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     names = [name for name in names if name != "latest"]
-    return [f"{folder.name}/{name}{' (latest)' if name == latest else ''}" for name in names]
+    marks = dict.fromkeys(trials, " (trial)") | {latest: " (latest)"}
+    return [f"{folder.name}/{name}{marks.get(name, '')}" for name in names]

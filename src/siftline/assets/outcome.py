@@ -55,11 +55,19 @@ def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
     )
     def curated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Immutable versioned Parquet with a dataset card, removed rows and a manifest."""
+        trial = siftline.is_trial(recipe.name)
         published = publish_curated(
             siftline.workspace,
             siftline.recipe(recipe.name),
             partial(stop_if_cancelled, context.instance, context.run_id),
+            trial=trial,
         )
+        changed = ", ".join(siftline.overrides)
+        if trial:
+            context.log.info(
+                f"{recipe.name}/curated: version {published.version} lies beside `latest`, which "
+                f"stays: this run changed {changed}"
+            )
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": published.rows,
@@ -67,6 +75,8 @@ def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
                 "version": published.version,
                 "files": dg.MetadataValue.json(list(published.files)),
                 "computed": published.new,
+                "is_latest": not trial,
+                **({"changed_by_overrides": changed} if trial else {}),
             },
             data_version=dg.DataVersion(published.version),
         )

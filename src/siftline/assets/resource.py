@@ -7,8 +7,9 @@ entered in the Launchpad.
 from pathlib import Path
 
 import dagster as dg
+from dagster._config.errors import PostProcessingError
 
-from siftline.recipe.library import find
+from siftline.recipe.library import find, read_all
 from siftline.recipe.parse import Recipe
 from siftline.workspace import Workspace
 
@@ -32,6 +33,63 @@ class Siftline(dg.ConfigurableResource):
     def recipe(self, name: str) -> Recipe:
         """A recipe with this run's changes."""
         return find(name, self.overrides)
+
+    def is_trial(self, name: str) -> bool:
+        """Whether this run's changes make another recipe of it than the file holds."""
+        return bool(self.overrides) and self.recipe(name).hash != find(name).hash
+
+
+class Overrides(dg.Array):
+    """Changes to a recipe, read where a run is asked for: a typing error launches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(str)
+        self.key = "siftline.Overrides"
+
+    def post_process(self, value: list[str]) -> list[str]:
+        """The same, once some recipe takes them all.
+
+        Raises:
+            PostProcessingError: with what the recipe that comes nearest says.
+        """
+        if not value:
+            return value
+        recipes, _ = read_all()
+        said: list[str] = []
+        for recipe in recipes:
+            try:
+                find(recipe.name, value)
+            except ValueError as error:
+                said.append(str(error))
+            else:
+                return value
+        raise PostProcessingError(_nearest(said))
+
+
+def _nearest(said: list[str]) -> str:
+    """Of what all recipes say, the line that names a near key; else what most of them say."""
+    lines = [line.partition(": ")[2] or line for line in said]  # without the file's name
+    near = [line for line in lines if "did you mean" in line] or lines
+    return max(near, key=near.count) if near else "no recipe is valid: mend one"
+
+
+@dg.resource(
+    config_schema={
+        "root": dg.Field(
+            str, default_value="", description="Root folder; empty: $SIFTLINE_ROOT, or the default."
+        ),
+        "overrides": dg.Field(
+            Overrides(),
+            default_value=[],
+            description='Changes to the recipe for this run, e.g. ["budget.size=1000"]; the run '
+            "publishes beside `latest`.",
+        ),
+    },
+    description="The root folder and the recipe changes of a run.",
+)
+def siftline_resource(context: dg.InitResourceContext) -> Siftline:
+    """`Siftline` of a run's configuration, which is checked before the run is launched."""
+    return Siftline(**context.resource_config)
 
 
 CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)

@@ -25,10 +25,10 @@ def start(workspace: Workspace, recipe: "Recipe", overrides: Sequence[str], **op
 
 def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     """Paths and numbers of the newest version of a recipe."""
-    from siftline.rows.curated import resolve_latest
     from siftline.rows.verified import AlteredError, read_hashed
+    from siftline.stages.publish import newest
 
-    folder = resolve_latest(workspace.curated(recipe.name))
+    folder = newest(workspace, recipe)
     rewrite = f"`siftline run {recipe.name}` writes it again"
     page = workspace.report(recipe.name) / f"{folder.name}.html"
     path = page.with_suffix(".json")
@@ -44,6 +44,7 @@ def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     }
     return {
         "curated": str(folder),
+        "is_latest": (folder.parent / "latest").resolve() == folder,
         "report": str(page),
         "inputs": numbers["inputs"],
         "rows": {stage.name: numbers["rows"][stage.name] for stage in recipe.stages},
@@ -65,7 +66,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"planted {defect:<22} {shown}")
     for note in result["notes"]:
         click.echo(f"note: {note}")
-    click.echo(f"curated: {result['curated']}")
+    beside = "" if result["is_latest"] else " (beside `latest`: the recipe was changed for it)"
+    click.echo(f"curated: {result['curated']}{beside}")
     click.echo(f"report:  {result['report']}")
 
 

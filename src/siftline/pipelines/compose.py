@@ -8,7 +8,7 @@ import dagster as dg
 from dagster_shared.check import CheckError
 
 from siftline.assets.outcome import outcome_assets, outcomes
-from siftline.assets.resource import Siftline
+from siftline.assets.resource import siftline_resource
 from siftline.assets.scores import likelihood_asset, scorer_asset
 from siftline.assets.shared import inputs_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
@@ -70,7 +70,7 @@ def compose(
         + [mark.schedule for mark in marks],
         sensors=[new_files_sensor(recipe, jobs[recipe.name]) for recipe in recipes]
         + [mark.sensor for mark in marks],
-        resources={"siftline": Siftline()},
+        resources={"siftline": siftline_resource},
         executor=step_executor,
     )
 

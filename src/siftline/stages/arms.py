@@ -16,12 +16,12 @@ from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe
 from siftline.rows import shards
-from siftline.rows.curated import resolve_latest
 from siftline.rows.published import read_config, read_version
 from siftline.rows.verified import content_hash, read_hashed, with_hash
 from siftline.scoring.fingerprint import directory_digest
 from siftline.stages.arm_rows import COLUMNS, ArmRows, Draw, drawn, offer
 from siftline.stages.models import identity, model_spec, named_spec
+from siftline.stages.publish import newest
 from siftline.stages.references import reference_scores
 from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
@@ -55,7 +55,7 @@ def _newest(workspace: Workspace, recipe: Recipe) -> tuple[Path, dict[str, Any]]
     Raises:
         ValueError: if nothing was published, or by other settings.
     """
-    folder = resolve_latest(workspace.curated(recipe.name))
+    folder = newest(workspace, recipe)
     manifest = read_version(folder)
     if manifest["identity"]["recipe_hash"] != recipe.hash:
         raise ValueError(

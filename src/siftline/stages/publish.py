@@ -1,6 +1,7 @@
 """The curated version: rows that every stage kept, with their scores and the whole ledger."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -12,7 +13,7 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
 from siftline.rows import schema
 from siftline.rows.card import CardInfo, StageCount
-from siftline.rows.curated import Published, publish, published_before
+from siftline.rows.curated import Published, publish, published_before, resolve_latest
 from siftline.rows.ledger import REMOVED, StageOutput, reasons
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
@@ -49,7 +50,11 @@ def final_context(
 
 
 def publish_curated(
-    workspace: Workspace, recipe: Recipe, confirm: Callable[[], None] = lambda: None
+    workspace: Workspace,
+    recipe: Recipe,
+    confirm: Callable[[], None] = lambda: None,
+    *,
+    trial: bool = False,
 ) -> Published:
     """Publishes the rows that every stage kept; the same rows again touch nothing.
 
@@ -57,7 +62,9 @@ def publish_curated(
         workspace: The root.
         recipe: The recipe.
         confirm: Called when all is written and nothing is published; it raises to leave it so.
+        trial: Whether the recipe was changed for one run: it publishes beside `latest`.
     """
+    beside = recipe.hash if trial else None
     done = outputs(workspace, recipe)
     context = final_context(workspace, recipe, done)
     identity = {
@@ -68,7 +75,7 @@ def publish_curated(
         "scores": score_versions(workspace, recipe),
         "siftline": __version__,
     }
-    found = published_before(workspace.curated(recipe.name), identity)
+    found = published_before(workspace.curated(recipe.name), identity, beside)
     if found is not None:
         return found
     card = CardInfo(
@@ -92,7 +99,17 @@ def publish_curated(
         card=card,
         configs=sample_bank(context),
         confirm=confirm,
+        trial=beside,
     )
+
+
+def newest(workspace: Workspace, recipe: Recipe) -> Path:
+    """The newest version of these settings where they are a trial's, else the newest of all.
+
+    Raises:
+        ValueError: if nothing was published.
+    """
+    return resolve_latest(workspace.curated(recipe.name), recipe.hash)
 
 
 def _scorer_columns(recipe: Recipe) -> dict[str, str]:
