@@ -17,13 +17,16 @@ import fsspec
 import polars as pl
 import pytest
 import yaml
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.execution.api import create_execution_plan
 from dagster._core.launcher import WorkerStatus
+from dagster._core.loader import LoadingContextForTest
 from dagster._utils.tags import TagConcurrencyLimitsCounter
 
 from siftline.assets.asking import OWNER
 from siftline.assets.keys import recipes_of
 from siftline.assets.metadata import check_results
+from siftline.assets.shared import observe_files
 from siftline.pipelines import jobs
 from siftline.pipelines.execute import instance_settings, prepare_home
 from siftline.pipelines.jobs import FILES_TAG, new_files_sensor, recipe_job
@@ -671,3 +674,101 @@ def test_a_typing_error_launches_nothing(root, wrong, says):
     assert says in str(refused.value)
     config["resources"]["siftline"]["config"]["overrides"] = ["budget.size=3"]
     assert create_execution_plan(job, config).step_keys_to_execute
+
+
+# ---- what is stale, and what the published version shows ---------------------------------------
+
+
+def test_an_edited_recipe_changes_the_code_versions_of_what_it_concerns(root, tmp_path):
+    from siftline.pipelines.compose import compose
+    from siftline.recipe.library import find
+
+    def versions():
+        graph = compose([find("small")]).resolve_asset_graph()
+        return {k.to_user_string(): graph.get(k).code_version for k in graph.get_all_asset_keys()}
+
+    before = versions()
+    assert all(version for name, version in before.items() if "report" not in name and
+               "files" not in name), before  # fmt: skip
+    file = tmp_path / "recipes" / "small.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("[duplicates]", "[duplicates: {threshold: 0.3}]"))
+    after = versions()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"small/duplicates", "small/curated"}
+    file.write_text(text.replace("buckets: 1", "buckets: 2"))  # how it is cut changes no row
+    assert versions() == before
+
+
+def test_a_new_file_marks_what_is_read_from_it_as_stale(root, tmp_path, monkeypatch):
+    from siftline.pipelines.compose import compose
+    from siftline.recipe.library import find
+
+    recipe = find("small")
+    defs = compose([recipe])
+    graph = defs.resolve_asset_graph()
+    source, pool = dg.AssetKey(["files", "small_rows_files"]), dg.AssetKey(["pool", "small_rows"])
+    assert graph.get(source).is_observable
+    assert graph.get(pool).parent_keys == {source}
+    job = defs.resolve_job_def("small")
+    chosen = [pool, dg.AssetKey(["small", "duplicates"])]
+    assert source not in job.asset_layer.executable_asset_keys
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def stale():
+            looks = LoadingContextForTest(instance)
+            resolver = CachingStaleStatusResolver(instance, graph, looks)
+            return resolver.get_status(pool).value
+
+        observe_files(instance, Workspace(root), recipe, "small_rows")
+        assert job.execute_in_process(instance=instance, asset_selection=chosen).success
+        assert stale() == "FRESH"
+        observe_files(instance, Workspace(root), recipe, "small_rows")  # the same: no new record
+        assert len(instance.fetch_observations(source, limit=9).records) == 1
+        write_rows(tmp_path / "rows" / "b.jsonl", range(20, 24))
+        sensor = defs.resolve_sensor_def("small_new_files")
+        with dg.build_sensor_context(instance=instance) as context:
+            assert isinstance(sensor(context), dg.RunRequest)
+        assert stale() == "STALE"
+        assert job.execute_in_process(instance=instance, asset_selection=chosen).success
+        assert stale() == "FRESH"
+
+
+def test_the_published_version_shows_its_columns_its_parent_and_its_checks(root, tmp_path):
+    from siftline.pipelines.compose import compose
+    from siftline.recipe.library import find
+
+    job = compose([find("small")]).resolve_job_def("small")
+    key = dg.AssetKey(["small", "curated"])
+    page = None
+    with dg.DagsterInstance.local_temp(str(root)) as instance:
+
+        def made():
+            result = job.execute_in_process(instance=instance)
+            checks = [c for c in result.get_asset_check_evaluations() if c.asset_key == key]
+            assert {c.check_name: c.passed for c in checks} == {"all_rows": True, "columns": True}
+            event = instance.get_latest_materialization_event(key)
+            return event.asset_materialization.metadata
+
+        first = made()
+        columns = {c.name: c for c in first["dagster/column_schema"].value.columns}
+        assert list(columns)[:2] == ["id", "messages"]
+        assert columns["sift_prompt_id"].description.startswith("hash of everything before")
+        assert "parent_version" not in first
+        (tmp_path / "rows" / "a.jsonl").write_text(
+            "".join((tmp_path / "rows" / "a.jsonl").read_text().splitlines(keepends=True)[:-2])
+        )
+        write_rows(tmp_path / "rows" / "b.jsonl", range(30, 33))
+        second = made()
+        assert second["parent_version"].value == first["version"].value
+        assert (second["rows_came"].value, second["rows_went"].value) == (3, 2)
+        again = made()  # the same version: the same is shown again
+        assert again["computed"].value is False
+        assert again["parent_version"].value == first["version"].value
+        event = instance.get_latest_materialization_event(dg.AssetKey(["small", "report"]))
+        link = event.asset_materialization.metadata["report"].value
+        *path, extension = link.removeprefix("/logs/").split("/")
+        served = instance.compute_log_manager.get_captured_local_path(path, extension)
+        page = Path(served).read_text()
+    assert "<html" in page
+    assert second["version"].value in page

@@ -34,6 +34,15 @@ def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
     return {RECIPE: recipe.name, PART: part, OF: of}
 
 
+FILES = "siftline/files_of"
+"""Tag of steps that read files from outside: name of the pool or set."""
+
+
+def reading(recipe: Recipe, pool: str) -> dict[str, str]:
+    """Tags of an asset that reads files from outside."""
+    return {RECIPE: recipe.name, FILES: pool}
+
+
 def owned(recipe: Recipe) -> dict[str, str]:
     """Tags of an asset that is one recipe's own."""
     return {OWNER: recipe.name}

@@ -24,6 +24,11 @@ def inputs(recipe: Recipe) -> dg.AssetKey:
     return dg.AssetKey(["inputs", recipe.name])
 
 
+def files(spec: PoolSpec) -> dg.AssetKey:
+    """What a pool or an evaluation set is read from, where it comes from outside."""
+    return dg.AssetKey(["files", f"{spec.name}_files"])
+
+
 def pool(spec: PoolSpec) -> dg.AssetKey:
     """A pool or an evaluation set."""
     return dg.AssetKey(["pool", spec.name])

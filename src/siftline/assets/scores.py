@@ -6,6 +6,7 @@ red, and nothing downstream of it runs.
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from siftline.assets.resource import Siftline
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import Recipe
 from siftline.rows.shards import Manifest
+from siftline.rows.verified import content_hash
 from siftline.scoring.measures.scorers import models_of
 from siftline.stages.models import engines, model_spec
 from siftline.stages.scorers import score_quality, scorer_model, scorer_table
@@ -123,6 +125,7 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
         pool="gpu",
         op_tags=asking.tags(recipe, "likelihood", recipe.pool.name),
         check_specs=[failed_check(key)],
+        code_version=content_hash([asdict(recipe.model("target")), asdict(recipe.likelihood)])[:12],
     )
     def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Mean log-probability of every response, with and without its prompt."""
@@ -145,6 +148,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
     config, key = recipe.scorers[name], keys.scorer(recipe, name)
     models = models_of(config)
     trained = [m for m in models if recipe.models[m].pretrain is not None]
+    said = content_hash([asdict(config), [asdict(recipe.models[m]) for m in models]])
 
     @dg.asset(
         key=key,
@@ -155,6 +159,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         pool="gpu" if models else None,
         op_tags=asking.tags(recipe, "scorer", name) if models else None,
         check_specs=[failed_check(key)],
+        code_version=said[:12],
     )
     def quality(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         loaded, workspace = siftline.recipe(recipe.name), siftline.workspace

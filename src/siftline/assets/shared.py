@@ -2,14 +2,17 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline.assets import asking, keys
 from siftline.assets.metadata import bounded, column_schema
 from siftline.assets.resource import Siftline
+from siftline.ingest.files import file_states
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe, expand, expand_pool
@@ -53,8 +56,14 @@ def generate_inputs(workspace: Workspace, recipe: Recipe) -> tuple[Path, bool]:
 
 def inputs_asset(recipe: Recipe) -> dg.AssetsDefinition:
     """The files of a recipe's generator."""
+    assert recipe.inputs is not None
 
-    @dg.asset(key=keys.inputs(recipe), group_name=recipe.name, kinds={"json", "python"})
+    @dg.asset(
+        key=keys.inputs(recipe),
+        group_name=recipe.name,
+        kinds={"json", "python"},
+        code_version=_short([recipe.inputs.generator, recipe.inputs.args, recipe.seed]),
+    )
     def generated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Raw input files, written by the recipe's generator."""
         out, fresh = generate_inputs(siftline.workspace, siftline.recipe(recipe.name))
@@ -68,10 +77,82 @@ def inputs_asset(recipe: Recipe) -> dg.AssetsDefinition:
     return generated
 
 
+def _short(plain: Any) -> str:
+    """A code version: what the recipe says, in 12 hex digits."""
+    return content_hash(plain)[:12]
+
+
+def _from_outside(recipe: Recipe, spec: PoolSpec) -> bool:
+    """Whether a pool reads files that no asset of the recipe writes."""
+    return recipe.inputs is None or any("{inputs}" not in s.path for s in spec.inputs)
+
+
+def files_state(workspace: Workspace, recipe: Recipe, name: str) -> tuple[str, int, int]:
+    """What a pool's or set's files are now, by their paths, sizes and times.
+
+    Returns:
+        Hash, number of files, bytes.
+
+    Raises:
+        ValueError: if a source matches no file.
+    """
+    states = file_states(expand_pool(recipe.pool_named(name), workspace.inputs(recipe.name)).inputs)
+    return content_hash(states), len(states), sum(size or 0 for _, size, _ in states)
+
+
+def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | dg.AssetsDefinition | None:
+    """The files that a pool is read from, to be observed; None where an asset writes them."""
+    if not _from_outside(recipe, spec):
+        return None
+    paths = "\n".join(f"- `{source.path}`" for source in spec.inputs)
+
+    @dg.observable_source_asset(
+        key=keys.files(spec),
+        group_name=recipe.name,
+        description=f"What {spec.name} is read from:\n\n{paths}",
+    )
+    def files(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.ObserveResult:
+        """Paths, sizes and times of the files."""
+        state, count, size = files_state(
+            siftline.workspace, siftline.recipe(recipe.name), spec.name
+        )
+        return dg.ObserveResult(
+            data_version=dg.DataVersion(state), metadata={"files": count, "bytes": size}
+        )
+
+    return files
+
+
+def observe_files(
+    instance: dg.DagsterInstance, workspace: Workspace, recipe: Recipe, name: str
+) -> None:
+    """Records what a pool's files are now, unless that was the last thing seen.
+
+    A source that matches no file is left to the pool's own step, which says so.
+    """
+    spec = recipe.pool_named(name)
+    if not _from_outside(recipe, spec):
+        return
+    try:
+        state, count, size = files_state(workspace, recipe, name)
+    except ValueError:
+        return
+    seen = instance.fetch_observations(keys.files(spec), limit=1).records
+    last = seen[0].asset_observation if seen else None
+    if last is not None and (last.tags or {}).get(DATA_VERSION_TAG) == state:
+        return
+    instance.report_runless_asset_event(
+        dg.AssetObservation(
+            keys.files(spec),
+            metadata={"files": count, "bytes": size},
+            tags={DATA_VERSION_TAG: state},
+        )
+    )
+
+
 def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str], None]) -> Pool:
     """Builds the pool or evaluation set of a name."""
-    specs = {spec.name: spec for spec in (recipe.pool, *(s for _, s in recipe.sets.items()))}
-    spec = expand_pool(specs[name], workspace.inputs(recipe.name))
+    spec = expand_pool(recipe.pool_named(name), workspace.inputs(recipe.name))
     progress = Progress(f"pool {name}", 0, emit)
     read = recipe.columns_read(name)
     build_pool(workspace.pool(name), spec, progress.advance, read=read)
@@ -85,7 +166,11 @@ def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str],
 def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition:
     """A pool (role train) or an evaluation set."""
     deps = [keys.inputs(recipe)] if recipe.inputs else []
+    outside = _from_outside(recipe, spec)
+    if outside:
+        deps.append(keys.files(spec))
     key = keys.pool(spec)
+    plain = {k: v for k, v in asdict(spec).items() if k != "buckets"}
     checks = [dg.AssetCheckSpec("readable", asset=key, blocking=True)]
 
     @dg.asset(
@@ -95,6 +180,8 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
         kinds=keys.KINDS,
         tags={"siftline/role": role},
         check_specs=checks,
+        op_tags=asking.reading(recipe, spec.name) if outside else None,
+        code_version=_short([plain, sorted(recipe.columns_read(spec.name))]),
     )
     def pool(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Rows by id: read, validated, canonical, identical ones collapsed."""
@@ -157,9 +244,11 @@ def train_base(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[
 def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
     """A model that is trained here from text."""
     deps = [keys.inputs(recipe)] if recipe.inputs else []
+    model = recipe.models[name]
 
     @dg.asset(
         key=keys.model(name),
+        code_version=_short([asdict(model), recipe.seed]),
         deps=deps,
         group_name=recipe.name,
         kinds={"torch", "safetensors"},

@@ -10,11 +10,16 @@ from dagster_shared.check import CheckError
 from siftline.assets.outcome import outcome_assets, outcomes
 from siftline.assets.resource import siftline_resource
 from siftline.assets.scores import likelihood_asset, scorer_asset
-from siftline.assets.shared import inputs_asset, model_asset, pool_asset
+from siftline.assets.shared import files_asset, inputs_asset, model_asset, pool_asset
 from siftline.assets.stages import stage_asset
-from siftline.pipelines.broken import Broken, broken_recipe
 from siftline.pipelines.executor import step_executor
-from siftline.pipelines.jobs import new_files_sensor, recipe_job, recipe_schedule
+from siftline.pipelines.jobs import (
+    Broken,
+    broken_recipe,
+    new_files_sensor,
+    recipe_job,
+    recipe_schedule,
+)
 from siftline.recipe.library import find
 from siftline.recipe.parse import Recipe
 
@@ -22,6 +27,8 @@ from siftline.recipe.parse import Recipe
 def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """Every asset of one recipe, shared ones included."""
     assets = [inputs_asset(recipe)] if recipe.inputs else []
+    specs = (recipe.pool, *(spec for _, spec in recipe.sets.items()))
+    assets += [found for spec in specs if (found := files_asset(recipe, spec)) is not None]
     assets.append(pool_asset(recipe, recipe.pool, "train"))
     assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
     assets += [model_asset(recipe, name) for name, model in recipe.models.items() if model.pretrain]

@@ -43,9 +43,10 @@ from dagster._core.executor.multiprocess import MultiprocessExecutorChildProcess
 from dagster._utils import get_run_crash_explanation
 from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
 
-from siftline.assets.asking import OWNER, asks_a_model
+from siftline.assets.asking import asks_a_model
 from siftline.assets.resource import stop_if_cancelled
-from siftline.locks import LOOK_SECONDS, alone
+from siftline.locks import LOOK_SECONDS
+from siftline.pipelines.launching import hold_recipes, observe
 
 MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""
@@ -215,7 +216,8 @@ class StepExecutor(Executor):
                 context = here.get_context()
                 assert isinstance(context, PlanExecutionContext)
                 yield from _captured(stack, context, execution_plan)
-                _hold_recipes(stack, context, execution_plan)
+                hold_recipes(stack, context, execution_plan)
+                observe(context, execution_plan)
                 slots = stack.enter_context(_Slots(context, self._most))
                 active = stack.enter_context(
                     ActiveExecution(
@@ -238,29 +240,6 @@ def _captured(
     steps = [step.key for step in plan.get_steps_to_execute_in_topo_order()]
     captured = stack.enter_context(manager.capture_logs(key))
     yield DagsterEvent.capture_logs(context, steps, key, captured)
-
-
-def _hold_recipes(stack: ExitStack, context: PlanExecutionContext, plan: ExecutionPlan) -> None:
-    """Waits until no other run decides about the recipes of this one.
-
-    The queue holds runs of a recipe's job back; this also holds what is launched past the queue.
-    """
-    steps = {
-        step.tags[OWNER]: step
-        for step in plan.get_steps_to_execute_in_topo_order()
-        if OWNER in step.tags
-    }
-    for recipe, step in sorted(steps.items(), key=lambda item: item[0]):
-        workspace = context.for_step(step).resources.siftline.workspace
-        stack.enter_context(
-            alone(
-                workspace.recipe_lock(recipe),
-                f"one run of recipe {recipe} at a time",
-                f"run {context.run_id[:8]} (process {os.getpid()})",
-                say=context.log.info,
-                look=lambda: stop_if_cancelled(context.instance, context.run_id),
-            )
-        )
 
 
 class _Run:

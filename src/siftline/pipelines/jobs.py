@@ -13,9 +13,12 @@ from dagster._utils.schedules import is_valid_cron_schedule
 
 from siftline.assets import keys
 from siftline.assets.asking import owned
+from siftline.assets.metadata import check_result
 from siftline.assets.outcome import outcomes
+from siftline.assets.shared import observe_files
 from siftline.config import nearest
 from siftline.ingest.files import file_states
+from siftline.recipe.library import find
 from siftline.recipe.parse import Recipe, expand_pool
 from siftline.rows.verified import content_hash
 from siftline.workspace import Workspace
@@ -192,7 +195,8 @@ def new_files_sensor(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.Se
 
     def new_files(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         last = Asked.read(context.cursor)
-        state = input_state(Workspace.from_environment(), recipe)
+        workspace = Workspace.from_environment()
+        state = input_state(workspace, recipe)
         if state is None and last is not None and recipe.inputs is None:
             state = GONE  # what was there is not: a run says so
         # Looked up after the files: a run that has not begun will see what was seen here.
@@ -203,6 +207,9 @@ def new_files_sensor(recipe: Recipe, job: UnresolvedAssetJobDefinition) -> dg.Se
         if reason is not None:
             return dg.SkipReason(reason)
         assert asked is not None
+        if _has_instance(context):
+            for spec in (recipe.pool, *(spec for _, spec in recipe.sets.items())):
+                observe_files(context.instance, workspace, recipe, spec.name)
         return dg.RunRequest(run_key=asked.key, tags={FILES_TAG: asked.key})
 
     text = "A run when an input file comes, changes or goes, again until one succeeds."
@@ -226,9 +233,65 @@ def sensor_of(
     )
 
 
+def _has_instance(context: dg.SensorEvaluationContext) -> bool:
+    """Whether this is a look of a daemon; one by hand may have no instance."""
+    return context.instance_ref is not None or context._instance is not None
+
+
 def _newest_run(context: dg.SensorEvaluationContext, key: str) -> dg.DagsterRun | None:
     """The newest run of a request; Dagster's own retries carry its tag."""
-    if context.instance_ref is None and context._instance is None:
-        return None  # asked outside an instance, as a test may
+    if not _has_instance(context):
+        return None
     runs = context.instance.get_runs(dg.RunsFilter(tags={FILES_TAG: key}), limit=1)
     return runs[0] if runs else None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What stands in the place of a recipe.
+
+    Its schedule and its sensor keep their names, so that those who switched them on see red runs
+    and ticks, not silence.
+    """
+
+    asset: dg.AssetsDefinition
+    job: UnresolvedAssetJobDefinition
+    schedule: dg.ScheduleDefinition
+    sensor: dg.SensorDefinition
+
+
+def broken_recipe(name: str, label: str, error: str) -> Broken:
+    """The mark of a recipe that can't be used.
+
+    Args:
+        name: The file's stem.
+        label: Name of its group and its job.
+        error: What is wrong with it, in one line.
+    """
+    key = dg.AssetKey([name, "recipe"])
+
+    @dg.asset(
+        key=key,
+        group_name=label,
+        kinds={"yaml"},
+        description=f"This recipe is not loaded. {error}",
+        check_specs=[
+            dg.AssetCheckSpec("is_valid", asset=key, blocking=True, description=error),
+        ],
+    )
+    def recipe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        found = error
+        try:
+            find(name)
+        except (ValueError, OSError) as now:
+            found = str(now)
+        remedy = "mend it, and reload the code location"
+        verdict = check_result(key, "is_valid", False, found, remedy, {})
+        return dg.MaterializeResult(check_results=[verdict])
+
+    job = dg.define_asset_job(label, selection=dg.AssetSelection.assets(key), description=error)
+
+    def look(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        raise ValueError(error)
+
+    return Broken(recipe, job, timed(label, job, "0 3 * * *"), sensor_of(label, job, look, error))

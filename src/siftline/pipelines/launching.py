@@ -1,4 +1,4 @@
-"""How Dagster's daemon and web server start and stop runs; dagster.yaml names the two classes.
+"""How runs begin and end; dagster.yaml names the launcher and the queue.
 
 Runs of `siftline run` are no child of a code server, so Dagster's own launcher can neither stop
 them nor tell whether they live. Both can be told here from the tags that they carry.
@@ -6,14 +6,20 @@ them nor tell whether they live. Both can be told here from the tags that they c
 
 import os
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.execution.context.system import PlanExecutionContext
+from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 
-from siftline.assets.asking import OWNER
+from siftline.assets.asking import FILES, OWNER, RECIPE
 from siftline.assets.keys import recipes_of
+from siftline.assets.resource import stop_if_cancelled
+from siftline.assets.shared import observe_files
+from siftline.locks import alone
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
 """Tags of a run of `siftline run`: its machine, its process, and when that process began."""
@@ -81,3 +87,35 @@ class RunQueue(QueuedRunCoordinator):
         if OWNER not in run.tags and len(recipes) == 1:
             self._instance.add_run_tags(run.run_id, {OWNER: recipes[0]})
         return super().submit_run(context)
+
+
+def hold_recipes(stack: ExitStack, context: PlanExecutionContext, plan: ExecutionPlan) -> None:
+    """Waits until no other run decides about the recipes of this one.
+
+    The queue holds runs of a recipe's job back; this also holds what is launched past the queue.
+    """
+    steps = {
+        step.tags[OWNER]: step
+        for step in plan.get_steps_to_execute_in_topo_order()
+        if OWNER in step.tags
+    }
+    for recipe, step in sorted(steps.items(), key=lambda item: item[0]):
+        workspace = context.for_step(step).resources.siftline.workspace
+        stack.enter_context(
+            alone(
+                workspace.recipe_lock(recipe),
+                f"one run of recipe {recipe} at a time",
+                f"run {context.run_id[:8]} (process {os.getpid()})",
+                say=context.log.info,
+                look=lambda: stop_if_cancelled(context.instance, context.run_id),
+            )
+        )
+
+
+def observe(context: PlanExecutionContext, plan: ExecutionPlan) -> None:
+    """Records what the files are that the steps will read, so that the assets count as fresh."""
+    for step in plan.get_steps_to_execute_in_topo_order():
+        if FILES in step.tags:
+            siftline = context.for_step(step).resources.siftline
+            recipe = siftline.recipe(step.tags[RECIPE])
+            observe_files(context.instance, siftline.workspace, recipe, step.tags[FILES])

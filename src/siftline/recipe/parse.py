@@ -69,6 +69,11 @@ class Recipe:
         """The model that plays a role; roles that are not named fall to the target model."""
         return self.models[self.roles.get(role, self.roles["target"])]
 
+    def pool_named(self, name: str) -> PoolSpec:
+        """The pool or evaluation set of a name."""
+        specs = (self.pool, *(spec for _, spec in self.sets.items()))
+        return next(spec for spec in specs if spec.name == name)
+
     def columns_read(self, name: str) -> frozenset[str]:
         """Input columns of a pool or set that some part of the recipe reads beside the rows.
 

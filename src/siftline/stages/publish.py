@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from siftline import __version__
 from siftline.ingest.pool import Pool
@@ -85,7 +86,7 @@ def publish_curated(
         language=recipe.card.language,
         tags=recipe.card.tags,
         how=tuple(f"{stage.name}: {stage.kind}, seed {recipe.seed}" for stage, _ in done),
-        columns=tuple({**COLUMNS, **_scorer_columns(recipe)}.items()),
+        columns=tuple(published_columns(recipe).items()),
         funnel=tuple(stage_count(stage, output) for stage, output in done),
         configs=tuple(MEANINGS.items()),
     )
@@ -112,12 +113,45 @@ def newest(workspace: Workspace, recipe: Recipe) -> Path:
     return resolve_latest(workspace.curated(recipe.name), recipe.hash)
 
 
-def _scorer_columns(recipe: Recipe) -> dict[str, str]:
-    """What the columns of the recipe's quality scorers mean."""
-    return {
+def parent_of(workspace: Workspace, recipe: Recipe) -> Path | None:
+    """The version that `latest` points at, against which the next one is held."""
+    root = workspace.curated(recipe.name)
+    return resolve_latest(root) if (root / "latest").exists() else None
+
+
+def _ids(version: Path) -> pl.LazyFrame:
+    return pl.scan_parquet(sorted((version / "data").glob("*.parquet"))).select("id")
+
+
+def came_and_went(parent: Path, version: Path) -> tuple[int, int]:
+    """Rows of a version that its parent has not, and the other way round."""
+    before, after = _ids(parent), _ids(version)
+    came = after.join(before, on="id", how="anti").select(pl.len()).collect().item()
+    went = before.join(after, on="id", how="anti").select(pl.len()).collect().item()
+    return came, went
+
+
+def as_read(published: Published) -> tuple[int, int, list[str]]:
+    """What a reader of a version's files finds.
+
+    Returns:
+        Rows, distinct ids, and the files whose columns are not the version's.
+    """
+    names = [line["name"] for line in published.manifest["schema"]]
+    files = sorted((published.path / "data").glob("*.parquet"))
+    odd = [file.name for file in files if pq.read_schema(file).names != names]
+    counted = _ids(published.path).select(pl.len(), pl.col("id").n_unique().alias("distinct"))
+    rows, distinct = counted.collect().row(0)
+    return rows, distinct, odd
+
+
+def published_columns(recipe: Recipe) -> dict[str, str]:
+    """What the columns of a version mean, those of the recipe's quality scorers included."""
+    scorers = {
         f"sift_score_{name}": f"{type(config).__name__.lower()} score; null for added rows"
         for name, config in recipe.scorers.items()
     }
+    return {**COLUMNS, **scorers}
 
 
 def stage_count(stage: Stage, output: StageOutput) -> StageCount:
