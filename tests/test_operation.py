@@ -653,6 +653,20 @@ def test_a_recipe_that_takes_its_trial_over_ends_it(root, tmp_path):
     assert list((root / "curated" / "small" / ".trials").iterdir()) == []
 
 
+def test_changes_for_a_recipe_are_no_trouble_for_one_it_shares_a_pool_with(root, tmp_path):
+    """The pool is one asset, and it was the first recipe's."""
+    from siftline.assets.resource import Siftline
+
+    other = altered("another", "[duplicates]", "[verify]")
+    (tmp_path / "recipes" / "another.yaml").write_text(other.format(folder=tmp_path))
+    changed = Siftline(overrides=["stages.duplicates.threshold=0.3"])
+    assert changed.shared("another").name == "small"
+    with pytest.raises(ValueError, match="no entry 'duplicates'"):
+        changed.recipe("another")
+    with pytest.raises(ValueError, match="did you mean 'duplicates'"):
+        Siftline(overrides=["stages.duplicatez.threshold=0.3"]).shared("small")
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -57,7 +57,8 @@ def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:
     if PART not in step:
         return False
     try:
-        return _ASKS[step[PART]](siftline.workspace, siftline.recipe(step[RECIPE]), step[OF])
+        find = siftline.shared if step[PART] in _SHARED else siftline.recipe
+        return _ASKS[step[PART]](siftline.workspace, find(step[RECIPE]), step[OF])
     except (ValueError, OSError):
         return False
 
@@ -93,3 +94,5 @@ _ASKS: dict[str, Callable[[Workspace, Recipe, str], bool]] = {
     "arms": _arms,
     "evaluation": _evaluation,
 }
+_SHARED = ("likelihood", "scorer", "base")
+"""Those that recipes have in common."""

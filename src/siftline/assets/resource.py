@@ -34,6 +34,26 @@ class Siftline(dg.ConfigurableResource):
         """A recipe with this run's changes."""
         return find(name, self.overrides)
 
+    def shared(self, name: str) -> Recipe:
+        """The recipe of a shared asset: that of its name, or one that takes this run's changes.
+
+        Recipes share pools and models, and a run's changes are meant for one of them.
+
+        Raises:
+            ValueError: if none takes them.
+        """
+        own = find(name)
+        try:
+            return self.recipe(name)
+        except ValueError:
+            for other in read_all()[0]:
+                if other.shared_names & own.shared_names:
+                    try:
+                        return self.recipe(other.name)
+                    except ValueError:
+                        continue
+            raise
+
     def is_trial(self, name: str) -> bool:
         """Whether this run's changes make another recipe of it than the file holds."""
         return bool(self.overrides) and self.recipe(name).hash != find(name).hash

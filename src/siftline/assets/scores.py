@@ -129,7 +129,7 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
     )
     def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Mean log-probability of every response, with and without its prompt."""
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name)
         observe = observer(context, key)
         manifest, fresh = score(siftline.workspace, loaded, context.log.info, observe)
         folder = siftline.workspace.scores(loaded.pool.name, loaded.roles["target"], "likelihood")
@@ -162,7 +162,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         code_version=said[:12],
     )
     def quality(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
-        loaded, workspace = siftline.recipe(recipe.name), siftline.workspace
+        loaded, workspace = siftline.shared(recipe.name), siftline.workspace
         with engines() as opened:
             found = score_quality(
                 workspace, loaded, name, opened, context.log.info, observer(context, key)

@@ -1,6 +1,7 @@
 """Assets that recipes share: inputs, pools, evaluation sets, models trained here."""
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -105,22 +106,26 @@ def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | dg.AssetsDef
     if not _from_outside(recipe, spec):
         return None
     paths = "\n".join(f"- `{source.path}`" for source in spec.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # one for each pool at every load
+        observable = dg.observable_source_asset(
+            key=keys.files(spec),
+            group_name=recipe.name,
+            description=f"What {spec.name} is read from:\n\n{paths}",
+        )
 
-    @dg.observable_source_asset(
-        key=keys.files(spec),
-        group_name=recipe.name,
-        description=f"What {spec.name} is read from:\n\n{paths}",
-    )
     def files(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.ObserveResult:
         """Paths, sizes and times of the files."""
         state, count, size = files_state(
-            siftline.workspace, siftline.recipe(recipe.name), spec.name
+            siftline.workspace, siftline.shared(recipe.name), spec.name
         )
         return dg.ObserveResult(
             data_version=dg.DataVersion(state), metadata={"files": count, "bytes": size}
         )
 
-    return files
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        return observable(files)
 
 
 def observe_files(
@@ -185,7 +190,7 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
     )
     def pool(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Rows by id: read, validated, canonical, identical ones collapsed."""
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name)
         built = build(siftline.workspace, loaded, spec.name, context.log.info)
         info, reading = built.manifest.info, built.reading(loaded.columns_read(spec.name))
         read = info["provenance"] + info["quarantine"]
@@ -259,7 +264,7 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         """A small causal model trained from the recipe's corpus."""
         from siftline.scoring.fingerprint import directory_digest
 
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name)
         folder = train_base(siftline.workspace, loaded, name, context.log.info)
         return dg.MaterializeResult(
             metadata={"path": dg.MetadataValue.path(str(folder))},

@@ -27,10 +27,10 @@ from siftline.recipe.parse import Recipe
 def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """Every asset of one recipe, shared ones included."""
     assets = [inputs_asset(recipe)] if recipe.inputs else []
-    specs = (recipe.pool, *(spec for _, spec in recipe.sets.items()))
-    assets += [found for spec in specs if (found := files_asset(recipe, spec)) is not None]
     assets.append(pool_asset(recipe, recipe.pool, "train"))
     assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
+    specs = (recipe.pool, *(spec for _, spec in recipe.sets.items()))
+    assets += [found for spec in specs if (found := files_asset(recipe, spec)) is not None]
     assets += [model_asset(recipe, name) for name, model in recipe.models.items() if model.pretrain]
     assets.append(likelihood_asset(recipe))
     assets += [scorer_asset(recipe, name) for name in recipe.scorers]
@@ -110,12 +110,7 @@ def compose_all(recipes: Sequence[Recipe], broken: Mapping[str, str]) -> dg.Defi
 
 def _sharing(recipe: Recipe, others: Sequence[Recipe]) -> list[Recipe]:
     """Those of the others with which a recipe has a pool, a set or a model in common."""
-    mine = _shared_names(recipe)
-    return [other for other in others if mine & _shared_names(other)]
-
-
-def _shared_names(recipe: Recipe) -> set[str]:
-    return {recipe.pool.name, *(spec.name for _, spec in recipe.sets.items()), *recipe.models}
+    return [other for other in others if recipe.shared_names & other.shared_names]
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -69,6 +69,12 @@ class Recipe:
         """The model that plays a role; roles that are not named fall to the target model."""
         return self.models[self.roles.get(role, self.roles["target"])]
 
+    @property
+    def shared_names(self) -> frozenset[str]:
+        """Names of the pools, sets and models that another recipe may have too."""
+        sets = [spec.name for _, spec in self.sets.items()]
+        return frozenset((self.pool.name, *sets, *self.models))
+
     def pool_named(self, name: str) -> PoolSpec:
         """The pool or evaluation set of a name."""
         specs = (self.pool, *(spec for _, spec in self.sets.items()))
