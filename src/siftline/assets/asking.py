@@ -57,8 +57,12 @@ def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:
     if PART not in step:
         return False
     try:
-        find = siftline.shared if step[PART] in _SHARED else siftline.recipe
-        return _ASKS[step[PART]](siftline.workspace, find(step[RECIPE]), step[OF])
+        name, of = step[RECIPE], step[OF]
+        if step[PART] in _SHARED:
+            recipe = siftline.shared(name, of if step[PART] == "base" else None)
+        else:
+            recipe = siftline.recipe(name)
+        return _ASKS[step[PART]](siftline.workspace, recipe, of)
     except (ValueError, OSError):
         return False
 

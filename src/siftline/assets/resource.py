@@ -34,10 +34,14 @@ class Siftline(dg.ConfigurableResource):
         """A recipe with this run's changes."""
         return find(name, self.overrides)
 
-    def shared(self, name: str) -> Recipe:
+    def shared(self, name: str, part: str | None = None) -> Recipe:
         """The recipe of a shared asset: that of its name, or one that takes this run's changes.
 
         Recipes share pools and models, and a run's changes are meant for one of them.
+
+        Args:
+            name: The recipe that the asset was made of.
+            part: Pool, set or model that the asset is about; by default the recipe's pool.
 
         Raises:
             ValueError: if none takes them.
@@ -47,7 +51,7 @@ class Siftline(dg.ConfigurableResource):
             return self.recipe(name)
         except ValueError:
             for other in read_all()[0]:
-                if other.shared_names & own.shared_names:
+                if (part or own.pool.name) in other.shared_names:
                     try:
                         return self.recipe(other.name)
                     except ValueError:

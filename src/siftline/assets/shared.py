@@ -117,7 +117,7 @@ def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | dg.AssetsDef
     def files(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.ObserveResult:
         """Paths, sizes and times of the files."""
         state, count, size = files_state(
-            siftline.workspace, siftline.shared(recipe.name), spec.name
+            siftline.workspace, siftline.shared(recipe.name, spec.name), spec.name
         )
         return dg.ObserveResult(
             data_version=dg.DataVersion(state), metadata={"files": count, "bytes": size}
@@ -190,7 +190,7 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
     )
     def pool(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Rows by id: read, validated, canonical, identical ones collapsed."""
-        loaded = siftline.shared(recipe.name)
+        loaded = siftline.shared(recipe.name, spec.name)
         built = build(siftline.workspace, loaded, spec.name, context.log.info)
         info, reading = built.manifest.info, built.reading(loaded.columns_read(spec.name))
         read = info["provenance"] + info["quarantine"]
@@ -264,7 +264,7 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         """A small causal model trained from the recipe's corpus."""
         from siftline.scoring.fingerprint import directory_digest
 
-        loaded = siftline.shared(recipe.name)
+        loaded = siftline.shared(recipe.name, name)
         folder = train_base(siftline.workspace, loaded, name, context.log.info)
         return dg.MaterializeResult(
             metadata={"path": dg.MetadataValue.path(str(folder))},

@@ -117,5 +117,5 @@ def observe(context: PlanExecutionContext, plan: ExecutionPlan) -> None:
     for step in plan.get_steps_to_execute_in_topo_order():
         if FILES in step.tags:
             siftline = context.for_step(step).resources.siftline
-            recipe = siftline.shared(step.tags[RECIPE])
+            recipe = siftline.shared(step.tags[RECIPE], step.tags[FILES])
             observe_files(context.instance, siftline.workspace, recipe, step.tags[FILES])
