@@ -23,13 +23,12 @@ from dagster._core.launcher import WorkerStatus
 from dagster._core.loader import LoadingContextForTest
 from dagster._utils.tags import TagConcurrencyLimitsCounter
 
-from siftline.assets.asking import OWNER
-from siftline.assets.keys import recipes_of
 from siftline.assets.metadata import check_results
 from siftline.assets.shared import observe_files
-from siftline.pipelines import jobs
+from siftline.assets.step import OWNER, recipes_of
+from siftline.pipelines import compose as jobs
+from siftline.pipelines.compose import FILES_TAG, new_files_sensor, recipe_job
 from siftline.pipelines.execute import instance_settings, prepare_home
-from siftline.pipelines.jobs import FILES_TAG, new_files_sensor, recipe_job
 from siftline.pipelines.launching import BORN_TAG, HOST_TAG, PID_TAG, own_tags
 from siftline.recipe.parse import parse
 from siftline.recipe.sections import Bounds
@@ -254,8 +253,8 @@ def test_the_tag_names_the_request(tmp_path, looking):
 def test_a_root_at_an_address_is_refused_in_one_line(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from siftline.assets.resource import Siftline
-    from siftline.commands.run import run
+    from siftline.assets.step import Siftline
+    from siftline.cli.recipes import run
 
     monkeypatch.chdir(tmp_path)
     for address in ("s3://bucket/data", "gs://bucket", "hf://datasets/x/y", "s3:/bucket"):
@@ -312,7 +311,7 @@ def test_a_check_says_what_it_found_and_only_a_red_one_what_to_do(failed, remove
 FIRST = """
 import sys, time
 from pathlib import Path
-from siftline.recipe.library import find
+from siftline.recipe.parse import find
 from siftline.workspace import Workspace
 import siftline.assets.outcome as outcome
 from siftline.pipelines import execute
@@ -399,10 +398,9 @@ def test_a_cancelled_run_ends_and_publishes_nothing(root, force):
 
 def test_a_run_cancelled_at_the_last_moment_publishes_nothing(root):
     """Between the last look and the publication; nothing interrupts it there."""
-    from siftline.assets.resource import stop_if_cancelled
+    from siftline.assets.step import stop_if_cancelled
     from siftline.ingest.pool import build_pool
-    from siftline.recipe.library import find
-    from siftline.recipe.parse import expand_pool
+    from siftline.recipe.parse import expand_pool, find
     from siftline.stages.publish import publish_curated
     from siftline.stages.run import run_stage
 
@@ -537,7 +535,7 @@ def beside_bad_ones(root, tmp_path):
 
 def test_a_bad_recipe_takes_no_other_down(beside_bad_ones):
     from siftline.pipelines.compose import compose_all
-    from siftline.recipe.library import read_all
+    from siftline.recipe.parse import read_all
 
     defs = compose_all(*read_all())
     names = {job.name for job in defs.jobs}
@@ -566,7 +564,7 @@ def test_a_bad_recipe_takes_no_other_down(beside_bad_ones):
 def test_status_goes_on_beside_a_bad_recipe(beside_bad_ones):
     from click.testing import CliRunner
 
-    from siftline.commands.status import status
+    from siftline.cli.recipes import status
 
     said = CliRunner().invoke(status, ["--root", str(beside_bad_ones)])
     assert said.exit_code == 0, said.output
@@ -591,7 +589,7 @@ def test_a_schedule_has_a_time_zone():
 def materialize_small(*overrides, names=("curated",)):
     """The small recipe's pool and stage and what else is asked for, with changes; metadata."""
     from siftline.pipelines.compose import compose
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     defs = compose([find("small")])
     keys = [dg.AssetKey(["pool", "small_rows"]), dg.AssetKey(["small", "duplicates"]),
@@ -611,8 +609,8 @@ def materialize_small(*overrides, names=("curated",)):
 
 
 def test_a_trial_publishes_beside_latest_and_says_so(root):
-    from siftline.commands.outcome import summary
-    from siftline.recipe.library import find
+    from siftline.cli.recipes import summary
+    from siftline.recipe.parse import find
     from siftline.stages.publish import newest
 
     folder = root / "curated" / "small"
@@ -631,7 +629,7 @@ def test_a_trial_publishes_beside_latest_and_says_so(root):
     said = summary(workspace, find("small", [change]))
     assert Path(said["curated"]).name == Path(said["report"]).stem == version
     assert said["is_latest"] is False
-    from siftline.status import describe
+    from siftline.stages.status import describe
 
     (line,) = [r for r in describe(workspace)["recipes"] if r["name"] == "small"]
     assert set(line["versions"]) == {f"small/{latest} (latest)", f"small/{version} (trial)"}
@@ -655,7 +653,7 @@ def test_a_recipe_that_takes_its_trial_over_ends_it(root, tmp_path):
 
 def test_changes_for_a_recipe_are_no_trouble_for_one_it_shares_a_pool_with(root, tmp_path):
     """The pool is one asset, and it was the first recipe's."""
-    from siftline.assets.resource import Siftline
+    from siftline.assets.step import Siftline
 
     other = altered("another", "[duplicates]", "[verify]")
     (tmp_path / "recipes" / "another.yaml").write_text(other.format(folder=tmp_path))
@@ -679,7 +677,7 @@ def test_changes_for_a_recipe_are_no_trouble_for_one_it_shares_a_pool_with(root,
 def test_a_typing_error_launches_nothing(root, wrong, says):
     """The plan is made before a run is: it is what the Launchpad asks for."""
     from siftline.pipelines.compose import compose
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     job = compose([find("small")]).resolve_job_def("small")
     config = {"resources": {"siftline": {"config": {"overrides": [wrong]}}}}
@@ -695,7 +693,7 @@ def test_a_typing_error_launches_nothing(root, wrong, says):
 
 def test_an_edited_recipe_changes_the_code_versions_of_what_it_concerns(root, tmp_path):
     from siftline.pipelines.compose import compose
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     def versions():
         graph = compose([find("small")]).resolve_asset_graph()
@@ -716,7 +714,7 @@ def test_an_edited_recipe_changes_the_code_versions_of_what_it_concerns(root, tm
 
 def test_a_new_file_marks_what_is_read_from_it_as_stale(root, tmp_path, monkeypatch):
     from siftline.pipelines.compose import compose
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     recipe = find("small")
     defs = compose([recipe])
@@ -750,7 +748,7 @@ def test_a_new_file_marks_what_is_read_from_it_as_stale(root, tmp_path, monkeypa
 
 def test_the_published_version_shows_its_columns_its_parent_and_its_checks(root, tmp_path):
     from siftline.pipelines.compose import compose
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     job = compose([find("small")]).resolve_job_def("small")
     key = dg.AssetKey(["small", "curated"])

@@ -10,11 +10,12 @@ import numpy as np
 import polars as pl
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 
-from siftline import plots
-from siftline.assets import asking, keys
+from siftline.assets import step as asking
+from siftline.assets import step as keys
 from siftline.assets.metadata import check_result, picture, shown_before
-from siftline.assets.resource import Siftline, stop_if_cancelled
+from siftline.assets.step import Siftline, stop_if_cancelled
 from siftline.recipe.parse import Recipe
+from siftline.report import plots
 from siftline.rows.curated import FORMAT, Published
 from siftline.rows.shards import write_text
 from siftline.rows.verified import content_hash

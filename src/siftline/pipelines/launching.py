@@ -15,10 +15,8 @@ from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 
-from siftline.assets.asking import FILES, OWNER, RECIPE
-from siftline.assets.keys import recipes_of
-from siftline.assets.resource import stop_if_cancelled
 from siftline.assets.shared import observe_files
+from siftline.assets.step import FILES, OWNER, RECIPE, recipes_of, stop_if_cancelled
 from siftline.locks import alone
 
 HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
