@@ -101,7 +101,7 @@ def files_state(workspace: Workspace, recipe: Recipe, name: str) -> tuple[str, i
     return content_hash(states), len(states), sum(size or 0 for _, size, _ in states)
 
 
-def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.AssetsDefinition | None:
+def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | None:
     """The files that a pool is read from, to be observed; None where an asset writes them."""
     if not _from_outside(recipe, spec):
         return None
@@ -126,7 +126,7 @@ def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.AssetsDefinition | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         made = observable(files)
-    assert isinstance(made, dg.AssetsDefinition)
+    assert isinstance(made, dg.SourceAsset)
     return made
 
 
