@@ -364,7 +364,7 @@ def begin(root, hold=True):
 
 
 def wait_until(true, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not true():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline

@@ -107,7 +107,7 @@ def files_state(workspace: Workspace, recipe: Recipe, name: str) -> tuple[str, i
     return content_hash(states), len(states), sum(size or 0 for _, size, _ in states)
 
 
-def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | dg.AssetsDefinition | None:
+def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | None:
     """The files that a pool is read from, to be observed; None where an asset writes them."""
     if not _from_outside(recipe, spec):
         return None
@@ -131,7 +131,9 @@ def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | dg.AssetsDef
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
-        return observable(files)
+        made = observable(files)
+    assert isinstance(made, dg.SourceAsset)
+    return made
 
 
 def observe_files(

@@ -308,9 +308,10 @@ def broken_recipe(name: str, label: str, error: str) -> Broken:
     return Broken(recipe, job, timed(label, job, "0 3 * * *"), sensor_of(label, job, look, error))
 
 
-def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition | dg.SourceAsset]:
     """Every asset of one recipe, shared ones included."""
-    assets = [inputs_asset(recipe)] if recipe.inputs else []
+    assets: list[dg.AssetsDefinition | dg.SourceAsset] = []
+    assets += [inputs_asset(recipe)] if recipe.inputs else []
     assets.append(pool_asset(recipe, recipe.pool, "train"))
     assets += [pool_asset(recipe, spec, role) for role, spec in recipe.sets.items()]
     specs = (recipe.pool, *(spec for _, spec in recipe.sets.items()))
@@ -319,7 +320,7 @@ def recipe_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     assets.append(likelihood_asset(recipe))
     assets += [scorer_asset(recipe, name) for name in recipe.scorers]
     assets += [stage_asset(recipe, stage) for stage in recipe.stages]
-    return assets + outcome_assets(recipe)
+    return [*assets, *outcome_assets(recipe)]
 
 
 def compose(
@@ -336,7 +337,7 @@ def compose(
     """
     for recipe in recipes:
         _check_names(recipe)
-    assets: dict[dg.AssetKey, dg.AssetsDefinition] = {}
+    assets: dict[dg.AssetKey, dg.AssetsDefinition | dg.SourceAsset] = {}
     owners: dict[dg.AssetKey, Recipe] = {}
     for recipe in recipes:
         for asset in recipe_assets(recipe):
