@@ -92,6 +92,17 @@ class Recipe:
         """The model that plays a role; roles that are not named fall to the target model."""
         return self.models[self.roles.get(role, self.roles["target"])]
 
+    @property
+    def shared_names(self) -> frozenset[str]:
+        """Names of the pools, sets and models that another recipe may have too."""
+        sets = [spec.name for _, spec in self.sets.items()]
+        return frozenset((self.pool.name, *sets, *self.models))
+
+    def pool_named(self, name: str) -> PoolSpec:
+        """The pool or evaluation set of a name."""
+        specs = (self.pool, *(spec for _, spec in self.sets.items()))
+        return next(spec for spec in specs if spec.name == name)
+
     def columns_read(self, name: str) -> frozenset[str]:
         """Input columns of a pool or set that some part of the recipe reads beside the rows.
 
@@ -429,3 +440,17 @@ def all_recipes() -> list[Recipe]:
         ValueError: if one is not valid; the file's name comes first.
     """
     return [find(name) for name in sorted(recipe_files())]
+
+
+def read_all() -> tuple[list[Recipe], dict[str, str]]:
+    """Every recipe that is valid, sorted by name, and what is wrong with each of the others."""
+    valid: list[Recipe] = []
+    broken: dict[str, str] = {}
+    for name in sorted(recipe_files()):
+        try:
+            valid.append(find(name))
+        except ValueError as error:
+            broken[name] = str(error)
+        except OSError as error:
+            broken[name] = f"{name}.yaml can't be read: {error}"
+    return valid, broken
