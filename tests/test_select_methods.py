@@ -52,6 +52,7 @@ def frame(n, seed=0, dtype=pl.Float16, d=8, prefix="row"):
             "perplexity": 1 + 9 * numbers[0],
             "ifd_loss_ratio": 0.2 + 0.7 * numbers[1],
             "logprob_mean": -numbers[2],
+            "logprob_mean_warm": -numbers[2] * (0.2 + numbers[4]),
             "complexity": numbers[3],
             "quality": numbers[4],
             "reward": 5 * numbers[0],
@@ -212,7 +213,18 @@ def test_equal_duplicates_are_drawn_equally_often(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["length", "perplexity", "ifd", "linear_rule", "got_d", "best_fit", "deita", "dsir"]
+    "name",
+    [
+        "length",
+        "perplexity",
+        "ifd",
+        "linear_rule",
+        "loss_drop",
+        "got_d",
+        "best_fit",
+        "deita",
+        "dsir",
+    ],
 )
 def test_equal_duplicates_have_equal_values(name):
     pool = frame(50, seed=4)
@@ -231,7 +243,8 @@ def test_equal_duplicates_have_equal_values(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["length", "perplexity", "ifd", "linear_rule", "random", "got_d", "rds_plus"]
+    "name",
+    ["length", "perplexity", "ifd", "linear_rule", "loss_drop", "random", "got_d", "rds_plus"],
 )
 def test_a_larger_budget_keeps_what_a_smaller_one_kept(name):
     pool = frame(60)

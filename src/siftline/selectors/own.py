@@ -97,6 +97,8 @@ def _entry(name: str, path: str, found: Any, what: str, distribution: str | None
         raise ValueError(
             f"{what} needs training and has no option {', '.join(lacking)}: see rounds.py"
         )
+    if "target warm-up" in needs and not isinstance(getattr(found, "after", None), str):
+        raise ValueError(f"{what} needs a warm-up and has no option after: see baselines.py")
     document = (inspect.getdoc(found) or "").partition("\n")[0]
     return Entry(
         name,

@@ -1,12 +1,13 @@
 """RDS+: rows whose representation is nearest to some target row, by turns.
 
-Ivison et al. 2025, arXiv 2503.01807. The embedding is the model's own (position-weighted mean of
-the last hidden states over the whole conversation, as the causal embedder makes it); any other
-works too and is another method in their tables.
+Ivison et al. 2025, arXiv 2503.01807. The embedding is the model's own: the position-weighted mean of
+the last hidden states over the whole conversation, templated with its roles, as far as the model's
+length goes. Any other embedder works too and is another method in their tables; one that knows no
+template reads each turn behind the name of its role.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 
@@ -29,6 +30,7 @@ class RdsPlus(Ranked):
             target's sources take in turn by the best of their rows (several tasks).
     """
 
+    EMBEDS: ClassVar[str] = "conversation"
     turns: Turns = "query"
 
     def __post_init__(self) -> None:

@@ -6,7 +6,14 @@ that has it registers it; see `siftline.selectors.own`.
 
 import difflib
 
-from siftline.selectors.baselines import BalancedRandom, Ifd, Length, Perplexity, Random
+from siftline.selectors.baselines import (
+    BalancedRandom,
+    Ifd,
+    Length,
+    LossDrop,
+    Perplexity,
+    Random,
+)
 from siftline.selectors.best_fit import BestFit
 from siftline.selectors.deita import Deita
 from siftline.selectors.entry import WIDTH, Entry
@@ -55,9 +62,9 @@ METHODS: tuple[Entry, ...] = (
         ("scores",),
         "bucketed",
         MAX_ROWS,
-        "A cheap baseline on small clean pools.",
-        "On a pool of millions it is far below random (published: 17.8 to 40.7).",
-        "arXiv 2402.04833",
+        "A cheap baseline; published to help weak base models most.",
+        "Far below random on one pool of millions (17.8 to 40.7), above it on two others.",
+        "arXiv 2402.04833, 2410.09335",
     ),
     Entry(
         "perplexity",
@@ -163,6 +170,16 @@ METHODS: tuple[Entry, ...] = (
         "A forward and a backward pass of the pool for each checkpoint; no diversity.",
         "arXiv 2402.04333",
         _FEATURES,
+    ),
+    Entry(
+        "loss_drop",
+        LossDrop,
+        ("scores", "target warm-up"),
+        "bucketed",
+        MAX_ROWS,
+        "A known target, without gradients: a short warm-up on it and a forward pass of the pool.",
+        "Published on few models; a small target is soon learnt by heart.",
+        "arXiv 2605.09404",
     ),
     Entry(
         "got_d",

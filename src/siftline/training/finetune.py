@@ -282,7 +282,7 @@ def _trainer(
     from siftline.training.trainer import PlannedTrainer
 
     return PlannedTrainer(
-        model=load_model(base, config, seed),
+        model=load_model(base, config, seed, passes.schedule.steps),
         arguments=arguments,
         tokenizer=tokenizer,
         passes=passes,

@@ -7,6 +7,7 @@ item of its dataset is the number of one planned forward pass (see `schedule`), 
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,8 +30,9 @@ class FineTune:
 
     Attributes:
         method: `full`; `lora` on all linear layers but the head; `qlora`, the same over a base in
-            4 bits; or `peft`, any adapter of that library that can be merged.
-        peft: For `peft`: its `type` (LOHA, IA3, …) and the options of that type's configuration.
+            4 bits; or `peft`, an adapter of that library that can be merged.
+        peft: For `peft`: its `type` (LOHA, IA3, ADALORA, …) and the options of that type's
+            configuration; one that would not do here what it is called is refused.
         objective: The loss; see the table of objectives in docs/training.md.
         kl_weight: Weight of the divergence from the start in `sft_kl` and `asft`; 0.05 as in ASFT's
             published runs.
@@ -119,6 +121,11 @@ class FineTune:
                 f"method is {self.method!r}, peft is {self.peft}: method peft, and it alone, "
                 "takes peft: {type: LOHA, …}"
             )
+        if allocates_ranks(self.peft) and self.keep == "best":
+            raise ValueError(
+                "keep is 'best' with AdaLoRA, whose early steps have ranks it will not keep: take "
+                "keep: last"
+            )
 
     def _check_rates(self) -> None:
         if not self.epochs > 0 or not self.learning_rate > 0 or self.max_length < 2:
@@ -142,6 +149,11 @@ class FineTune:
             )
         if self.steps is not None and (self.steps < 1 or (self.loss_tokens or 0) < 1):
             raise ValueError(f"loss_tokens {self.loss_tokens} and steps {self.steps}: 1 or more")
+
+
+def allocates_ranks(peft: Mapping[str, Any]) -> bool:
+    """Whether an adapter's ranks fall while it trains: then only a whole run means anything."""
+    return str(peft.get("type", "")).upper() == "ADALORA"
 
 
 def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = False) -> Any:
@@ -186,6 +198,8 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
+        # peft can't load an AdaLoRA back into training, so a killed run starts again.
+        save_strategy="no" if allocates_ranks(config.peft) else "steps",
         save_steps=config.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if dev else "no",

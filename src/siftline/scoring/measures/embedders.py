@@ -3,7 +3,7 @@
 Both sit behind one method, so diversity and near-duplicate stages do not ask which it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,8 @@ from siftline.scoring import versions
 from siftline.scoring.engines.base import Engine, ModelSpec, check_directory, open_engine
 from siftline.scoring.engines.batching import plan_batches
 from siftline.scoring.fingerprint import model_fingerprint
-from siftline.scoring.spans import encode, start_token
+from siftline.scoring.measures.embedding import conversation_text, conversation_tokens
+from siftline.scoring.spans import UnscorableRow, encode, start_token
 
 MAX_ROWS = 512
 
@@ -30,6 +31,12 @@ class TextEmbedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length vectors, float32 (n, d), in the order of the texts."""
+        ...
+
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows with id, messages and tools, roles and all, and reasons, by id."""
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
@@ -82,6 +89,15 @@ class SentenceEmbedder:
         lengths = [min(n, self.max_length) for n in self.token_counts(texts)]
         return _in_batches(self._encode, texts, texts, lengths, self.spec.batch_tokens)
 
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows by id; each turn stands behind its role."""
+        if not rows:
+            return {}, {}
+        vectors = self.embed_texts([conversation_text(row) for row in rows])
+        return {row["id"]: v for row, v in zip(rows, vectors, strict=True)}, {}
+
     def _encode(self, texts: list[str]) -> np.ndarray:
         vectors = self._model.encode(
             texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
@@ -130,6 +146,26 @@ class EngineEmbedder:
         rows = [self._tokens(text)[: self.max_length] for text in texts]
         lengths = [len(row) for row in rows]
         return _in_batches(self.engine.embed, rows, texts, lengths, self.batch_tokens)
+
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows by id, templated as the model knows it; reasons of what can't be."""
+        asked: dict[str, list[int]] = {}
+        failed: dict[str, str] = {}
+        for row in rows:
+            try:
+                asked[row["id"]] = conversation_tokens(
+                    self.engine.tokenizer, row, None, self.max_length
+                )
+            except UnscorableRow as error:
+                failed[row["id"]] = error.reason
+        if not asked:
+            return {}, failed
+        tokens = list(asked.values())
+        lengths = [len(line) for line in tokens]
+        vectors = _in_batches(self.engine.embed, tokens, list(asked), lengths, self.batch_tokens)
+        return dict(zip(asked, vectors, strict=True)), failed
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, the start token included, before it is cut to `max_length`."""
