@@ -181,6 +181,32 @@ def test_best_fit_picks_the_likeliest_answer_of_each_prompt():
     assert sorted(places(select(two, answers(), Budget(7)))) == [0, 1, 3, 4, 5, 6, 7]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=12), st.sampled_from([1, 4, 16]),
+    st.integers(1, 60), st.integers(0, 3),
+)  # fmt: skip
+def test_so_many_answers_a_prompt_are_drawn_whatever_they_say(counts, answers, size, seed):
+    """Beside plain counting: all answers of a prompt before the next, or one of each in turn."""
+    prompts = [f"p{i:02d}" for i, n in enumerate(counts) for _ in range(n)]
+    pool = pl.DataFrame({"id": ids(len(prompts)), "prompt_id": prompts})
+    size = min(size, sum(min(n, answers) for n in counts))
+    whole = BestFit(answers, singles="keep", fit="random", fill="prompts", seed=seed)
+    kept = select(whole, pool, Budget(size))
+    held = [prompts[i] for i in places(kept)]
+    assert len(held) == size
+    order = list(dict.fromkeys(held))
+    full = [min(counts[int(p[1:])], answers) for p in order]
+    assert [held.count(p) for p in order[:-1]] == full[:-1]  # the last may be cut by the budget
+    assert held == sorted(held, key=order.index)
+    spread = BestFit(answers, singles="keep", fit="random", seed=seed)
+    turns = [prompts[i] for i in places(select(spread, pool, Budget(size)))]
+    seen = [turns.count(p) for p in set(turns)]
+    assert max(seen) == 1 or len(set(turns)) == len(counts)
+    shuffled = pool.sample(fraction=1.0, shuffle=True, seed=seed)
+    assert places(select(whole, shuffled, Budget(size))) == places(kept)
+
+
 def test_likelihood_is_never_compared_across_prompts():
     first = select(BestFit(), answers(), Budget(2))
     lifted = answers().with_columns(

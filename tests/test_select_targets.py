@@ -157,7 +157,7 @@ def on_a_sphere(seed=0, n=300, d=64, kinds=8):
 
 
 def test_epsilon_means_the_same_at_any_length_of_the_vectors():
-    x, kind = on_a_sphere()
+    x, _ = on_a_sphere()
     pool, target = x[20:], x[:20]
     found = [
         select(GotD(), vectors(c * pool), Budget(40), vectors(c * target, ids(20, "t")))

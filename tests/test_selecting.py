@@ -79,6 +79,64 @@ def test_a_method_spends_the_budget_on_the_rows_in_play(method, root, recipe_of)
     assert again.manifest.version == output.manifest.version
 
 
+def test_the_loss_drop_is_that_of_a_model_trained_on_the_target_alone(root, recipe_of):
+    """Beside plain transformers: the share of a row's loss that the warmed-up model takes away."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from siftline.scoring.spans import response_span
+    from siftline.scoring.templates import load_tokenizer
+    from siftline.stages.models import named_spec
+
+    workspace, options = Workspace(root), {"learning_rate": 3e-3, "epochs": 2, "batch_rows": 4}
+    recipe = recipe_of("loss_drop", stage={"options": options})
+    assert models_used(recipe, recipe.stage("select")) == ("target",)
+    assert sets_used(recipe.stage("select")) == ("target",)
+    run_stage(workspace, recipe, "duplicates", quiet)
+    output, _ = run_stage(workspace, recipe, "select", quiet)
+    facts = output.facts
+    assert facts["warmup_loss"][1] < facts["warmup_loss"][0]
+    target = {i for s in recipe.sets.target for i in Pool(workspace.pool(s.name)).all_rows()["id"]}
+    assert facts["target_rows"] == len(target)
+    base = named_spec(workspace, recipe, recipe.roles["target"])
+    (warm,) = (workspace.root / "models").glob("warmup-*/config.json")
+    tokenizer = load_tokenizer(base)
+    rows = {r["id"]: r for r in Pool(workspace.pool(recipe.pool.name)).all_rows().to_pylist()}
+    decided = output.all_decisions().filter(outcome=REMOVED).sort("id").head(4)
+    models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (base.path, warm.parent)]
+    for identity, value in decided.select("id", "value").iter_rows():
+        row = rows[identity]
+        tokens, (start, end) = response_span(
+            tokenizer, row["messages"], base.template, tools=row["tools"]
+        )
+        losses = []
+        for model in models:
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+            losses.append(-np.mean([float(logs[i - 1, tokens[i]]) for i in range(start, end)]))
+        assert value == pytest.approx((losses[0] - losses[1]) / losses[0], abs=2e-3)
+    with pytest.raises(ValueError, match=r"warms up on a target.*add sets\.target"):
+        run_stage(workspace, recipe_of("loss_drop", sets={}), "select", quiet)
+
+
+def test_rds_plus_is_given_conversations_and_other_methods_texts(root, recipe_of, monkeypatch):
+    seen = []
+    for name in ("embed_texts", "embed_conversations"):
+        real = getattr(selecting, name)
+
+        def noted(recorder, bucket, asked, name=name, real=real):
+            seen.append(name)
+            return real(recorder, bucket, asked)
+
+        monkeypatch.setattr(selecting, name, noted)
+    for method, wanted in (("rds_plus", "embed_conversations"), ("got_d", "embed_texts")):
+        seen.clear()
+        recipe = recipe_of(method, stage={"oversampling": 0.5})
+        run_stage(Workspace(root), recipe, "duplicates", quiet)
+        run_stage(Workspace(root), recipe, "select", quiet)
+        assert set(seen) == {wanted}
+
+
 def test_options_seed_and_oversampling_count(root, recipe_of):
     workspace = Workspace(root)
 

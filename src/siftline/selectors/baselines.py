@@ -16,7 +16,8 @@ import polars as pl
 
 from siftline.kernels.draws import uniforms
 from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
-from siftline.selectors.spending import Budget, spend, spend_by_group
+from siftline.selectors.mixture import check_evened, tempered
+from siftline.selectors.spending import Budget, Spent, spend, spend_by_group
 
 WARMED = "logprob_mean_warm"
 """Mean log-probability of a response under the model warmed up on the target."""
@@ -47,15 +48,25 @@ class Random(Ranked):
 class BalancedRandom(Ranked):
     """An even draw with the same budget for every source; small sources are taken whole.
 
-    Memory: about 300 bytes a row.
+    A temperature stands between this and a draw in proportion, a cap keeps any source from being
+    more than so much (see `mixture`). Memory: about 300 bytes a row.
 
     Attributes:
         by: Column that names the group of a row.
+        temperature: Shares of groups are what they hold to the power of 1 over it: 1 is in
+            proportion, larger evens out; null is even.
+        cap: Most that a group may have, in the budget's unit; null is no limit.
         seed: Seed of the draw.
     """
 
     by: str = "source"
+    temperature: float | None = None
+    cap: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        caps = {} if self.cap is None else {"*": self.cap}
+        check_evened(1.0 if self.temperature is None else self.temperature, caps, {})
 
     def columns(self) -> dict[str, Any]:
         return {self.by: pl.String}
@@ -65,8 +76,17 @@ class BalancedRandom(Ranked):
         number = {name: i for i, name in enumerate(names)}
         groups = pool[self.by].replace_strict(number, return_dtype=pl.Int64).to_numpy()
         u = uniforms(self.seed, "balanced_random", pool["id"].to_list())
-        found = spend_by_group(groups, -u, np.ones(len(names)), amounts_of(pool, budget), budget)
-        taken = np.bincount(groups[found.spent.rows], minlength=len(names))
+        amounts = amounts_of(pool, budget)
+        shares = np.ones(len(names))
+        if self.temperature is not None:
+            held = np.bincount(groups, weights=amounts, minlength=len(names))
+            shares = tempered(held, self.temperature)
+        inside = np.flatnonzero(_so_far(groups, u, amounts) <= (self.cap or np.inf))
+        found = spend_by_group(groups[inside], -u[inside], shares, amounts[inside], budget)
+        spent = Spent(inside[found.spent.rows], found.spent.amount, found.spent.done)
+        taken = np.bincount(groups[spent.rows], minlength=len(names))
+        barred = np.full(pool.height, "over_source_cap", dtype=object)
+        barred[inside] = None
         table = pl.DataFrame(
             {
                 self.by: names,
@@ -77,7 +97,20 @@ class BalancedRandom(Ranked):
         )
         facts = {"groups": len(names)}
         tables = {"groups": table}
-        return Ranking(found.order, found.spent, u, "not_drawn", facts=facts, tables=tables)
+        over = pl.Series(barred.tolist(), dtype=pl.String)
+        order = inside[found.order]
+        return Ranking(order, spent, u, "not_drawn", over, facts=facts, tables=tables)
+
+
+def _so_far(groups: np.ndarray, u: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+    """What each row's group has spent with it when rows come by their draw, int64 (n,)."""
+    order = np.lexsort((np.arange(len(u)), u, groups))
+    sums = np.cumsum(amounts[order])
+    first = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    before = np.concatenate([[0], sums])[first]
+    out = np.empty(len(u), dtype=np.int64)
+    out[order] = sums - np.repeat(before, np.diff([*first, len(u)]))
+    return out
 
 
 @dataclass(frozen=True)

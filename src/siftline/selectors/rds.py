@@ -1,9 +1,9 @@
 """RDS+: rows whose representation is nearest to some target row, by turns.
 
-Ivison et al. 2025, arXiv 2503.01807. The embedding is the model's own: the position-weighted mean of
-the last hidden states over the whole conversation, templated with its roles, as far as the model's
-length goes. Any other embedder works too and is another method in their tables; one that knows no
-template reads each turn behind the name of its role.
+Ivison et al. 2025, arXiv 2503.01807. The embedding is the model's own: the position-weighted mean
+of the last hidden states over the whole conversation, templated with its roles, as far as the
+model's length goes. Any other embedder works too and is another method in their tables; one that
+knows no template reads each turn behind the name of its role.
 """
 
 from dataclasses import dataclass

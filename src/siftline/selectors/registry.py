@@ -63,7 +63,7 @@ METHODS: tuple[Entry, ...] = (
         "bucketed",
         MAX_ROWS,
         "A cheap baseline; published to help weak base models most.",
-        "Far below random on one pool of millions (17.8 to 40.7), above it on two others.",
+        "Far below random on one pool of millions (17.8 to 40.7), said to help on two others.",
         "arXiv 2402.04833, 2410.09335",
     ),
     Entry(

@@ -19,7 +19,7 @@ from siftline.recipe.kinds import Stage
 from siftline.rows import schema
 from siftline.rows.ledger import KEPT, StageOutput
 from siftline.stages.context import Context
-from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, RejectionSampling
 
 PREFERENCES = "preferences"
 RLVR = "rlvr"
@@ -54,7 +54,7 @@ def sample_bank(context: Context) -> dict[str, pa.Table]:
         if stage.kind == "rejection_sampling":
             spoiled = _spoiled(context.before[i + 1 :], context)
             pairs += list(_pairs(context, output, spoiled))
-            if stage.options.verifier != JUDGE:
+            if stage.options.verifier not in (JUDGE, NONE):
                 prompts += list(_verifiable(context, stage, output, spoiled))
     return {PREFERENCES: _table(pairs, _PAIR, seed), RLVR: _table(prompts, _PROMPT, seed)}
 

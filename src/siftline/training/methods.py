@@ -17,10 +17,13 @@ from siftline.kernels.draws import hash64
 from siftline.training.sft import FineTune, allocates_ranks
 
 ADAPTERS = frozenset(
-    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING "
-    "LOHA LOKR LORA MISS OFT OSF PEANUT PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA "
-    "VBLORA VERA WAVEFT".split()
-)
+    {
+        "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
+        "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS",
+        "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
 """Types of peft that do here what they are called; a test trains each."""
 _UNMERGED = "can't be merged into the weights, so no engine could run the result"
 REFUSED = {

@@ -40,6 +40,9 @@ class FineTune:
             two thirds of the steps; 0 is off, 0.4 the paper's for mathematics.
         prompt_weight: Loss weight of prompt tokens; those of the response have 1.
         source_balance: 0 leaves sources their share of the loss, 1 gives all the same.
+        weight_column: Column with the loss weight of each row, above 0, read where the data has it;
+            rows without one weigh 1, null weighs all alike. `siftline dedup --rehydrate` writes
+            sift_weight: a row of weight 3 moves the loss as three such rows would.
         reference_column: Column with the mean log-probability of each row's response under the
             reference models, for `poft`.
         lora_rank: Rank; 16 and alpha 32 as in the QLoRA family of recipes (alpha = 2 x rank).
@@ -72,6 +75,7 @@ class FineTune:
     mask_rate: float = 0.0
     prompt_weight: float = 0.0
     source_balance: float = 0.0
+    weight_column: str | None = "sift_weight"
     reference_column: str = "mean_ref_logprob"
     lora_rank: int = 16
     lora_alpha: int = 32

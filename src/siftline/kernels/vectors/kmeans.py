@@ -104,7 +104,7 @@ def kmeans(x: np.ndarray, k: int, seed: int, ids: Sequence[str]) -> Clusters:
 
 
 def _trained(rows: np.ndarray, centroids: np.ndarray, iterations: int, seed: int) -> Any:
-    """faiss's k-means after some iterations from given centroids."""
+    """The k-means of faiss after some iterations from given centroids."""
     import faiss
 
     trainer = faiss.Kmeans(

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from siftline.rows.schema import canonical_text
+from siftline.scoring.answers.find import extract_answer
 from siftline.scoring.engines.base import Generation
 from siftline.scoring.measures.pairwise import verdict_against_reference
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict, get_verifier
-from siftline.stages.rejection_sampling.options import JUDGE
+from siftline.stages.rejection_sampling.options import JUDGE, NONE
 from siftline.stages.rejection_sampling.problems import Problem
 
 Grader = Callable[[Sequence[tuple[Problem, Generation]]], list[Verdict]]
@@ -18,7 +19,7 @@ def grader(verifier: str, judge: Callable[[], Recorder]) -> Grader:
     """A grader by the verifier's name.
 
     Args:
-        verifier: "judge", or a name that `get_verifier` knows.
+        verifier: "judge", "none", or a name that `get_verifier` knows.
         judge: Opens the judge; called only where it is asked.
     """
     return _by_model(judge()) if verifier == JUDGE else by_verifier(verifier)
@@ -34,7 +35,11 @@ def outside(verifier: str) -> bool:
 
 
 def by_verifier(name: str) -> Grader:
-    """A grader that asks no model."""
+    """A grader that asks no model; for "none" one that takes every draw."""
+    if name == NONE:
+        return lambda draws: [
+            Verdict(True, extract_answer(given.text), "unverified") for _, given in draws
+        ]
     check = get_verifier(name)
 
     def grade(draws: Sequence[tuple[Problem, Generation]]) -> list[Verdict]:

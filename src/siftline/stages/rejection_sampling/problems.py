@@ -16,6 +16,7 @@ from siftline.scoring.measures.reflection import final_answer, prompts_of
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict
 from siftline.stages.rejection_sampling.difficulty import DRAWS
+from siftline.stages.rejection_sampling.options import NONE
 from siftline.stages.rejection_sampling.streaming import Prompt
 
 JUDGED = {
@@ -61,7 +62,8 @@ def problems_of(
     Args:
         model: Whose tokens, template and length the prompts get.
         buckets: Rows by store bucket.
-        verifier: Name of the verifier, which says when two reference answers are the same.
+        verifier: Name of the verifier, which says when two reference answers are the same; "none"
+            takes prompts with any answer, or without one.
     """
     problems: dict[str, Problem] = {}
     skipped = {"no_independent_answer": 0, "conflicting_answers": 0, "too_long": 0}
@@ -72,7 +74,12 @@ def problems_of(
             by_prompt.setdefault(row["prompt_id"], []).append(row)
         for prompt, answers in by_prompt.items():
             proven = [r for r in answers if r["answer_from"] == "independent"]
-            if not proven:
+            if verifier == NONE:
+                if prompt in unfit:
+                    skipped[unfit[prompt]] = skipped.get(unfit[prompt], 0) + 1
+                else:
+                    problems[prompt] = Problem(Prompt(bucket, tokens[prompt]), answers[0])
+            elif not proven:
                 skipped["no_independent_answer"] += 1
             elif len({_reference(r["answer"], verifier) for r in proven}) > 1:
                 skipped["conflicting_answers"] += 1
@@ -140,7 +147,8 @@ def added_rows(
         parent = problems[line["prompt_id"]].parent
         row = schema.make_row(
             [*parent["messages"][:-1], schema.message("assistant", line["text"])],
-            answer=parent["answer"],
+            # What was read off the parent's response says nothing about another one.
+            answer=parent["answer"] if parent["answer_from"] == "independent" else None,
             answer_from="independent",
             source="sampler",
             tools=parent["tools"],
