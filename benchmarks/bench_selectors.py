@@ -10,8 +10,8 @@ the centres. A tenth of the rows is selected, 10,000 at most. In groups, each wi
     kmeans     siftline's k-means (25 iterations at most, all rows), scikit-learn's KMeans (25, one
                start) and MiniBatchKMeans (its defaults), k = round(sqrt(rows / 2)); the sum of
                squared distances is given beside the time
-    transport  GOT-D (epsilon 0.02 of the mean cost, tolerance 0.01, no momentum) and Sinkhorn on the
-               whole matrix in float64; rank correlation of the gradients
+    transport  GOT-D (epsilon 0.02 of the mean cost, tolerance 0.01, no momentum) and Sinkhorn on
+               the whole matrix in float64; rank correlation of the gradients
     rds        RDS+ and its definition on the matrix of all pairs; share of rows chosen by both
     facility   facility location (all rows covered up to 10,000) and plain greedy on the whole
                matrix, 100 rows chosen; the value reached on the covered rows (up to 10,000 rows)

@@ -100,13 +100,12 @@ def small(tmp_path, tiny_model):
 
     def run(method, target=True, **options):
         inputs = [{"path": "x.jsonl"}]
+        sets = {"target": [{"name": "t", "inputs": inputs, "buckets": 2}]} if target else {}
         recipe = parse(
             {
                 "name": "r",
                 "pool": {"name": "p", "inputs": inputs, "buckets": 2},
-                "sets": {"target": [{"name": "t", "inputs": inputs, "buckets": 2}]}
-                if target
-                else {},
+                "sets": sets,
                 "models": {"m": {"path": str(tiny_model), "max_length": 100, "device": "cpu"}},
                 "stages": [{"select": {"method": method, "options": options}}],
                 "budget": {"size": 5, "unit": "rows"},
@@ -153,9 +152,8 @@ def test_the_loss_drop_is_that_of_a_model_trained_on_the_target_alone(small, tin
     assert len(kept) == 5
     assert min(drops[i] for i in kept) >= max(removed["value"]) - 1e-4
     again, _ = small("loss_drop", learning_rate=3e-3, epochs=2, batch_rows=3)
-    assert [
-        r.decisions.equals(s.decisions) for r, s in zip(again.results, ran.results, strict=True)
-    ]
+    pairs = zip(again.results, ran.results, strict=True)
+    assert all(one.decisions.equals(other.decisions) for one, other in pairs)
     with pytest.raises(ValueError, match=r"warms up on a target.*add sets\.target"):
         small("loss_drop", target=False)
 
