@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from siftline.rows import schema
-from siftline.training import methods
+from siftline.training import sft as methods
 from siftline.training.finetune import FineTune, finetune
 
 BASE = FineTune(learning_rate=3e-3, epochs=2, batch_rows=10, max_length=96, warmup_ratio=0)
@@ -29,7 +29,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
 
 
 def rows(n=20):

@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from siftline.rows import schema
 from siftline.scoring.engines.base import ModelSpec, open_engine
-from siftline.scoring.measures.embedders import EngineEmbedder, open_embedder
-from siftline.scoring.measures.embedding import embed_conversations, embed_texts
+from siftline.scoring.measures.embed import (
+    EngineEmbedder,
+    embed_conversations,
+    embed_texts,
+    open_embedder,
+)
 from siftline.scoring.recorder import Recorder
 
 

@@ -18,8 +18,7 @@ from siftline.rows.schema import digest
 from siftline.rows.selection import select
 from siftline.selectors.baselines import BalancedRandom
 from siftline.selectors.method import select as sift
-from siftline.selectors.mixture import check_mixture, group_of, split, tempered
-from siftline.selectors.spending import Budget
+from siftline.selectors.spending import Budget, check_mixture, group_of, split, tempered
 from siftline.stages.allocate import run as spend
 from siftline.stages.allocate.decide import COLUMNS, Allocate
 from siftline.stages.context import Context

@@ -10,13 +10,13 @@ from siftline.kernels.vectors.kmeans import Clusters
 from siftline.selectors.baselines import (
     NO_LOSS,
     BalancedRandom,
+    BestFit,
     Ifd,
     Length,
     LossDrop,
     Perplexity,
     Random,
 )
-from siftline.selectors.best_fit import BestFit
 from siftline.selectors.deita import Deita
 from siftline.selectors.facility_location import FacilityLocation
 from siftline.selectors.kmeans_quality import KmeansQuality

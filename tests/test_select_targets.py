@@ -7,9 +7,7 @@ from scipy.optimize import linprog
 from scipy.stats import rankdata, spearmanr
 
 from siftline.selectors.method import select
-from siftline.selectors.nearest import by_turns
-from siftline.selectors.rds import RdsPlus
-from siftline.selectors.simcore import SimCore
+from siftline.selectors.nearest import RdsPlus, SimCore, by_turns
 from siftline.selectors.spending import Budget
 from siftline.selectors.transport import GotD, calibrated
 

@@ -14,8 +14,8 @@ from siftline.rows.schema import make_row, message
 from siftline.scoring.engines.base import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import load_tokenizer
-from siftline.stages.rejection_sampling.grading import grader
 from siftline.stages.rejection_sampling.options import JUDGE
+from siftline.stages.rejection_sampling.problems import grader
 from siftline.stages.s3ft.options import SelfAnswers
 from siftline.stages.s3ft.run import ROUTES, _answers, _result
 

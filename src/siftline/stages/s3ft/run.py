@@ -18,11 +18,17 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.verifiers import isolation_of
 from siftline.stages.context import Context, StageRun, split_failed
-from siftline.stages.parallel import over_buckets
-from siftline.stages.rejection_sampling.grading import Grader, grader
+from siftline.stages.models import over_buckets
+from siftline.stages.rejection_sampling.drawing import Prompt
 from siftline.stages.rejection_sampling.options import JUDGE
-from siftline.stages.rejection_sampling.problems import UNJUDGED, Problem, fault_of, judge_draw
-from siftline.stages.rejection_sampling.streaming import Prompt
+from siftline.stages.rejection_sampling.problems import (
+    UNJUDGED,
+    Grader,
+    Problem,
+    fault_of,
+    grader,
+    judge_draw,
+)
 from siftline.stages.s3ft.options import PARAPHRASE, SelfAnswers
 
 ROUTES = ("own_answer", "paraphrase", "reference", "no_independent_answer", "too_long")
