@@ -402,9 +402,9 @@ PUBLIC = {
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed "
     "retained",
     "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
-    "reference_column lora_rank learning_rate epochs phases loss_tokens steps "
-    "batch_rows accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing "
-    "bf16 packing save_steps eval_steps keep report_to",
+    "weight_column reference_column lora_rank learning_rate epochs phases loss_tokens "
+    "steps batch_rows accumulation max_length warmup_ratio schedule weight_decay "
+    "gradient_checkpointing bf16 packing save_steps eval_steps keep report_to",
     "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup seed",
     "Duplicates": "threshold ngram num_perm numbers seed max_rows keep",
     "Decontamination": "ngram min_share common near seed",
@@ -419,7 +419,8 @@ PUBLIC = {
     "max_similarity screen negatives max_draws max_tokens temperature top_p max_new_tokens "
     "verifier seed",
     "SelfAnswers": "draws paraphrases temperature top_p max_new_tokens verifier screen seed",
-    "Allocate": "size unit on_shortfall quota targets answers fit own_samples mixture levels seed",
+    "Allocate": "size unit on_shortfall quota targets answers fit own_samples mixture temperature "
+    "caps levels seed",
     "Select": "method options oversampling gradients seed",
 }
 CLASSES = (

@@ -19,7 +19,7 @@ from siftline.rows.curated import Published, publish, published_before, resolve_
 from siftline.rows.ledger import KEPT, REMOVED, StageOutput, reasons
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
-from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, RejectionSampling
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
 from siftline.workspace import Workspace
@@ -57,7 +57,7 @@ def sample_bank(context: Context) -> dict[str, pa.Table]:
         if stage.kind == "rejection_sampling":
             spoiled = _spoiled(context.before[i + 1 :], context)
             pairs += list(_pairs(context, output, spoiled))
-            if stage.options.verifier != JUDGE:
+            if stage.options.verifier not in (JUDGE, NONE):
                 prompts += list(_verifiable(context, stage, output, spoiled))
     return {PREFERENCES: _table(pairs, _PAIR, seed), RLVR: _table(prompts, _PROMPT, seed)}
 

@@ -97,6 +97,7 @@ class Diversity:
             "size": size,
             "clusters": len(found.centroids),
             "silhouette": None if score is None else round(score, 4),
+            "clustering": found.facts(),
         }
         table = pl.DataFrame(
             {

@@ -7,7 +7,8 @@ from siftline.stages.select.options import Select
 
 
 def _models(options: Any, budget: Any) -> tuple[str, ...]:
-    target = options.likelihoods(budget.unit) or options.differentiates or options.trains
+    target = options.likelihoods(budget.unit) or options.differentiates
+    target = target or options.trains or options.warms
     return (*(["target"] if target else []), *(["embedder"] if options.embeds else []))
 
 

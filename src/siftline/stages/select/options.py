@@ -74,7 +74,8 @@ class Select:
 
     def scorers(self) -> tuple[str, ...]:
         """Those of them that only a quality scorer can give."""
-        return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED))
+        made = (self.configured().after,) if self.warms else ()
+        return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED, *made))
 
     def asked(self) -> tuple[str, ...]:
         """The quality scorer that rows are asked for while the method runs, if there is one."""
@@ -85,6 +86,11 @@ class Select:
     def differentiates(self) -> bool:
         """Whether it reads gradient features."""
         return "gradients" in self.entry.needs
+
+    @property
+    def warms(self) -> bool:
+        """Whether it reads likelihoods under the model warmed up on the target."""
+        return "target warm-up" in self.entry.needs
 
     @property
     def trains(self) -> bool:
