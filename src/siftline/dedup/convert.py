@@ -5,7 +5,7 @@ recipe. The first line that can't be read, or that holds another kind of value t
 it, is an error that names it: rows leave as they came in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -49,12 +49,13 @@ class _Exact(Exception):
         self.column = column
 
 
-def to_chunks(file: InputFile, folder: Path) -> Chunks:
+def to_chunks(file: InputFile, folder: Path, skip: Collection[int] = ()) -> Chunks:
     """Converts a file.
 
     Args:
         file: Where it is and how it is written.
         folder: Where the chunks go; made here.
+        skip: Lines that are left out, of a text format.
 
     Raises:
         ValueError: naming the line that can't be read, or two that differ in kind.
@@ -65,7 +66,7 @@ def to_chunks(file: InputFile, folder: Path) -> Chunks:
     decimals: frozenset[str] = frozenset()
     while True:
         try:
-            return _converted(file, folder, decimals)
+            return _converted(file, folder, decimals, skip)
         except _Exact as found:
             decimals |= {found.column}
 
@@ -125,11 +126,13 @@ def _writer(path: Path, schema: pa.Schema) -> pa.RecordBatchFileWriter:
     return pa.ipc.new_file(str(path), schema, options=options)
 
 
-def _converted(file: InputFile, folder: Path, decimals: frozenset[str]) -> Chunks:
+def _converted(
+    file: InputFile, folder: Path, decimals: frozenset[str], skip: Collection[int]
+) -> Chunks:
     paths: list[Path] = []
     schemas: list[tuple[str, pa.Schema]] = []
     rows = repeated = 0
-    items = read_records(file)
+    items = (item for item in read_records(file) if item.line not in skip)
     while records := [_sound(file, item) for item in islice(items, _ROWS)]:
         batch = _batch(file, records, decimals)
         path = folder / f"{len(paths)}.arrow"
@@ -139,7 +142,7 @@ def _converted(file: InputFile, folder: Path, decimals: frozenset[str]) -> Chunk
         schemas.append((f"{file.path} from line {records[0].line}", batch.schema))
         rows += len(records)
         repeated += sum(record.repeated for record in records)
-    schema = one_schema(schemas)
+    schema = one_schema(schemas)  # of no columns where every line is skipped
     for path, (_, found) in zip(paths, schemas, strict=True):
         try:
             check_whole_numbers(file.path, read_chunks([path]), found, schema)

@@ -1,5 +1,6 @@
 """The duplicates gate: exact and near duplicates of rows in play."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
+from siftline.kernels.draws import hash64_each
 from siftline.kernels.sets.keep import Keep, as_integers
 from siftline.progress import Progress
 from siftline.rows import schema
@@ -15,7 +17,7 @@ from siftline.scratch import scratch_folder
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.duplicates.state import StateFiles
+from siftline.stages.duplicates.state import DuplicateState, StateFiles
 from siftline.stages.gathering import gather
 
 LAST = 2**63 - 1
@@ -37,12 +39,14 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
     files, ids, scored = StateFiles(scratch), [], 0
+    sources: set[str | None] = set()
     for bucket in context.buckets:
         rows = context.rows(bucket)
         view = _compared(schema.text_view(rows, everything=True))
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
-        files.add(options.summarise(view.with_columns(priority=order)))
+        sources.update(view["source"].unique().to_list())
+        files.add(options.summarise(view.with_columns(priority=order, tie=_ties(view))))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
     if options.policy().policy == "score" and not scored:
@@ -50,6 +54,8 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
             f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
             "column of the input that no mapping uses"
         )
+    if len(sources) > 1:
+        files.states = [_by_id(state) for state in files.states]
     plan = options.decide(files.states, files.make_room)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
@@ -68,6 +74,21 @@ def _compared(view: pl.DataFrame) -> pl.DataFrame:
     """Texts as they are compared: a prompt without a response stands on both sides."""
     alone = pl.col("response") == ""
     return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
+
+
+def _ties(view: pl.DataFrame) -> pl.Series:
+    """A number of what each row says, in the order of prompt_ids.
+
+    Ids depend on the source. Where all rows have one, its name, often a file's, decides nothing.
+    """
+    said = (view["response"].fill_null("") + "\x1f" + view["answer"].fill_null("")).to_list()
+    prompts = view["prompt_id"].str.slice(0, 8).str.to_integer(base=16, dtype=pl.UInt64)
+    low = pl.Series(hash64_each(said) >> np.uint64(31), dtype=pl.UInt64)
+    return prompts * 2**32 + low
+
+
+def _by_id(state: DuplicateState) -> DuplicateState:
+    return replace(state, rows=state.rows.with_columns(tie=pl.lit(0, pl.UInt64)))
 
 
 def keep_order(
