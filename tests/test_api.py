@@ -344,6 +344,33 @@ def test_texts_are_compared_as_the_verb_compares_texts(tmp_path, capsys):
     assert sl.dedup(chats).decisions["id"].null_count() == 0
 
 
+def test_texts_that_can_not_be_read_are_set_apart(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a b c"}\n{broken\n{"text": "a b c"}\n{"text": "d"}\n')
+    result = sl.dedup(path)
+    assert repr(result) == (
+        "<duplicates: 4 rows, 2 kept, 1 removed, 1 quarantined (exact_duplicate 1)>"
+    )
+    assert result.kept["text"].to_list() == ["a b c", "d"]
+    assert result.removed["sift_matched_row"].to_list() == [f"{path}:1"]
+    assert result.decisions["matched"].to_list() == [None, None, 0, None]
+    assert "invalid_json" in result.explain(1)
+    assert "{broken" in result.explain(1)
+    saved = result.save(tmp_path / "out")
+    assert sorted(p.name for p in saved.iterdir()) == ["data", "quarantine", "removed"]
+
+
+def test_cases_of_leaks(tmp_path):
+    cases = Path(__file__).parent / "cases" / "decontamination"
+    result = sl.decontaminate(cases / "pool.jsonl", against=cases / "test.jsonl")
+    assert result.summary()["rows"] == sum(1 for _ in (cases / "pool.jsonl").open())
+    verb("decontaminate", cases / "pool.jsonl", "--against", cases / "test.jsonl",
+         "--out", tmp_path / "out")  # fmt: skip
+    gone = pl.read_parquet(tmp_path / "out" / "removed" / "*.parquet")
+    assert result.removed.equals(gone)
+    assert gone["id"].to_list() == ["leak"]
+
+
 def test_faults_are_named_with_the_remedy(tmp_path):
     rows = [chat("a", "b")]
     with pytest.raises(ValueError, match=r"duplicates: unknown key 'treshold': did you mean"):
@@ -361,8 +388,9 @@ def test_faults_are_named_with_the_remedy(tmp_path):
         sl.dedup(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="column sift_reason already"):
         sl.dedup([{**rows[0], "sift_reason": "x"}])
-    with pytest.raises(ValueError, match="no layout fits"):
-        sl.verify([{"a": 1, "b": 2}])
+    for call in (sl.verify, sl.dedup):
+        with pytest.raises(ValueError, match="no layout fits"):
+            call([{"a": 1, "b": 2}])
     with pytest.raises(AttributeError, match="no attribute 'dedupe'"):
         sl.dedupe  # noqa: B018
 

@@ -69,8 +69,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 DAGSTER = {"assets", "pipelines", "definitions"}
 LATE = {("pipelines", "definitions"), ("dedup", "api")}
-"""A run's processes rebuild a job from the definitions, inside a function. The package `dedup` can be
-called, which is the function of the API."""
+"""A run's processes rebuild a job from the definitions, inside a function. The package `dedup` can
+be called, which is the function of the API."""
 
 
 def part_of(path: Path) -> str:

@@ -15,18 +15,18 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.api.frames import Given, given, in_memory, read_whole
-from siftline.api.judge import LINES, Judged, judge
-from siftline.api.output import Decided
+from siftline.api.judge import LINES, QUARANTINED, UNREAD, Judged, Read, judge
+from siftline.api.output import FACT_NAMES, Decided, in_tables, unread_lines
 from siftline.api.result import Result
 from siftline.config import nearest
 from siftline.dedup.engine import deduplicate
-from siftline.dedup.files import open_tables
+from siftline.dedup.files import open_read
 from siftline.dedup.output import summary
 from siftline.dedup.result import Deduplicated
 from siftline.dedup.settings import Settings
-from siftline.ingest.files import input_files
-from siftline.ingest.plans import answer_columns, text_column
-from siftline.ingest.records import columns_of
+from siftline.ingest.files import InputFile, input_files
+from siftline.ingest.plans import answer_columns, plan_for, text_column
+from siftline.ingest.records import Fault, columns_of, read_records
 from siftline.ingest.source import Holds, Layout, Source
 from siftline.kernels.sets.keep import Keep
 from siftline.rows.ledger import KEPT, REMOVED
@@ -128,6 +128,10 @@ def decontaminate(
         sets = {
             name: given(those, scratch / "against" / name, _source(None, "auto"), name)
             for name, those in _sets(against).items()
+        }
+        sets = {
+            name: replace(those, sources=as_set(those.sources, those.columns))
+            for name, those in sets.items()
         }
         return _decided("decontamination", options, rows, scratch, sets, holds)
 
@@ -236,6 +240,19 @@ def with_answers(sources: Sequence[Source], columns: Sequence[str] = ()) -> tupl
     return tuple(found)
 
 
+def as_set(sources: Sequence[Source], columns: Sequence[str] = ()) -> tuple[Source, ...]:
+    """Sources of a set to compare with; of two columns that could be the response, one is it."""
+    found = []
+    for source in sources:
+        there = list(columns or columns_of(input_files([source])[0]))
+        try:
+            plan_for(source, there, "", "either")
+        except ValueError:
+            source = replace(source, columns=answer_columns(source, there))
+        found.append(source)
+    return tuple(found)
+
+
 def _simple(
     kind: str,
     options: Mapping[str, Any],
@@ -284,7 +301,8 @@ def _text_column(rows: Given) -> str | None:
     (source, *_), columns = rows.sources, rows.columns
     if not columns:
         columns = tuple(columns_of(next(iter(input_files(rows.sources)))))
-    return text_column(source, columns)
+    column = text_column(source, columns)
+    return column if column in columns else None  # ingestion says what is missing
 
 
 def _texts(
@@ -294,12 +312,14 @@ def _texts(
     policy = Keep.parse(keep)
     settings = _built(Settings, options)
     if rows.take is None:
-        wanted = [column, *([policy.column] if policy.column else [])]
-        opened = open_tables([source.path for source in rows.sources], wanted, scratch / "open")
-        sizes = [table.rows for table in opened]
-        rows = in_memory(opened, np.ones(sum(sizes), np.bool_))
+        read, quarantine = _scanned(input_files(rows.sources))
+        opened = open_read(read.files, unread_lines(read), scratch / "open", FACT_NAMES)
+        rows = in_memory(opened, in_tables(read))
     else:
-        sizes = [rows.rows or 0]
+        count = rows.rows or 0
+        lines = pl.DataFrame({"file": [0] * count, "line": np.arange(1, count + 1)})
+        read = Read((), lines.with_columns(outcome=pl.lit(KEPT)))
+        quarantine = pl.DataFrame(schema=QUARANTINED)
     assert rows.column is not None
     for name in (column, policy.column):
         if name is not None and name not in rows.columns:
@@ -310,7 +330,8 @@ def _texts(
         more = rows.column(policy.column) if policy.column else None
         priority = policy.priority(_one(texts), None if more is None else _one(more))
     found = deduplicate(texts, settings, priority=priority, drop_all=policy.policy == "none")
-    judged = Judged((), _lines_of(found, sizes, settings.threshold), facts=summary(found))
+    lines = _lines_of(found, read.lines, in_tables(read), settings.threshold)
+    judged = Judged(read.files, lines, facts=summary(found), quarantine=quarantine)
     return Result(Decided("duplicates", judged, rows.names), rows)
 
 
@@ -326,24 +347,48 @@ def _one(column: Any) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _lines_of(found: Deduplicated, sizes: Sequence[int], threshold: float) -> pl.DataFrame:
-    """Decisions about texts, one line a row."""
-    gone = ~found.kept
-    exact = gone & found.exact
-    blank = np.where(gone, 1.0, np.nan)
+def _scanned(files: Sequence[InputFile]) -> tuple[Read, pl.DataFrame]:
+    """Which lines of some files hold records; and the others."""
+    lines: list[tuple[int, int, str, str | None]] = []
+    lost: list[tuple[str, int, str, str]] = []
+    for k, file in enumerate(files):
+        for item in read_records(file):
+            fault = item if isinstance(item, Fault) else None
+            lines.append((k, item.line, UNREAD if fault else KEPT, fault and fault.reason))
+            if fault:
+                lost.append((file.name, fault.line, fault.reason, fault.excerpt))
+    names = ["file", "line", "outcome", "reason"]
+    read = pl.DataFrame(lines, [(n, LINES[n]) for n in names], orient="row")
+    names = ["file", "line", "reason", "excerpt"]
+    quarantine = pl.DataFrame(lost, [(n, QUARANTINED[n]) for n in names], orient="row")
+    return Read(tuple(files), read), quarantine
+
+
+def _lines_of(
+    found: Deduplicated, lines: pl.DataFrame, there: np.ndarray, threshold: float
+) -> pl.DataFrame:
+    """Decisions about texts, one line a row; `there` says which rows have texts."""
+    gone = np.flatnonzero(~found.kept)
+    places = np.flatnonzero(there)
+    exact = found.exact[gone]
     columns = {
-        "file": np.repeat(np.arange(len(sizes)), sizes),
-        "line": np.concatenate([np.arange(1, size + 1) for size in sizes]),
-        "outcome": np.where(gone, REMOVED, KEPT),
-        "reason": np.where(exact, "exact_duplicate", np.where(gone, found.reason, "")),
-        "value": found.similarity * blank,
-        "threshold": np.where(exact, 1.0, threshold) * blank,
-        "matched": found.matched,
+        "place": places[gone],
+        "outcome_then": [REMOVED] * len(gone),
+        "reason_then": np.where(exact, "exact_duplicate", found.reason).tolist(),
+        "value": found.similarity[gone],
+        "threshold": np.where(exact, 1.0, threshold),
+        "matched": places[found.matched[gone]],
     }
-    frame = pl.DataFrame(columns).with_columns(
-        pl.when(pl.col("reason") != "").then("reason").alias("reason"),
-        pl.when(pl.col("matched") >= 0).then("matched").alias("matched"),
-        *(pl.lit(None, pl.String).alias(name) for name in ("id", "matched_id")),
-        *(pl.col(name).fill_nan(None) for name in ("value", "threshold")),
+    types = {"outcome_then": pl.String, "reason_then": pl.String}
+    decided = pl.DataFrame(columns, schema_overrides=types).cast({"place": pl.UInt32})
+    if "reason" not in lines.columns:
+        lines = lines.with_columns(reason=pl.lit(None, pl.String))
+    joined = lines.with_row_index("place").join(
+        decided, on="place", how="left", maintain_order="left"
     )
-    return frame.select(pl.col(name).cast(kind) for name, kind in LINES.items())
+    joined = joined.with_columns(
+        *(pl.lit(None, pl.String).alias(name) for name in ("id", "matched_id")),
+        outcome=pl.coalesce("outcome_then", "outcome"),
+        reason=pl.coalesce("reason_then", "reason"),
+    )
+    return joined.select(pl.col(name).cast(kind) for name, kind in LINES.items())

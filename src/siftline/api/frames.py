@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.api.judge import Read
-from siftline.api.output import FACT_NAMES, in_tables, unread_lines
+from siftline.api.output import FACT_NAMES, file_records, in_tables, unread_lines
 from siftline.dedup.files import Table, open_read, read_pieces, shown
+from siftline.dedup.types import NoTableError
 from siftline.ingest.files import input_files
 from siftline.ingest.source import Source
 
@@ -126,13 +127,7 @@ def _dicts(data: list[Any], scratch: Path, source: Source, name: str) -> Given:
                 raise ValueError(f"item {number} of the list is no JSON ({error})") from error
 
     def take(places: np.ndarray, more: Columns) -> list[dict[str, Any]]:
-        picked = [data[k] for k in places.tolist()]
-        if not more:
-            return picked
-        extra = [
-            dict(zip(more, values, strict=True)) for values in zip(*more.values(), strict=True)
-        ]
-        return [{**row, **added} for row, added in zip(picked, extra, strict=True)]
+        return _with_columns([data[k] for k in places.tolist()], more)
 
     def column(wanted: str) -> pa.Array:
         try:
@@ -319,9 +314,37 @@ def read_whole(rows: Given, judged: Read, scratch: Path) -> Given:
     """
     if rows.take is not None:
         return rows
-    opened = open_read(judged.files, unread_lines(judged), scratch, FACT_NAMES)
     names = tuple(map(shown, judged.files))
+    try:
+        opened = open_read(judged.files, unread_lines(judged), scratch, FACT_NAMES)
+    except NoTableError as error:
+        return _listed(judged, error, replace(rows, names=names))
     return replace(in_memory(opened, in_tables(judged)), sources=rows.sources, names=names)
+
+
+def _listed(judged: Read, error: NoTableError, rows: Given) -> Given:
+    """Records of several kinds as a list of dicts."""
+    found = dict(file_records(judged))
+
+    def take(places: np.ndarray, more: Columns) -> list[dict[str, Any]]:
+        picked = [found[place] for place in places.tolist()]
+        return _with_columns(picked, more)
+
+    def tables(folder: Path, read: Read) -> list[Table]:
+        raise error
+
+    columns = tuple(dict.fromkeys(name for record in found.values() for name in record))
+    return replace(rows, columns=columns, rows=judged.lines.height, take=take, tables=tables)
+
+
+def _with_columns(rows: list[dict[str, Any]], more: Columns) -> list[dict[str, Any]]:
+    if not more:
+        return rows
+    extra = zip(*more.values(), strict=True)
+    return [
+        {**row, **dict(zip(more, values, strict=True))}
+        for row, values in zip(rows, extra, strict=True)
+    ]
 
 
 def in_memory(opened: Sequence[Table], there: np.ndarray) -> Given:

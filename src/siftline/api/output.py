@@ -1,7 +1,8 @@
 """Decisions about rows written beside the rows: `data/`, `removed/` and what else there is."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -153,6 +154,62 @@ def write_decided(
     if len(decided.places(FAILED)):
         parts.append(_gone(decided, places, FAILED))
     write_out(folder, tables, starts, parts, make_tracker)
+    _write_more(folder, decided)
+
+
+def write_records(
+    folder: Path, records: Iterable[tuple[int, Mapping[str, Any]]], decided: Decided
+) -> None:
+    """Writes what `write_decided` does as JSONL, for rows that no table holds.
+
+    Args:
+        folder: There, and empty.
+        records: Places of rows, ascending, and what they hold; those that can't be read left out.
+        decided: What was decided about them.
+    """
+    outcomes = decided.judged.lines["outcome"].to_list()
+    names = dict.fromkeys([DATA, REMOVED, *([FAILED] if FAILED in outcomes else [])])
+    sizes = decided.sizes
+    with ExitStack() as opened:
+        streams = {}
+        for name in names:
+            (folder / name).mkdir()
+            path = folder / name / "part-00000.jsonl"
+            stream = opened.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+            streams[KEPT if name == DATA else name] = stream
+        for place, record in records:
+            rows = np.array([place])
+            more: dict[str, Any] = {}
+            if decided.grouped:
+                more[GROUP] = _groups(decided, rows)[0][0].as_py()
+            if outcomes[place] != KEPT:
+                more |= {name: values[0] for name, values in decided.facts(rows).items()}
+            elif decided.kind == "duplicates":
+                more["sift_cluster_size"] = int(sizes[place])
+            line = json.dumps({**record, **more}, ensure_ascii=False, default=_plain)
+            streams[outcomes[place]].write(line + "\n")
+    _write_more(folder, decided)
+
+
+def _plain(value: Any) -> Any:
+    """Values of frames that JSON has no word for."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def file_records(judged: Read) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Places and records of the rows that files hold, those that can't be read left out."""
+    at = 0
+    for k, file in enumerate(judged.files):
+        lines = judged.lines.filter(file=k).select("line", "outcome").rows()
+        places = {line: at + n for n, (line, outcome) in enumerate(lines) if outcome != UNREAD}
+        at += len(lines)
+        for item in read_records(file):
+            if isinstance(item, Record) and item.line in places:
+                yield places[item.line], item.value
+
+
+def _write_more(folder: Path, decided: Decided) -> None:
+    """Writes `quarantine/` and `conflicts/` where there is something."""
     lost = decided.judged.quarantine
     if lost.height:
         (folder / QUARANTINE).mkdir()
@@ -226,9 +283,7 @@ def conflicts(decided: Decided) -> pa.Table:
 
 def write_jsonl(stream: IO[str], judged: Judged) -> None:
     """Writes the kept records as they are, one a line."""
-    kept = judged.lines.filter(outcome=KEPT)
-    for k, file in enumerate(judged.files):
-        lines = set(kept.filter(file=k)["line"].to_list())
-        for item in read_records(file):
-            if isinstance(item, Record) and item.line in lines:
-                stream.write(json.dumps(item.value, ensure_ascii=False) + "\n")
+    outcomes = judged.lines["outcome"].to_list()
+    for place, record in file_records(judged):
+        if outcomes[place] == KEPT:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """What a call of the API found: the rows that stayed, those that went and why."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import polars as pl
 
 from siftline.api.frames import Given
 from siftline.api.judge import UNREAD
-from siftline.api.output import FACT_NAMES, Decided, write_decided
+from siftline.api.output import FACT_NAMES, Decided, write_decided, write_records
 from siftline.dedup.output import claim
+from siftline.dedup.types import NoTableError
 from siftline.rows.ledger import FAILED, KEPT, REMOVED
 from siftline.rows.shards import building
 
@@ -32,9 +33,10 @@ _OUTCOMES = {
 class Result:
     """Rows that stayed, rows that went, and why.
 
-    `kept` and `removed` have the form of the data that was given (of files: a polars frame), its
-    order, index and columns. Every row is in one of four places: kept, removed, failed (the stage
-    could not decide) or quarantined (it could not be read), and `summary` counts them.
+    `kept` and `removed` have the form of the data that was given (of files: a polars frame, or a
+    list of dicts where a column holds values of several kinds), its order, index and columns. Every
+    row is in one of four places: kept, removed, failed (the stage could not decide) or quarantined
+    (it could not be read), and `summary` counts them.
 
     Attributes:
         decided: Every decision.
@@ -131,18 +133,24 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Writes `data/`, `removed/` and what else there is, as the verbs of the command line do.
 
+        Rows are Parquet, or JSONL where a column holds values of several kinds.
+
         Args:
             folder: A new or empty folder.
 
         Raises:
-            ValueError: if it is not, or a column has no type that Parquet can hold.
+            ValueError: if it is not.
         """
         out = Path(folder).absolute()
         claim(out)
         assert self.given.tables is not None
         with building(out) as made, TemporaryDirectory(prefix="siftline-") as scratch:
-            tables = self.given.tables(Path(scratch), self.decided.judged)
-            write_decided(made, tables, self.decided, lambda label, total, unit: _Silent())
+            try:
+                tables = self.given.tables(Path(scratch), self.decided.judged)
+            except NoTableError:
+                write_records(made, self._records(), self.decided)
+            else:
+                write_decided(made, tables, self.decided, lambda label, total, unit: _Silent())
         return out
 
     def to_datasets(self) -> Any:
@@ -206,7 +214,14 @@ class Result:
         assert self.given.take is not None
         return self.given.take(places, more or {})
 
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for place in np.flatnonzero(self.decided.judged.lines["outcome"] != UNREAD).tolist():
+            yield place, self.given.records([place])[0]
+
     def _text(self, place: int) -> str:
+        if self.decided.judged.lines["outcome"][place] == UNREAD:
+            (name,) = self.decided.named(np.array([place]))
+            return str(self.quarantined.filter(row=name)["excerpt"][0])
         return _shown(self.given.records([place])[0])
 
     def _lost_text(self, place: int) -> str:

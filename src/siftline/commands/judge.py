@@ -59,9 +59,10 @@ def decontaminate(files: tuple[str, ...], against: tuple[str, ...], **given: Any
     to data/ and the others to removed/, each with the row it overlaps (as FILE:ROW, from 1). What
     can't be read goes to quarantine/. FILE - is JSONL on stdin.
     """
+    from siftline.api import as_set
     from siftline.ingest.source import Source
 
-    sets = {"test": [Source(path) for path in against]}
+    sets = {"test": as_set([Source(path) for path in against])}
     _judge("decontamination", {}, files, given, sets)
 
 
@@ -190,9 +191,16 @@ def judge_files(
         ValueError: if a file or an option can't be read, or the folder is not empty.
     """
     from siftline.api.judge import judge
-    from siftline.api.output import FACT_NAMES, unread_lines, write_decided
+    from siftline.api.output import (
+        FACT_NAMES,
+        file_records,
+        unread_lines,
+        write_decided,
+        write_records,
+    )
     from siftline.dedup.files import ADDED, open_read
     from siftline.dedup.output import claim
+    from siftline.dedup.types import NoTableError
     from siftline.rows.shards import building
 
     claim(out)
@@ -202,9 +210,14 @@ def judge_files(
             kind, options, sources, scratch, against=sets, make_tracker=make_tracker, emit=say
         )
         added = ADDED if kind == "duplicates" else FACT_NAMES
-        tables = open_read(judged.files, unread_lines(judged), scratch / "tables", added)
         decided = named(kind, judged)
-        write_decided(folder, tables, decided, make_tracker, rehydrate)
+        try:
+            tables = open_read(judged.files, unread_lines(judged), scratch / "tables", added)
+        except NoTableError as error:
+            say(f"written as JSONL, for no table holds the rows: {error}")
+            write_records(folder, file_records(judged), decided)
+        else:
+            write_decided(folder, tables, decided, make_tracker, rehydrate)
         rmtree(scratch)
     return {"out": str(out), **counts(decided)}, decided
 

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.types import Differ, conformed_batch, joined, narrowed, one_schema, said
+from siftline.dedup.types import (
+    Differ,
+    NoTableError,
+    conformed_batch,
+    joined,
+    narrowed,
+    one_schema,
+    said,
+)
 from siftline.ingest.files import InputFile
 from siftline.ingest.records import BINARY, Fault, Record, batches_of, read_records
 
@@ -97,7 +105,7 @@ def check_whole_numbers(
             try:
                 conformed_batch(batch.select([column]), part)
             except pa.ArrowInvalid as error:
-                raise ValueError(
+                raise NoTableError(
                     f"{name} has whole numbers above 2^53 in column {column!r}, which holds "
                     "fractions in another file: write them as text"
                 ) from error
@@ -174,7 +182,7 @@ def _batch(file: InputFile, records: Sequence[Record], decimals: frozenset[str])
             arrays.append(_array(values))
         except (pa.ArrowException, OverflowError) as error:
             _explain(file, name, values, records)
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} column {name!r} fits no table ({error}): write one kind of value"
             ) from error
     if not names:
@@ -220,13 +228,13 @@ def _explain(file: InputFile, name: str, values: Sequence[Any], records: Sequenc
         try:
             both = joined(kind, _kind_of(value))
         except OverflowError:
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} line {record.line} has a whole number of more than 64 bits in column "
                 f"{name!r}: write such numbers as text"
             ) from None
         except Differ as error:
             lines = "" if first == record.line else f"line {first} and "
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} {lines}line {record.line}: {said(error.left)} and "
                 f"{said(error.right)} in column {name + error.path!r}, and values there differ in "
                 "kind; correct the line, or write one kind"
@@ -237,7 +245,7 @@ def _explain(file: InputFile, name: str, values: Sequence[Any], records: Sequenc
         raise _Exact(name)
     wide = next((r.line for v, r in zip(values, records, strict=True) if _is_wide(v)), None)
     if wide is not None:
-        raise ValueError(
+        raise NoTableError(
             f"{file.path} line {wide} has a whole number above 2^53 in column {name!r}, beside "
             "fractions: write them as text"
         )
