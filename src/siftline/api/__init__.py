@@ -354,7 +354,8 @@ def _scanned(files: Sequence[InputFile]) -> tuple[Read, pl.DataFrame]:
     for k, file in enumerate(files):
         for item in read_records(file):
             fault = item if isinstance(item, Fault) else None
-            lines.append((k, item.line, UNREAD if fault else KEPT, fault and fault.reason))
+            told = (UNREAD, fault.reason) if fault else (KEPT, None)
+            lines.append((k, item.line, *told))
             if fault:
                 lost.append((file.name, fault.line, fault.reason, fault.excerpt))
     names = ["file", "line", "outcome", "reason"]
