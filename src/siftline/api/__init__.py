@@ -19,16 +19,14 @@ from siftline.api.judge import LINES, QUARANTINED, UNREAD, Judged, Read, judge
 from siftline.api.output import FACT_NAMES, Decided, in_tables, unread_lines
 from siftline.api.result import Result
 from siftline.config import nearest
-from siftline.dedup.engine import deduplicate
+from siftline.dedup.engine import Deduplicated, Settings, deduplicate
 from siftline.dedup.files import open_read
 from siftline.dedup.output import summary
-from siftline.dedup.result import Deduplicated
-from siftline.dedup.settings import Settings
 from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.plans import answer_columns, plan_for, text_column
 from siftline.ingest.records import Fault, columns_of, read_records
 from siftline.ingest.source import Holds, Layout, Source
-from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import Keep
 from siftline.rows.ledger import KEPT, REMOVED
 
 __all__ = ["Result", "decontaminate", "dedup", "quality", "verify"]

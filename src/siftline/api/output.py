@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from siftline.api.judge import UNREAD, Judged, Read
 from siftline.dedup.files import Table
-from siftline.dedup.output import DATA, FACTS, MakeTracker, Part, first_rows, write_out
-from siftline.dedup.rehydrate import published
+from siftline.dedup.output import DATA, FACTS, MakeTracker, Part, first_rows, published, write_out
 from siftline.ingest.records import BINARY, Record, read_records
 from siftline.rows.ledger import FAILED, KEPT, REMOVED
 from siftline.rows.schema import HALF_ID

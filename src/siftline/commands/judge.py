@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from siftline.commands.options import json_option, make_tracker, say
-from siftline.commands.sources import reading_options, source_of
+from siftline.cli.options import json_option, make_tracker, reading_options, say, source_of
 
 if TYPE_CHECKING:
     from siftline.api.output import Decided
@@ -198,9 +197,9 @@ def judge_files(
         write_decided,
         write_records,
     )
+    from siftline.dedup.arrow import NoTableError
     from siftline.dedup.files import ADDED, open_read
     from siftline.dedup.output import claim
-    from siftline.dedup.types import NoTableError
     from siftline.rows.shards import building
 
     claim(out)
