@@ -44,8 +44,8 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "status": (["status", "--root", "."], {*TABLES, "yaml"}),
     "cache ls": (["cache", "ls", "--root", "."], TABLES),
     "explain": (["explain", "0123456789", "--root", "."], {*TABLES, "yaml"}),
-    "report": (["report", "gsm8k", "--root", "."], {*TABLES, "yaml"}),
-    "audit": (["audit", "gsm8k", "--stage", "duplicates", "--root", "."], {*TABLES, "yaml"}),
+    "report": (["report", "s3ft", "--root", "."], {*TABLES, "yaml"}),
+    "audit": (["audit", "s3ft", "--stage", "duplicates", "--root", "."], {*TABLES, "yaml"}),
     "select": (["select", "random", "ten.parquet", "--budget", "3", "--out", "three"], ROWS),
     "score": (["score", "qa.jsonl", "--model", "model", "--out", "scores"], MODEL),
     "train": (
