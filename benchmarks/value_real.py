@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from value_arms import RANDOMS, World, lacking, selecting, selectors, without
+from value_arms import World, lacking, selecting, selectors, without
+from value_table import Answered, caught, judged, read, table
 
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import parse
@@ -30,19 +31,20 @@ from siftline.rows import shards
 from siftline.rows.verified import content_hash
 from siftline.scoring.fingerprint import directory_digest
 from siftline.selectors.registry import find
-from siftline.stages.arm_rows import COLUMNS
+from siftline.stages.arm_rows import COLUMNS, HYGIENE, offer, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.run import outputs
 from siftline.training.budget import rows_for_budget, tokenize_rows
-from siftline.training.evaluate import compare, evaluate, summarise_accuracy, summarise_seeds
+from siftline.training.evaluate import evaluate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORLDS = {"one": "choosing", "two": "dirt"}
-BASELINES = ("random_clean", "select balanced_random", "full", "zero-shot")
 ROWS_ARM, TARGET_ARM, PROVEN_ARM = "random, as many rows", "target rows only", "proven rows only"
 WITHOUT = "chain without "
 FIRST = ("select perplexity", "select rds_plus")
 """Rows found before all others, so that the cost of each kind of score is seen by itself."""
+SHORT = 3
+"""Loss tokens of an answer in the wanted tasks, about."""
 STEPS = 40
 """Optimizer steps of every arm but `full`, which takes rows / batch_rows a pass."""
 CANDIDATES: tuple[dict[str, Any], ...] = (
@@ -51,7 +53,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"method": "full", "learning_rate": 1e-4},
 )
 """What is tried on dev, on `TRIED`, with the first seed."""
-TRIED = ("random_clean", "chain")
+TRIED = ("random_clean", "select nearest_words")
 COSTLY = {"less": {"gradients": {"dimensions": 1024, "epochs": 2}}}
 """An eighth of the default's width and half its checkpoints; one draw for all seeds."""
 NOT_RUN = {
@@ -61,6 +63,9 @@ NOT_RUN = {
 PASSES = {"likelihood": 1.0, "embeddings": 1.0, "gradients": 6.0, "confidence": 1.0}
 """Forward passes over the pool by kind of score: gradients take a backward pass, worth two, at each
 of `COSTLY`'s two checkpoints; samples share the pass over their prompt."""
+WANTED = ("task1386", "task1516", "task039", "task738", "task937")
+SOUND = (None, "near_duplicate", "leaked_test")
+"""Defects of rows whose answer is right."""
 VERSION = 1
 
 
@@ -75,14 +80,6 @@ class Cell(NamedTuple):
     training: Any
     """Those of this arm; None for the model as it is."""
     split: str = "test"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a cell left: its graded answers and what it took."""
-
-    frame: pl.DataFrame
-    facts: dict[str, Any]
 
 
 def stage_kinds(data: dict[str, Any]) -> list[str]:
@@ -102,7 +99,8 @@ def arms_of(data: dict[str, Any], own: list[str]) -> tuple[list[str], dict[str, 
         elif entry.name not in left_out and entry.name != "random":  # that is random_clean
             names.append(f"select {entry.name}")
     gates = [k for k in kinds if k not in ("allocate", "select")]
-    return names + [f"{WITHOUT}{kind}" for kind in gates], left_out
+    names += [f"{WITHOUT}{kind}" for kind in gates]
+    return sorted(names, key=lambda name: name == "select less"), left_out  # hours: the last
 
 
 class Arena:
@@ -119,11 +117,13 @@ class Arena:
         self.data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if small:  # tries the machinery, measures nothing
             self.data["inputs"]["args"] |= {"per_task": 8, "test": 3, "dev": 2, "target": 2}
-            self.data["budget"]["size"] = 80
-        self.steps = 4 if small else STEPS
+            self.data["budget"]["size"] = 40
+        self.steps = 2 if small else STEPS
+        self.candidates = CANDIDATES[:1] if small else CANDIDATES
         self.recipe = parse(self.data)
         self._prepare()
         self.world = World(root / "work", self.data, say)
+        self.world.chain({**self.data, "stages": list(HYGIENE)})  # what the random arms stand on
         self.chosen: dict[tuple[str, int], pa.Table] = {}
 
     # ---- inputs ------------------------------------------------------------------------------
@@ -144,6 +144,18 @@ class Arena:
         truth = self.workspace.truth(self.recipe.name) / "rows.jsonl"
         lines = map(json.loads, truth.read_text(encoding="utf-8").splitlines())
         return {line["question"] for line in lines if line["defect"] == "leaked_test"}
+
+    def good(self, rows: pa.Table) -> float | None:
+        """Share of rows worth taking: of a wanted task, or rightly answered; None for set rows."""
+        truth = self.workspace.truth(self.recipe.name) / "rows.jsonl"
+        known = {}
+        for line in map(json.loads, truth.read_text(encoding="utf-8").splitlines()):
+            wanted = (
+                line["source"] in WANTED if self.name == "choosing" else line["defect"] in SOUND
+            )
+            known[line["id"]] = wanted
+        told = [known[i] for i in rows["id"].to_pylist() if i in known]
+        return sum(told) / len(told) if told else None
 
     def questions(self, split: str) -> pl.DataFrame:
         """Questions of the test or the dev set, with `leaked` as their level where they are."""
@@ -166,8 +178,6 @@ class Arena:
         fixed = arm in ("full", TARGET_ARM, PROVEN_ARM, "select less") or arm.startswith("chain")
         key = (arm, 0 if fixed else seed)
         if key not in self.chosen:
-            if arm in RANDOMS or arm == ROWS_ARM:
-                self.rows("chain", 0)  # whose gates say what is clean
             started = time.perf_counter()
             self.chosen[key] = self._rows(*key)
             self.note_cost(arm, time.perf_counter() - started)
@@ -177,8 +187,6 @@ class Arena:
         if arm == TARGET_ARM:
             sets = [Pool(self.workspace.pool(spec.name)) for spec in self.recipe.sets.target]
             return pa.concat_tables(pool.all_rows(COLUMNS) for pool in sets)
-        if arm == ROWS_ARM:
-            return self._as_many_rows(seed)
         if arm == PROVEN_ARM:
             return self._proven()
         if arm == "chain":
@@ -190,17 +198,18 @@ class Arena:
             data = selecting(self.data, method, seed)
             data["stages"][-1]["select"].update(COSTLY.get(method, {}))
             return self.world.chain(data)[0]
-        return self.world.arm(arm, seed)[0]
+        if arm == ROWS_ARM:
+            return self._as_many_rows(seed)
+        clean = parse({**self.data, "stages": list(HYGIENE)})
+        return rows_of_arm(self.workspace, clean, arm, self.world.draw, seed, self.say).rows
 
     def _as_many_rows(self, seed: int) -> pa.Table:
-        """As many random clean rows as the chain keeps, whatever they cost."""
-        from siftline.stages.arm_rows import offer
-
-        chain = self.rows("chain", 0)
-        assert chain is not None
-        rows = offer(self.workspace, self.recipe, "random_clean", self.say).rows
+        """As many random clean rows as the budget holds short answers, whatever they cost."""
+        clean = parse({**self.data, "stages": list(HYGIENE)})
+        rows = offer(self.workspace, clean, "random_clean", self.say).rows
         ones = np.ones(rows.num_rows, dtype=np.int64)
-        taken = rows_for_budget(rows["id"].to_pylist(), ones, chain.num_rows, seed)
+        wanted = min(rows.num_rows, self.recipe.budget.size // SHORT)
+        taken = rows_for_budget(rows["id"].to_pylist(), ones, wanted, seed)
         return rows.filter(pc.is_in(rows["id"], pa.array(sorted(set(taken)), pa.string())))
 
     def _proven(self) -> pa.Table:
@@ -272,7 +281,7 @@ class Arena:
 
         rows = self._proven()
         options = self.training()
-        key = content_hash([sorted(rows["id"].to_pylist()), asdict(options), VERSION])[:12]
+        key = content_hash([sorted(rows["id"].to_pylist()), _said(options), VERSION])[:12]
         folder = self.root / "work" / f"teacher-{key}"
         started = time.perf_counter()
         finetune(
@@ -306,10 +315,10 @@ class Arena:
         decided = [
             VERSION,
             [] if cell.rows is None else sorted(cell.rows["id"].to_pylist()),
-            None if cell.training is None else [asdict(cell.training), cell.seed],
+            None if cell.training is None else [_said(cell.training), cell.seed],
             directory_digest(Path(os.environ["SIFTLINE_SMOLLM2"])),
             self.questions(cell.split)["id"].to_list(),
-            asdict(self.recipe.evaluation) if self.recipe.evaluation else None,
+            _said(self.recipe.evaluation),
         ]
         return self.results / f"{content_hash(decided)[:16]}.json"
 
@@ -319,19 +328,19 @@ class Arena:
         if not file.is_file():
             return None
         self._list(cell, file)
-        return _read(file)
+        return read(file)
 
     def listed(self, arm: str, seed: int, options: Any) -> Answered | None:
         """What an arm and a seed left, without finding the arm's rows."""
         name = self._index().get(self._key(arm, seed, options, "test"))
-        return None if name is None else _read(self.results / name)
+        return None if name is None else read(self.results / name)
 
     def _index(self) -> dict[str, str]:
         file = self.results / "index.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def _key(self, arm: str, seed: int, options: Any, split: str) -> str:
-        what = content_hash([self.recipe.hash, asdict(options), self.steps])[:8]
+        what = content_hash([self.recipe.hash, _said(options)])[:8]
         return f"{arm}, seed {seed}, {split}, {what}"
 
     def _list(self, cell: Cell, file: Path) -> None:
@@ -362,7 +371,7 @@ class Arena:
             facts = {
                 "rows": cell.rows.num_rows, "seen": result.rows, "loss_tokens": result.loss_tokens,
                 "steps": result.steps, "skipped": result.skipped.height,
-                "last_loss": result.curve["loss"].to_list()[-1],
+                "good": self.good(cell.rows), "last_loss": result.curve["loss"].to_list()[-1],
             }  # fmt: skip
         trained = time.perf_counter()
         frame = self._ask(folder, cell.split)
@@ -395,7 +404,7 @@ class Arena:
     def tuned(self, more: Callable[[], bool]) -> Any | None:
         """The options that did best on dev; None where time ran out before all were tried."""
         scores: dict[int, float] = {}
-        for number, changed in enumerate(CANDIDATES):
+        for number, changed in enumerate(self.candidates):
             cells = [self.cell(a, 0, self.training(**changed), "dev") for a in TRIED]
             accuracies = []
             for cell in cells:
@@ -406,90 +415,17 @@ class Arena:
                 self.say(f"dev: {changed} {cell.arm}: {100 * accuracies[-1]:.1f} %")
             scores[number] = sum(accuracies) / len(accuracies)
         best = max(scores, key=lambda number: (scores[number], -number))
-        self.say(f"dev: best {CANDIDATES[best]}, mean accuracies {scores}")
-        shards.write_json(
-            self.results / "tuned.json",
-            {"best": CANDIDATES[best], "dev": [[c, scores[i]] for i, c in enumerate(CANDIDATES)]},
-        )
-        return self.training(**CANDIDATES[best])
-
-    def caught(self) -> list[str]:
-        """What the chain's stages made of each planted defect; opens the truth, after the run."""
-        truth = self.workspace.truth(self.recipe.name) / "rows.jsonl"
-        known = pl.read_ndjson(truth, infer_schema_length=None).select("id", "defect")
-        known = known.with_columns(pl.col("defect").cast(pl.String).fill_null("sound"))
-        if known["defect"].n_unique() == 1:
-            return []
-        said = []
-        for stage, output in outputs(self.workspace, self.recipe):
-            gone = output.all_decisions().filter(pl.col("outcome") == "removed")["id"]
-            known = known.with_columns(pl.col("id").is_in(gone.to_list()).alias(stage.name))
-            said.append(stage.name)
-        head = f"{'planted':<26}{'rows':>6}" + "".join(f"{name:>16}" for name in said)
-        lines = [head + f"{'kept':>8}"]
-        for (defect,), part in known.sort("defect").group_by("defect", maintain_order=True):
-            counts = [int(part[name].sum()) for name in said]
-            row = f"{defect:<26}{part.height:>6}" + "".join(f"{c:>16}" for c in counts)
-            lines.append(row + f"{part.height - sum(counts):>8}")
-        return lines
+        self.say(f"dev: best {self.candidates[best]}, mean accuracies {scores}")
+        tried = [[changed, scores[i]] for i, changed in enumerate(self.candidates)]
+        told = {"best": self.candidates[best], "dev": tried}
+        shards.write_json(self.results / "tuned.json", told)
+        return self.training(**self.candidates[best])
 
 
-def table(arena: Arena, names: list[str], seeds: int, options: Any) -> list[str]:
-    """Lines of the arms that have answers, each over the seeds that are in."""
-    runs: dict[str, list[Answered]] = {}
-    for name in names:
-        for seed in range(1 if name == "zero-shot" else seeds):
-            got = arena.listed(name, seed, options)
-            if got is None:
-                break
-            runs.setdefault(name, []).append(got)
-    frames = {n: [_judged(a.frame) for a in found] for n, found in runs.items()}
-    if "zero-shot" in frames:  # greedy: the same for every seed
-        frames["zero-shot"] *= max(map(len, frames.values()))
-    there = {name: frames[name] for name in BASELINES if name in frames}
-    pool_tokens = arena.pool_tokens()
-    head = f"{'arm':<34}{'seeds':>6}{'rows':>6}{'seen':>6}{'tokens':>8}  {'accuracy (95 %)':<22}"
-    lines = [head + "".join(f"{'- ' + n:<27}" for n in there) + "leaked  select s   tokens train s"]
-    for name, parts in frames.items():
-        found, facts = runs[name], runs[name][0].facts
-        text = f"{name:<34}{len(found):>6}{facts.get('rows', 0):>6}{facts.get('seen', 0):>6}"
-        text += f"{facts.get('loss_tokens', 0):>8}  {_accuracy(parts[: len(found)]):<22}"
-        text += "".join(
-            f"{_against(parts, other) if n != name else '':<27}" for n, other in there.items()
-        )
-        known = [a.frame.filter(pl.col("level") == "leaked")["correct"].to_list() for a in found]
-        leaked = f"{100 * sum(map(sum, known)) / sum(map(len, known)):.0f}" if known[0] else ""
-        seconds = sum(a.facts["training_seconds"] for a in found) / len(found)
-        spent, tokens = arena.cost(name, pool_tokens)
-        lines.append(f"{text}{leaked:>6}{spent:>10.0f}{tokens:>9}{seconds:>8.0f}")
-    return lines
-
-
-def _accuracy(runs: list[pl.DataFrame]) -> str:
-    """Mean accuracy over seeds with its interval; Wilson's where there is one run."""
-    found = summarise_seeds(runs) if len(runs) > 1 else summarise_accuracy(runs[0])
-    line = found.filter(level="all").to_dicts()[0]
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * line[k] for k in ("accuracy", "low", "high")))
-
-
-def _against(runs: list[pl.DataFrame], other: list[pl.DataFrame]) -> str:
-    """Difference over the seeds that both have, paired by seed and question."""
-    n = min(len(runs), len(other))
-    found = compare(runs[:n], other[:n])
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(
-        *(100 * x for x in (found.estimate, found.low, found.high))
-    )
-
-
-def _read(file: Path) -> Answered:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    frame = pl.DataFrame(found["answers"], infer_schema_length=None)
-    return Answered(frame, {k: v for k, v in found.items() if k != "answers"})
-
-
-def _judged(frame: pl.DataFrame) -> pl.DataFrame:
-    """The answers that count: not those to questions the pool was planted with."""
-    return frame.filter(pl.col("level").ne_missing("leaked"))
+def _said(options: Any) -> dict[str, Any]:
+    """The options that are not the defaults: one that is new and unused changes no name."""
+    usual = asdict(type(options)())
+    return {name: value for name, value in asdict(options).items() if value != usual[name]}
 
 
 def run(asked: Any, commit: str) -> None:
@@ -519,7 +455,7 @@ def run(asked: Any, commit: str) -> None:
     print(f"trained with {options.method}, {options.learning_rate}, {options.steps} steps\n")
     print("\n".join(table(arena, wanted, asked.seeds, options)))
     print()
-    print("\n".join(arena.caught()))
+    print("\n".join(caught(arena)))
     for name, why in not_run.items():
         print(f"not run: {name} {why}")
 
@@ -537,7 +473,7 @@ def _go_on(
         cell = arena.cell(name, seed, options)
         if arena.answered(cell) is None:
             got = arena.run(cell)
-            right = 100 * float(_judged(got.frame)["correct"].mean() or 0.0)
+            right = 100 * float(judged(got.frame)["correct"].mean() or 0.0)
             took = got.facts["training_seconds"] + got.facts["asking_seconds"]
             rows = got.facts.get("rows", 0)
             arena.say(f"{name} seed {seed}: {rows} rows, {took:.0f} s, {right:.1f} %")

@@ -151,6 +151,7 @@ def arena(real, tmp_path, world="one", monkeypatch=None):
     made.data = yaml.safe_load((real.EXAMPLES / "smollm2" / f"{made.name}.yaml").read_text())
     made.recipe = parse(made.data)
     made.results, made.steps, made.chosen = tmp_path, real.STEPS, {}
+    made.candidates = real.CANDIDATES
     made.said = []
     made.say = made.said.append
     monkeypatch.setenv("SIFTLINE_SMOLLM2", str(tmp_path))
@@ -182,7 +183,7 @@ def test_arms_are_every_method_that_applies_and_the_chain_without_each_gate(real
 def test_all_arms_but_full_have_the_same_tokens_and_steps(real, tmp_path, monkeypatch):
     made = arena(real, tmp_path, monkeypatch=monkeypatch)
     options = made.training(learning_rate=1e-4)
-    assert (options.loss_tokens, options.steps) == (3000, real.STEPS)
+    assert (options.loss_tokens, options.steps) == (2000, real.STEPS)
     assert made.cell("random", 1, options).training == options
     full = made.cell("full", 1, options).training
     assert (full.loss_tokens, full.steps, full.epochs) == (None, None, 1.0)
