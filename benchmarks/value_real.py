@@ -287,6 +287,7 @@ class Arena:
         finetune(
             Path(os.environ["SIFTLINE_SMOLLM2"]), rows, folder, options, seed=0,
             dataset_version="rows proven right",
+            template=model_spec(self.workspace, self.recipe, "target").template,
         )  # fmt: skip
         os.environ["SIFTLINE_TEACHER"] = str(folder)
         self.note_cost("teacher", time.perf_counter() - started)
@@ -319,6 +320,7 @@ class Arena:
             directory_digest(Path(os.environ["SIFTLINE_SMOLLM2"])),
             self.questions(cell.split)["id"].to_list(),
             _said(self.recipe.evaluation),
+            self.recipe.model("target").spec.template,
         ]
         return self.results / f"{content_hash(decided)[:16]}.json"
 
@@ -366,8 +368,9 @@ class Arena:
             folder = self.root / "work" / "cells" / self.file_of(cell).stem
             shutil.rmtree(folder, ignore_errors=True)  # of a killed one: minutes, not worth keeping
             result = finetune(
-                base, cell.rows, folder, cell.training, seed=cell.seed, dataset_version=cell.arm
-            )
+                base, cell.rows, folder, cell.training, seed=cell.seed, dataset_version=cell.arm,
+                template=model_spec(self.workspace, self.recipe, "target").template,
+            )  # fmt: skip
             facts = {
                 "rows": cell.rows.num_rows, "seen": result.rows, "loss_tokens": result.loss_tokens,
                 "steps": result.steps, "skipped": result.skipped.height,
