@@ -437,7 +437,8 @@ def run(asked: Any, commit: str) -> None:
         if name not in os.environ:
             raise SystemExit(f"{name} is not set: see examples/smollm2/README.md")
     sys.path[:0] = [str(EXAMPLES / name) for name in ("smollm2", "natural_instructions")]
-    until = time.monotonic() + 60 * (asked.minutes or 60 * asked.hours)
+    minutes = 60 * asked.hours if asked.minutes is None else asked.minutes
+    until = time.monotonic() + 60 * minutes
 
     def say(line: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
