@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from siftline.rows.ledger import REMOVED
 from siftline.stages.run import outputs_so_far
 from siftline.training.evaluate import compare, summarise_accuracy, summarise_seeds
 
@@ -83,21 +84,27 @@ def _against(runs: list[pl.DataFrame], other: list[pl.DataFrame]) -> str:
 
 
 def caught(arena: Any) -> list[str]:
-    """What the chain's stages made of each planted defect; opens the truth, after the run."""
+    """What the chain's stages made of each planted defect; opens the truth, after the run.
+
+    Of a copy and its original either may go: the one that went is counted as the copy.
+    """
     truth = arena.workspace.truth(arena.recipe.name) / "rows.jsonl"
-    known = pl.read_ndjson(truth, infer_schema_length=None).select("id", "defect")
-    known = known.with_columns(pl.col("defect").cast(pl.String).fill_null("sound"))
-    if known["defect"].n_unique() == 1:
+    rows = [json.loads(line) for line in truth.read_text(encoding="utf-8").splitlines()]
+    defects = {row["id"]: row["defect"] or "sound" for row in rows}
+    if set(defects.values()) == {"sound"}:
         return []
-    said = []
-    for stage, output in outputs_so_far(arena.workspace, arena.recipe):
-        gone = output.all_decisions().filter(pl.col("outcome") == "removed")["id"]
-        known = known.with_columns(pl.col("id").is_in(gone.to_list()).alias(stage.name))
-        said.append(stage.name)
-    head = f"{'planted':<26}{'rows':>6}" + "".join(f"{name:>16}" for name in said)
-    lines = [head + f"{'kept':>8}"]
-    for (defect,), part in known.sort("defect").group_by("defect", maintain_order=True):
-        counts = [int(part[name].sum()) for name in said]
-        row = f"{defect:<26}{part.height:>6}" + "".join(f"{c:>16}" for c in counts)
-        lines.append(row + f"{part.height - sum(counts):>8}")
+    gone = {
+        stage.name: set(output.all_decisions().filter(outcome=REMOVED)["id"].to_list())
+        for stage, output in outputs_so_far(arena.workspace, arena.recipe)
+    }
+    for row in rows:
+        lost = [i for i in (row["id"], row["twin"]) if i in gone.get("duplicates", ())]
+        if row["defect"] == "near_duplicate" and lost == [row["twin"]]:
+            defects[row["id"]], defects[row["twin"]] = "sound", "near_duplicate"
+    lines = [f"{'planted':<26}{'rows':>6}" + "".join(f"{n:>16}" for n in gone) + f"{'kept':>8}"]
+    for defect in sorted(set(defects.values())):
+        ids = {i for i, found in defects.items() if found == defect}
+        counts = [len(ids & removed) for removed in gone.values()]
+        line = f"{defect:<26}{len(ids):>6}" + "".join(f"{count:>16}" for count in counts)
+        lines.append(f"{line}{len(ids) - sum(counts):>8}")
     return lines

@@ -292,3 +292,31 @@ def test_the_table_pairs_seeds_that_are_in_and_leaves_leaked_questions_out(
     own = lines["random_clean"].index(full) - lines["random_clean"].index("33.3 (")
     assert own > 27, "its own column is empty"
     assert zero in lines["random_clean"]
+
+
+def test_a_copy_counts_as_caught_whichever_of_the_pair_went(real, tmp_path, monkeypatch):
+    import value_table
+
+    truth = [
+        {"id": "a", "defect": None, "twin": None},
+        {"id": "b", "defect": "near_duplicate", "twin": "a"},
+        {"id": "c", "defect": "wrong_vs_reference", "twin": None},
+        {"id": "d", "defect": None, "twin": None},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, truth)))
+    made = arena(real, tmp_path, world="two", monkeypatch=monkeypatch)
+    made.workspace = SimpleNamespace(truth=lambda name: tmp_path)
+
+    def done(name, removed):
+        decisions = pl.DataFrame({"id": removed, "outcome": ["removed"] * len(removed)})
+        return SimpleNamespace(name=name), SimpleNamespace(all_decisions=lambda: decisions)
+
+    stages = [done("duplicates", ["a"]), done("verify", ["c"])]
+    monkeypatch.setattr(value_table, "outputs_so_far", lambda workspace, recipe: stages)
+    lines = [line.split() for line in value_table.caught(made)]
+    assert lines[0] == ["planted", "rows", "duplicates", "verify", "kept"]
+    assert lines[1:] == [
+        ["near_duplicate", "1", "1", "0", "0"],
+        ["sound", "2", "0", "0", "2"],
+        ["wrong_vs_reference", "1", "0", "1", "0"],
+    ]
