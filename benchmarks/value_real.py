@@ -31,11 +31,11 @@ from siftline.rows import shards
 from siftline.rows.verified import content_hash
 from siftline.scoring.fingerprint import directory_digest
 from siftline.selectors.registry import find
-from siftline.stages.arm_rows import COLUMNS, HYGIENE, offer, rows_of_arm
+from siftline.stages.arms import COLUMNS, HYGIENE, offer, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.run import outputs
-from siftline.training.budget import rows_for_budget, tokenize_rows
 from siftline.training.evaluate import evaluate
+from siftline.training.schedule import rows_for_budget, tokenize_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORLDS = {"one": "choosing", "two": "dirt"}

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.draws import uniforms
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
 from siftline.stages.allocate.decide import COLUMNS, Allocate

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
-from siftline import plots
-from siftline.report import CALIBRATION, Report, render
+from siftline.report import plots
+from siftline.report.page import CALIBRATION, Report, render
 from siftline.stages.confidence.calibration import (
     SHOWN_GROUPS,
     calibration,

@@ -12,7 +12,7 @@ import world_inputs
 from instructions_inputs import INSTRUCTIONS
 from world_inputs import WANTED, choosing, dirt
 
-from siftline.demo.audit import ACCEPTED
+from siftline.demo.summary import ACCEPTED
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LABELS = ("yes", "no", "maybe")

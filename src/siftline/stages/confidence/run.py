@@ -1,6 +1,7 @@
 """The confidence gate: samples of every prompt, the model's own verdict, how far to trust it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,20 +9,244 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
+from siftline.progress import Progress
 from siftline.rows.ledger import StageResult
 from siftline.rows.selection import Selection, decisions
-from siftline.scoring.measures.reflection import prompts_of, reflections
+from siftline.scoring.measures.consistency import (
+    SAMPLED,
+    Held,
+    Similar,
+    agreements,
+    cosines,
+    final_answer,
+    overlaps,
+    prompts_of,
+    reflections,
+    sampled_answers,
+)
 from siftline.scoring.measures.samples import draw_samples
-from siftline.scoring.reasons import unanswered
+from siftline.scoring.recorder import Recorder, unanswered
 from siftline.scoring.verifiers import get_verifier
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.confidence.calibration import calibration, kept_by, shown
-from siftline.stages.confidence.decide import auroc
+from siftline.stages.confidence.decide import PARTS, auroc, consistency
 from siftline.stages.confidence.options import Confidence, without_reflection
-from siftline.stages.confidence.parts import Scores, mean_probabilities, score_parts
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
+from siftline.stages.models import over_buckets
 from siftline.stages.rejection_sampling.difficulty import level_of
 from siftline.stages.scores import score_rows
+
+
+@dataclass
+class Scores:
+    """Parts by name and row id, why rows failed, and how often samples were right by prompt.
+
+    Attributes:
+        parts: Values in [0, 1]; a row that lacks a part is not in it.
+        failed: Reason by id of rows that could not be asked about.
+        solved: Samples that came to the independent answer, and samples, by prompt id.
+        lost: Reason by id of rows that lack a part which asks another model, by part.
+    """
+
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    solved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, other: "Scores") -> None:
+        """Takes in what was found for other rows."""
+        for part, values in other.parts.items():
+            self.parts.setdefault(part, {}).update(values)
+        self.failed.update(other.failed)
+        self.solved.update(other.solved)
+        for part, reasons in other.lost.items():
+            self.lost.setdefault(part, {}).update(reasons)
+
+    def unanswered(self) -> int:
+        """Values of rows that did not fail, which another try may give."""
+        lost = (reasons.items() for reasons in self.lost.values())
+        return unanswered(why for items in lost for i, why in items if i not in self.failed)
+
+    def frame(self, ids: Sequence[str], parts: Sequence[str]) -> pl.DataFrame:
+        """What the gate reads about those of the rows that did not fail."""
+        sound = [i for i in ids if i not in self.failed]
+        columns = {part: [self.parts.get(part, {}).get(i) for i in sound] for part in parts}
+        types = {"id": pl.String, **dict.fromkeys(parts, pl.Float64)}
+        return pl.DataFrame({"id": sound, **columns}, schema=types)
+
+
+def score_parts(
+    context: Context,
+    options: Confidence,
+    buckets: Sequence[tuple[int, pa.Table]],
+    weights: Mapping[str, float],
+    likely: Mapping[str, float] | None = None,
+) -> Scores:
+    """Every part that has a weight, for the rows of store buckets.
+
+    Args:
+        context: The stage.
+        options: The stage's.
+        buckets: Rows by store bucket.
+        weights: Weight by part.
+        likely: The perplexity part by id; None takes it from the stages before this one.
+    """
+    wanted = [part for part in PARTS if weights.get(part, 0.0) > 0]
+    scores = Scores()
+    if any(part in SAMPLED for part in wanted):
+        _score_sampled(context, options, buckets, wanted, scores)
+    if "reflection" in wanted:
+        _score_reflection(context, options, buckets, scores)
+    if "perplexity" in wanted:
+        known = _likelihoods(context) if likely is None else likely
+        ids = [i for _, rows in buckets for i in rows.column("id").to_pylist()]
+        scores.parts["perplexity"] = {i: known[i] for i in ids if i in known}
+    for i, why in scores.lost.get("reflection", {}).items():
+        if not any(i in values for values in scores.parts.values()):
+            scores.failed.setdefault(i, why)  # nothing else is known of it
+    return scores
+
+
+def _score_sampled(
+    context: Context,
+    options: Confidence,
+    buckets: Sequence[tuple[int, pa.Table]],
+    wanted: Sequence[str],
+    scores: Scores,
+) -> None:
+    prompts = sum(len(set(rows.column("prompt_id").to_pylist())) for _, rows in buckets)
+    label = f"{context.stage.name} samples"
+    progress = Progress(label, prompts * options.samples, context.emit, "draws")
+    opened = {"sampler": context.recorders("sampler", progress)}
+    beside = Progress(f"{context.stage.name} similarity", 0, context.emit, "texts")
+    if "embedding" in wanted:
+        opened["embedding"] = context.recorders("embedder", beside)
+    if "nli" in wanted:
+        opened["nli"] = context.opened.recorders(
+            context.spec("nli"), context.workspace.store, beside.advance, head="classifier"
+        )
+    # As many workers as the role with the fewest devices has.
+    workers = [
+        dict(zip(opened, worker, strict=True)) for worker in zip(*opened.values(), strict=False)
+    ]
+
+    def work(worker: dict[str, Recorder], bucket: int, rows: pa.Table) -> Scores:
+        return _held_against_samples(worker, bucket, rows, options, wanted)
+
+    for _, found in over_buckets(workers, buckets, work):
+        scores.add(found)
+    progress.close()
+    if len(opened) > 1:
+        beside.close()
+
+
+def _held_against_samples(
+    worker: Mapping[str, Recorder],
+    bucket: int,
+    rows: pa.Table,
+    options: Confidence,
+    wanted: Sequence[str],
+) -> Scores:
+    """Draws samples once per prompt and holds every response of it against them."""
+    sampler, scores = worker["sampler"], Scores()
+    tokens, unfit = prompts_of(sampler, rows)
+    draws = {prompt: range(options.samples) for prompt in tokens}
+    drawn, lost = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
+    unfit |= lost
+    answers = sampled_answers(drawn, options.answers)
+    texts: dict[str, list[str]] = {}
+    for prompt, text in drawn.select("prompt_id", "text").iter_rows():
+        texts.setdefault(prompt, []).append(text)
+    agreement: dict[str, float] = {}
+    held: dict[str, Held] = {}
+    columns = ["id", "prompt_id", "messages", "answer", "answer_from"]
+    lines = rows.select(columns).to_pylist()
+    for row in lines:
+        if row["prompt_id"] in unfit:
+            scores.failed[row["id"]] = unfit[row["prompt_id"]]
+            continue
+        own = row["messages"][-1]["content"]
+        share = consistency(answers[row["prompt_id"]], final_answer(own, options.answers))
+        if share is not None:
+            agreement[row["id"]] = share
+        before = "\n".join(m["content"] or "" for m in row["messages"][:-1])
+        held[row["id"]] = Held(before, own, texts[row["prompt_id"]])
+    scores.solved = _solved(lines, answers, options)
+    similar: dict[str, Callable[[], Similar]] = {
+        "agreement": lambda: (agreement, {}),
+        "jaccard": lambda: (overlaps(held), {}),
+        "embedding": lambda: cosines(worker["embedding"], bucket, held),
+        "nli": lambda: agreements(worker["nli"], bucket, held),
+    }
+    for part in SAMPLED:
+        if part in wanted:
+            scores.parts[part], scores.lost[part] = similar[part]()
+    return scores
+
+
+def _solved(
+    lines: Sequence[Mapping[str, Any]], answers: Mapping[str, list], options: Confidence
+) -> dict[str, tuple[int, int]]:
+    """How many samples of a prompt came to its independent answer; not where there are several."""
+    references: dict[str, set[str | None]] = {}
+    for row in lines:
+        if row["answer"] is not None and row["answer_from"] == "independent":
+            marked = f"#### {row['answer']}" if options.answers == "math" else row["answer"]
+            key = final_answer(marked, options.answers)
+            references.setdefault(row["prompt_id"], set()).add(key)
+    found = {}
+    for prompt, keys in references.items():
+        if len(keys) == 1 and None not in keys and answers.get(prompt):
+            (key,) = keys
+            found[prompt] = (answers[prompt].count(key), len(answers[prompt]))
+    return found
+
+
+def _score_reflection(
+    context: Context,
+    options: Confidence,
+    buckets: Sequence[tuple[int, pa.Table]],
+    scores: Scores,
+) -> None:
+    total = options.questions * sum(rows.num_rows for _, rows in buckets)
+    progress = Progress(f"{context.stage.name} verdicts", total, context.emit)
+
+    def judge(
+        recorder: Recorder, bucket: int, rows: pa.Table
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        asked = {r["id"]: (r["messages"], r["messages"][-1]["content"]) for r in rows.to_pylist()}
+        return reflections(recorder, bucket, asked, options.questions)
+
+    found = scores.parts.setdefault("reflection", {})
+    lost: dict[str, str] = {}
+    for _, (values, failed) in over_buckets(context.recorders("judge", progress), buckets, judge):
+        found.update(values)
+        lost.update(failed)
+    progress.close()
+    if found:
+        scores.lost["reflection"] = lost
+    else:  # a judge that is out of order: the rows wait for it
+        scores.failed.update(lost)
+
+
+def _likelihoods(context: Context) -> dict[str, float]:
+    """Mean probability of a token, exp of the mean log-probability, by id, of all earlier tables.
+
+    A geometric mean; rounding may leave [0, 1] by a last bit.
+    """
+    found: dict[str, float] = {}
+    for _, output in context.before:
+        table = output.table("likelihood")
+        if table is not None:
+            found |= mean_probabilities(table)
+    return found
+
+
+def mean_probabilities(scored: pl.DataFrame) -> dict[str, float]:
+    """The perplexity part by id, of rows with columns id and logprob_mean."""
+    clipped = pl.col("logprob_mean").exp().clip(0.0, 1.0)
+    return dict(scored.select("id", clipped).drop_nulls().iter_rows())
+
 
 CALIBRATION_DRAWS = 2
 """Draws per dev prompt that reflection is measured on."""
