@@ -178,6 +178,7 @@ class Arena:
         fixed = arm in ("full", TARGET_ARM, PROVEN_ARM, "select less") or arm.startswith("chain")
         key = (arm, 0 if fixed else seed)
         if key not in self.chosen:
+            self.say(f"rows of {arm}, seed {key[1]}")
             started = time.perf_counter()
             self.chosen[key] = self._rows(*key)
             self.note_cost(arm, time.perf_counter() - started)
