@@ -175,15 +175,6 @@ def test_no_lazy_annotations_where_dagster_reads_them():
             assert not any(name == "__future__.annotations" for name, _ in imports_of(path)), path
 
 
-LONG = 30
-"""Modules of more than 400 lines; this number only falls, unless a commit says why."""
-
-
-def test_few_modules_are_long():
-    long = [p.name for p in MODULES if len(p.read_text(encoding="utf-8").splitlines()) > 400]
-    assert len(long) <= LONG, long
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_modules_stay_readable(path):
     text = path.read_text(encoding="utf-8")

@@ -59,6 +59,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "recipes", "plan", "Say what RECIPE's rejection sampling will cost, from its pilot."
     ),
+    "recipe": Verb("recipes", "recipe", "Say what a recipe may hold."),
     "report": Verb(
         "recipes",
         "report",

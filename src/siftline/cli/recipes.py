@@ -1,4 +1,4 @@
-"""Verbs on recipes: run, demo, plan, report, status, explain, ui."""
+"""Verbs on recipes: run, demo, plan, report, status, explain, ui, recipe."""
 
 import json
 import os
@@ -307,3 +307,20 @@ def ui(root: Path, port: int, host: str) -> None:
     target = ["-w", str(here)] if here.exists() else ["-m", "siftline.definitions"]
     command = [sys.executable, "-m", "dagster", "dev", *target, "-h", host, "-p", str(port)]
     os.execve(sys.executable, command, environment)
+
+
+@click.group()
+def recipe() -> None:
+    """Say what a recipe may hold."""
+
+
+@recipe.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of a recipe, stages and methods of installed packages included.
+
+    Beside a recipe, as recipe.schema.json, it makes editors complete and check the recipe's keys,
+    if the recipe begins with the line `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    from siftline.recipe.schema import schema_text
+
+    click.echo(schema_text(), nl=False)

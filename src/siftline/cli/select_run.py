@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,9 +247,9 @@ def configured(entry: Entry, request: Request) -> Any:
         data = read_rule(request.rule)
     for assignment in request.overrides:
         override(data, assignment)
-    if "seed" in {field.name for field in fields(entry.method)}:
-        data = {"seed": request.seed, **data}
-    return build(entry.method, data, entry.name)
+    made = build(entry.method, data, entry.name)
+    seeded = "seed" in {field.name for field in fields(entry.method)} and "seed" not in data
+    return replace(made, seed=request.seed) if seeded else made
 
 
 def _check(entry: Entry, request: Request) -> None:

@@ -129,6 +129,10 @@ class Perplexity(Ranked):
         return Ranking(order, spend(order, amounts_of(pool, budget), budget), values, reason)
 
 
+MISMATCH = 1.0
+"""IFD from which a prompt does not help (Cherry LLM)."""
+
+
 @dataclass(frozen=True)
 class Ifd(Ranked):
     """Instruction-following difficulty: the largest below 1 (Cherry LLM, arXiv 2308.12032).
@@ -139,21 +143,17 @@ class Ifd(Ranked):
     Attributes:
         column: "ifd_loss_ratio" is Cherry LLM's; "ifd_perplexity_ratio" that of Superfiltering
             (arXiv 2402.00530), the exponential of the loss difference, which orders otherwise.
-        limit: Values at or above it are dropped.
     """
 
     column: str = "ifd_loss_ratio"
-    limit: float = 1.0
 
     def columns(self) -> dict[str, Any]:
         return {self.column: pl.Float64}
 
     def rank(self, pool: pl.DataFrame, budget: Budget, target: pl.DataFrame | None) -> Ranking:
         values = pool[self.column].to_numpy()
-        order = by_value(values, values < self.limit)
-        barred = pool.select(
-            pl.when(pl.col(self.column) >= self.limit).then(pl.lit("ifd_mismatch"))
-        )
+        order = by_value(values, values < MISMATCH)
+        barred = pool.select(pl.when(pl.col(self.column) >= MISMATCH).then(pl.lit("ifd_mismatch")))
         spent = spend(order, amounts_of(pool, budget), budget)
         return Ranking(order, spent, values, "below_cut", barred.to_series())
 

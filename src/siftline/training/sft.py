@@ -25,6 +25,10 @@ Kind = Literal["sft", "sft_kl", "dft", "asft", "poft"]
 Report = Literal["none", "tensorboard", "wandb"]
 
 
+LORA_SCALE = 2
+"""Alpha of a LoRA adapter over its rank, as in TRL's defaults, 32 and 16."""
+
+
 @dataclass(frozen=True)
 class FineTune:
     """How to fine-tune. Defaults are TRL 1.16's unless another source is named.
@@ -43,7 +47,6 @@ class FineTune:
         reference_column: Column with the mean log-probability of each row's response under the
             reference models, for `poft`.
         lora_rank: Rank; 16 and alpha 32 as in the QLoRA family of recipes (alpha = 2 x rank).
-        lora_alpha: Scale of the adapter, times 1 / rank.
         learning_rate: Peak rate; LoRA wants about ten times that of full tuning.
         epochs: Passes over the rows, used when no budget of loss tokens is given.
         phases: Sources in the order of the run; empty mixes all from the start.
@@ -74,7 +77,6 @@ class FineTune:
     source_balance: float = 0.0
     reference_column: str = "mean_ref_logprob"
     lora_rank: int = 16
-    lora_alpha: int = 32
     learning_rate: float = 2e-5
     epochs: float = 3.0
     phases: tuple[Phase, ...] = ()
@@ -105,7 +107,7 @@ class FineTune:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(known)}")
-        counts = "lora_rank lora_alpha batch_rows accumulation save_steps eval_steps"
+        counts = "lora_rank batch_rows accumulation save_steps eval_steps"
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -307,7 +309,7 @@ def adapter_config(config: FineTune) -> Any:
     if config.method != "peft":
         return LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=LORA_SCALE * config.lora_rank,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )

@@ -1,19 +1,7 @@
 """Allocate: the budget by cluster, difficulty and fit; the last stage."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
-
-from siftline.recipe.kinds import Stage, StageKind
+from siftline.recipe.kinds import StageKind
 from siftline.stages.allocate.decide import Allocate
-
-
-def _with_budget(options: dict[str, Any], before: Sequence[Stage], budget: Any) -> dict[str, Any]:
-    for key in ("unit", "size", "on_shortfall"):
-        if key in options:
-            raise ValueError(f"stages.allocate: {key!r} belongs to the recipe's budget: move it")
-    return {**options, **asdict(budget)}
-
 
 KIND = StageKind(
     name="allocate",
@@ -23,5 +11,5 @@ KIND = StageKind(
     models=lambda options, budget: ("target",),
     likelihoods=lambda options, budget: True,
     found=True,
-    complete=_with_budget,
+    from_budget=("size", "unit", "on_shortfall"),
 )

@@ -20,6 +20,12 @@ def _training(stage: Stage, recipe: Any) -> dict[str, Any]:
     return {"training": training_inputs(recipe)}
 
 
+def _methods() -> dict[str, type]:
+    from siftline.selectors.registry import methods
+
+    return {entry.name: entry.method for entry in methods()}
+
+
 KIND = StageKind(
     name="select",
     role="shortlist",
@@ -31,4 +37,5 @@ KIND = StageKind(
     scorers=lambda options: (*options.scorers(), *options.asked()),
     budgeted=True,
     inputs=_training,
+    methods=_methods,
 )

@@ -77,7 +77,7 @@ def warmed(
     check_model(spec)
     if not rows.num_rows:
         return [None]
-    decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share", "adam")}
+    decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share")}
     key = content_hash([identity(spec), sorted(rows["id"].to_pylist()), decisive, seed])
     progress = Progress("warm-up", 0, emit, "steps")
     found = warm_up(spec, rows, models / f"warmup-{key[:12]}", asked, seed, progress.reach)

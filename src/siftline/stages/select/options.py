@@ -1,6 +1,7 @@
 """A registered selection method as a stage of a recipe."""
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any
 
 from siftline.config import build
@@ -45,8 +46,8 @@ class Select:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.oversampling > 0:
-            raise ValueError(f"oversampling is {self.oversampling}: it must be above 0")
+        if not 0 < self.oversampling < inf:
+            raise ValueError(f"oversampling is {self.oversampling}: give a number above 0")
         if self.gradients is not None and not self.differentiates:
             raise ValueError(f"{self.method} reads no gradients: leave gradients out")
         self.configured()
