@@ -80,7 +80,7 @@ def test_each_defect_is_planted_at_its_rate_and_is_what_it_says(truth):
     added = ("exact_duplicate", "near_duplicate", "off_topic", "leaked_test", "conflict")
     base = sum(row["defect"] not in added for row in truth.values())
     counts = Counter(row["defect"] for row in truth.values())
-    assert set(counts) == {None, *ACCEPTED}
+    assert set(counts) == {None, *ACCEPTED} - {"wrong_without_reference"}  # of examples/smollm2
     for defect, rate in (
         ("exact_duplicate", 0.05),
         ("wrong_vs_reference", 0.06),

@@ -4,11 +4,7 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import chi2_contingency
-
-from siftline.demo.gsm8k import (
+from gsm8k_inputs import (
     FORMS,
     SOURCES,
     Solved,
@@ -18,8 +14,12 @@ from siftline.demo.gsm8k import (
     write,
     wrong_step,
 )
+from gsm8k_sums import decimal_text, evaluate
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2_contingency
+
 from siftline.demo.problems import Dice
-from siftline.demo.sums import decimal_text, evaluate
 from siftline.scoring.answers.find import answer_key, extract_answer
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ from siftline.training.finetune import FineTune
 from siftline.training.pretrain import Pretrain
 
 SHIPPED = sorted(library.SHIPPED.glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*/*.yaml"))
 SMALL = {
     "name": "small",
     "pool": {"name": "p", "inputs": [{"path": "a.jsonl"}]},
@@ -52,10 +54,10 @@ def small(*overrides, **changes):
     return parse(copy.deepcopy(SMALL) | changes, overrides)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_recipes_parse_without_their_environment(path, monkeypatch):
-    monkeypatch.delenv("SIFTLINE_GSM8K", raising=False)
-    monkeypatch.delenv("SIFTLINE_NATURAL_INSTRUCTIONS", raising=False)
+@pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda p: p.stem)
+def test_shipped_recipes_and_examples_parse_without_their_environment(path, monkeypatch):
+    for name in ("GSM8K", "NATURAL_INSTRUCTIONS", "SMOLLM2", "TEST_DATA"):
+        monkeypatch.delenv(f"SIFTLINE_{name}", raising=False)
     recipe = load(path)
     assert recipe.name == path.stem
     assert recipe.stages
@@ -64,7 +66,17 @@ def test_shipped_recipes_parse_without_their_environment(path, monkeypatch):
 
 
 def test_there_are_shipped_recipes():
-    assert {"demo", "gsm8k", "natural_instructions"} <= {path.stem for path in SHIPPED}
+    assert {"demo", "s3ft"} <= {path.stem for path in SHIPPED}
+    assert {"gsm8k", "natural_instructions"} <= {path.stem for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_generators_of_the_examples_stand_beside_them(path):
+    asked = load(path).inputs
+    assert asked is not None
+    module, _, name = asked.generator.partition(":")
+    assert (path.parent / f"{module}.py").is_file()
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_defaults_are_filled_in():

@@ -149,7 +149,7 @@ def test_definitions_load_without_models_or_environment(tmp_path):
     loaded = {name.partition(".")[0] for name in said["modules"]}
     assert not loaded & set(HEAVY)
     assert "siftline" in loaded
-    assert {"demo", "gsm8k"} <= set(said["jobs"])
+    assert {"demo", "s3ft"} <= set(said["jobs"])
     assert "siftline" not in Path(said["selectors"]).parts, "the standard library's is shadowed"
     assert not list(tmp_path.iterdir()), "loading definitions wrote files"
 

@@ -45,8 +45,8 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "status": (["status", "--root", "."], RECIPE),
     "cache ls": (["cache", "ls", "--root", "."], TABLES),
     "explain": (["explain", "0123456789", "--root", "."], RECIPE),
-    "report": (["report", "gsm8k", "--root", "."], RECIPE),
-    "audit": (["audit", "gsm8k", "--stage", "duplicates", "--root", "."], RECIPE),
+    "report": (["report", "s3ft", "--root", "."], RECIPE),
+    "audit": (["audit", "s3ft", "--stage", "duplicates", "--root", "."], RECIPE),
     "select": (["select", "random", "ten.parquet", "--budget", "3", "--out", "three"], ROWS),
     "score": (["score", "qa.jsonl", "--model", "model", "--out", "scores"], MODEL),
     "train": (

@@ -88,7 +88,7 @@ INSTRUCTIONS: dict[str, str] = {
     "task1345": "Write a different question with similar words.",
     "task1385": "Does the premise entail the hypothesis? Entailment, Neutral or Contradiction.",
     "task1386": "Does the premise entail the hypothesis? Entailment, Neutral or Contradiction.",
-    "task1516": "Is the hypothesis implied by the premise? positive, negative or neutral.",
+    "task1516": "Is the hypothesis implied by the premise? positive, negated or neutral.",
     "task1529": "Does the premise support the scientific hypothesis? entails or neutral.",
     "task1562": "Paraphrase the question.",
     "task1612": "Relation of the two sentences: 0 neutral, 1 entailment, 2 contradiction.",

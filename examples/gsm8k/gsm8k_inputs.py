@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from gsm8k_sums import decimal_text, evaluate
+
 from siftline.demo.defects import ALPHABET, TEXT
 from siftline.demo.problems import Dice
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
-from siftline.demo.sums import decimal_text, evaluate
 from siftline.kernels.draws import hash64
 from siftline.rows.schema import canonical_text
 from siftline.scoring.answers.find import extract_answer
