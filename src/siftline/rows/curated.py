@@ -36,16 +36,13 @@ from siftline.rows.native import messages_type, published
 from siftline.rows.published import MANIFEST, REMEDY, read_version, version_of
 from siftline.rows.shards import (
     ROW_GROUP_BYTES,
-    Shuffled,
     building,
-    cut,
     point_latest,
-    read_ordered,
-    shuffle,
     write_json,
     write_parquet,
     write_text,
 )
+from siftline.rows.shuffle import Shuffled, cut, read_ordered, shuffle
 from siftline.rows.verified import AlteredError, canonical_json, confirm, file_hash
 
 FORMAT = 2

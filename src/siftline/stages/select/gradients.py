@@ -201,7 +201,6 @@ def warmed_likelihoods(context: Context, method: Any) -> tuple[pl.DataFrame, dic
     asked = FineTune(
         method="lora",
         lora_rank=method.lora_rank,
-        lora_alpha=2 * method.lora_rank,
         epochs=method.epochs,
         learning_rate=method.learning_rate,
         batch_rows=method.batch_rows,
