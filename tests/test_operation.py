@@ -640,6 +640,19 @@ def test_a_trial_publishes_beside_latest_and_says_so(root):
     assert (same["version"].value, same["is_latest"].value) == (latest, True)
 
 
+def test_a_changed_recipe_is_no_trial_where_nobody_reads_another(root):
+    """A shipped recipe with the user's own files, run twice on a fresh root."""
+    folder = root / "curated" / "small"
+    change = "stages.duplicates.threshold=0.3"
+    for _ in range(2):
+        made = materialize_small(change)["curated"].metadata
+        assert made["is_latest"].value is True
+        assert os.readlink(folder / "latest") == made["version"].value
+    other = materialize_small("stages.duplicates.threshold=0.4")["curated"].metadata
+    assert other["is_latest"].value is False
+    assert os.readlink(folder / "latest") == made["version"].value
+
+
 def test_a_recipe_that_takes_its_trial_over_ends_it(root, tmp_path):
     materialize_small()
     file = tmp_path / "recipes" / "small.yaml"

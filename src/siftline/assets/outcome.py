@@ -24,6 +24,7 @@ from siftline.stages.evaluation import evaluate_arms, evaluation_pending
 from siftline.stages.publish import (
     as_read,
     came_and_went,
+    keeps_latest,
     parent_of,
     publish_curated,
     published_columns,
@@ -78,7 +79,7 @@ def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
     def curated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Immutable versioned Parquet with a dataset card, removed rows and a manifest."""
         workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
-        trial = siftline.is_trial(recipe.name)
+        trial = siftline.is_trial(recipe.name) and keeps_latest(workspace, loaded)
         parent = parent_of(workspace, loaded)
         published = publish_curated(
             workspace,

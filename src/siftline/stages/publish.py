@@ -17,6 +17,7 @@ from siftline.rows import schema
 from siftline.rows.card import CardInfo, StageCount
 from siftline.rows.curated import Published, publish, published_before, resolve_latest
 from siftline.rows.ledger import KEPT, REMOVED, StageOutput, reasons
+from siftline.rows.published import read_version
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
 from siftline.stages.rejection_sampling.options import JUDGE, NONE, RejectionSampling
@@ -333,6 +334,18 @@ def parent_of(workspace: Workspace, recipe: Recipe) -> Path | None:
     """The version that `latest` points at, against which the next one is held."""
     root = workspace.curated(recipe.name)
     return resolve_latest(root) if (root / "latest").exists() else None
+
+
+def keeps_latest(workspace: Workspace, recipe: Recipe) -> bool:
+    """Whether `latest` is a version of other settings, so that a changed run publishes beside it.
+
+    Where nothing is published yet, and where `latest` was made with the same changes, there is no
+    other version that readers rely on.
+    """
+    parent = parent_of(workspace, recipe)
+    if parent is None:
+        return False
+    return bool(read_version(parent)["identity"].get("recipe_hash") != recipe.hash)
 
 
 def _ids(version: Path) -> pl.LazyFrame:
