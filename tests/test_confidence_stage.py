@@ -19,9 +19,10 @@ from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.measures.reflection import AGAIN, reflections
 from siftline.scoring.recorder import Recorder
 from siftline.stages import models
+from siftline.stages.confidence.decide import BSDETECTOR
 from siftline.stages.confidence.options import Confidence
 from siftline.stages.confidence.parts import _likelihoods
-from siftline.stages.confidence.run import _calibrate
+from siftline.stages.confidence.run import _from_dev
 from siftline.stages.context import StageRun
 from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage
@@ -231,11 +232,18 @@ def test_weights_say_which_models_are_asked(tmp_path):
         recipe = recipe_of(tmp_path / "x.jsonl", tmp_path, roles, **gate)
         return models_used(recipe, recipe.stage("confidence"))
 
-    assert of() == ("sampler", "judge")
+    # Rows without a final answer are held against their samples by an embedder or a cross-encoder.
+    assert of() == ("sampler", "judge", "embedder")
+    assert of({"nli": "cross"}) == ("sampler", "judge", "nli")
+    assert of({"nli": "cross"}, similarity="off") == ("sampler", "judge")
+    assert of({"nli": "cross"}, similarity="embedding") == ("sampler", "judge", "embedder")
+    assert of(answers="exact") == ("sampler", "judge")
+    assert of(weights={"agreement": 1}) == ("sampler", "judge")
     assert of(weights={"agreement": 1, "embedding": 1}) == ("sampler", "judge", "embedder")
     assert of({"nli": "cross"}, weights={"nli": 1, "embedding": 0}) == ("sampler", "judge", "nli")
-    with pytest.raises(ValueError, match="roles have no nli: name the model"):
-        of(weights={"nli": 1})
+    for nli in ({"weights": {"nli": 1}}, {"similarity": "nli"}):
+        with pytest.raises(ValueError, match="roles have no nli: name the model"):
+            of(**nli)
     with pytest.raises(ValueError, match=r"stages\.confidence: weights: no part 'jacard'"):
         of(weights={"jacard": 1})
     with pytest.raises(ValueError, match=r"stages\.confidence\.weights\.jaccard: expected float"):
@@ -269,9 +277,12 @@ def test_perplexity_needs_the_likelihood_stage_before_it(tmp_path):
 def test_reflection_of_no_weight_needs_no_dev_set(options):
     recipe = SimpleNamespace(sets=SimpleNamespace(dev=()))
     context = SimpleNamespace(recipe=recipe, stage=SimpleNamespace(name="confidence"), emit=quiet)
-    assert _calibrate(context, options) == (options.weighing, {})
-    with pytest.raises(ValueError, match="no dev set"):
-        _calibrate(context, Confidence())
+    settled = _from_dev(context, options)
+    assert settled.weights == options.weighing
+    assert settled.facts["why_no_probability"] == "the recipe has no dev set"
+    # Without dev the documented weights are used.
+    told = _from_dev(context, Confidence()).weights
+    assert told == BSDETECTOR | {"reflection": pytest.approx(0.3)}
 
 
 # ---- instances for added rows ------------------------------------------------------------------

@@ -1,18 +1,107 @@
 """Allocate: the budget by cluster, difficulty and fit; the last stage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from siftline.recipe.kinds import Stage, StageKind
+from siftline.selectors.mixture import REST
 from siftline.stages.allocate.decide import Allocate
+from siftline.stages.rejection_sampling.options import SOURCE
+
+_RULES = {"vanilla": "uniform"}
+"""Targets of a sampling stage under another name here: vanilla keeps up to its k draws."""
 
 
-def _with_budget(options: dict[str, Any], before: Sequence[Stage], budget: Any) -> dict[str, Any]:
+def _completed(options: dict[str, Any], before: Sequence[Stage], budget: Any) -> dict[str, Any]:
+    """Options with the recipe's budget and, where draws came before, what was drawn for.
+
+    Several sampling stages add their answers to the same prompts: as many are kept as all of them
+    aim at, by the targets of the last.
+    """
     for key in ("unit", "size", "on_shortfall"):
         if key in options:
             raise ValueError(f"stages.allocate: {key!r} belongs to the recipe's budget: move it")
-    return {**options, **asdict(budget)}
+    drawn = _sampling(before)
+    taken: dict[str, Any] = {}
+    if drawn:
+        last = drawn[-1].options
+        taken = {
+            "targets": _RULES.get(last.target, last.target),
+            "answers": sum(stage.options.k for stage in drawn),
+            "max_quantile": last.max_quantile,
+            "own_samples": True,
+        }
+    return {**taken, **options, **asdict(budget)}
+
+
+def _sampling(before: Sequence[Stage]) -> list[Stage]:
+    return [stage for stage in before if stage.kind == "rejection_sampling"]
+
+
+def _check(stage: Stage, before: Sequence[Stage]) -> None:
+    """Refuses draws that can't be kept, as far as the stages alone tell."""
+    drawn = _sampling(before)
+    options: Allocate = stage.options
+    where = f"stages.{stage.name}"
+    if not drawn:
+        if options.targets == "scores":
+            raise ValueError(
+                f"{where}: targets scores are those of a rejection_sampling stage, and none comes "
+                "before: add one, or use uniform or prop2diff"
+            )
+        return
+    if options.mixture and not _weighs(options.mixture, SOURCE):
+        raise ValueError(
+            f"{where}: mixture leaves out {SOURCE!r}, the source of {drawn[-1].name}'s "
+            f"draws, so none can be kept: give {SOURCE!r} or {REST!r} a weight"
+        )
+    most = sum(one.options.k for one in drawn)
+    if options.answers >= most:
+        return
+    aimed = [one for one in drawn if one.options.target not in ("uniform", "vanilla")]
+    if aimed:
+        raise ValueError(
+            f"{where}: answers is {options.answers}, and {aimed[-1].name} draws up to {most} for "
+            f"hard prompts (target {aimed[-1].options.target}), which can't be kept: leave answers "
+            f"out, or set {aimed[-1].name}'s k to {options.answers}"
+        )
+    if options.fit == "random":
+        raise ValueError(
+            f"{where}: answers is {options.answers} of the {most} that {drawn[-1].name} draws, and "
+            f"fit random has no use for a choice: leave answers out, or set {drawn[-1].name}'s k "
+            f"to {options.answers}"
+        )
+
+
+def _weighs(mixture: Mapping[str, float], source: str) -> bool:
+    return mixture.get(source, mixture.get(REST, 0.0)) > 0
+
+
+def _settled(stage: Stage, recipe: Any) -> Stage:
+    """Refuses draws that come from the target model where its samples do not compete."""
+    drawn = _sampling(recipe.stages)
+    if (
+        drawn
+        and not stage.options.own_samples
+        and recipe.model("sampler") == recipe.model("target")
+    ):
+        raise ValueError(
+            f"stages.{stage.name}: own_samples is off, and {drawn[-1].name} draws from the target "
+            "model itself, so no draw can be kept: leave own_samples out, or name another model "
+            "in roles.sampler"
+        )
+    return stage
+
+
+def _notes(stage: Stage, facts: Mapping[str, Any]) -> list[str]:
+    """What came of the draws."""
+    draws = facts.get("draws")
+    if not draws:
+        return []
+    lost = ", ".join(f"{n} {reason}" for reason, n in draws["removed"].items())
+    said = f"{stage.name}: kept {draws['kept']} of {draws['offered']} verified draws"
+    return [f"{said} ({lost})." if lost else f"{said}."]
 
 
 KIND = StageKind(
@@ -23,5 +112,8 @@ KIND = StageKind(
     models=lambda options, budget: ("target",),
     likelihoods=lambda options, budget: True,
     found=True,
-    complete=_with_budget,
+    complete=_completed,
+    check=_check,
+    settle=_settled,
+    notes=_notes,
 )

@@ -1,4 +1,7 @@
-"""The parts of confidence, scored row by row: samples, similarities, verdicts, likelihood."""
+"""The parts of confidence, scored row by row: samples, similarities, verdicts, likelihood.
+
+Rows are those in play, planted ones, and answers to dev prompts whose truth is known.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +10,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from siftline.ingest.pool import Pool
 from siftline.progress import Progress
+from siftline.rows import schema
 from siftline.scoring.measures.reflection import (
     SAMPLED,
     final_answer,
@@ -19,10 +24,16 @@ from siftline.scoring.measures.samples import draw_samples
 from siftline.scoring.measures.similarity import Held, Similar, agreements, cosines, overlaps
 from siftline.scoring.reasons import unanswered
 from siftline.scoring.recorder import Recorder
+from siftline.scoring.verifiers.verdict import Verifier
+from siftline.stages.confidence.calibration import too_few
 from siftline.stages.confidence.decide import PARTS, consistency
 from siftline.stages.confidence.options import Confidence
-from siftline.stages.context import Context
+from siftline.stages.context import Context, by_store_bucket
 from siftline.stages.parallel import over_buckets
+
+DEV_DRAWS = 2
+"""Draws per dev prompt whose truth is known; they come behind the samples they are held against."""
+_ROWS = pa.schema([f.with_nullable(True) for f in schema.ADDED])
 
 
 @dataclass
@@ -92,6 +103,33 @@ def score_parts(
     for i, why in scores.lost.get("reflection", {}).items():
         if not any(i in values for values in scores.parts.values()):
             scores.failed.setdefault(i, why)  # nothing else is known of it
+    return scores
+
+
+def score_with_stand_in(
+    context: Context,
+    options: Confidence,
+    buckets: Sequence[tuple[int, pa.Table]],
+    weights: Mapping[str, float],
+    likely: Mapping[str, float] | None = None,
+) -> Scores:
+    """`score_parts`, and the stand-in for rows that nothing could be compared of by final answer.
+
+    Models of the stand-in are opened only where there are such rows.
+    """
+    part = options.stand_in if weights.get("agreement") else None
+    asked = {name: weight for name, weight in weights.items() if name != part}
+    scores = score_parts(context, options, buckets, asked, likely)
+    if part is None:
+        return scores
+    compared = {*scores.parts.get("agreement", {}), *scores.failed}
+    bare = []
+    for bucket, rows in buckets:
+        lacks = [i not in compared for i in rows.column("id").to_pylist()]
+        if any(lacks):
+            bare.append((bucket, rows.filter(pa.array(lacks))))
+    if bare:
+        scores.add(score_parts(context, options, bare, {part: 1.0}))
     return scores
 
 
@@ -215,6 +253,83 @@ def _score_reflection(
         scores.lost["reflection"] = lost
     else:  # a judge that is out of order: the rows wait for it
         scores.failed.update(lost)
+
+
+@dataclass(frozen=True)
+class DevRows:
+    """Answers to dev prompts that are known to be right or wrong.
+
+    Attributes:
+        of: What they are.
+        rows: Distinct answers as rows, columns of `schema.ADDED`.
+        known: `id`, `prompt_id` and `right`; one line for each answer, so equal ones have several.
+        undecided: Answers that the verifier could not judge.
+        lost: Reasons of prompts without draws.
+    """
+
+    of: str
+    rows: pa.Table
+    known: pl.DataFrame
+    undecided: int
+    lost: list[str]
+
+    def buckets(self) -> list[tuple[int, pa.Table]]:
+        """The rows by store bucket."""
+        return list(by_store_bucket(lambda bucket: self.rows, 1))
+
+
+def dev_rows(context: Context, options: Confidence, check: Verifier) -> DevRows:
+    """Dev's own responses where enough are right and enough wrong, as the pool's are; else draws.
+
+    Args:
+        context: The stage.
+        options: The stage's.
+        check: Says whether an answer is right.
+    """
+    tables = []
+    for spec in context.recipe.sets.dev:
+        pool = Pool(context.workspace.pool(spec.name))
+        tables += list(by_store_bucket(pool.rows, pool.buckets))
+    own = [
+        (row, row["messages"][-1]["content"])
+        for _, table in tables
+        for row in table.to_pylist()
+        if row["answer"] is not None and row["answer_from"] == "independent"
+    ]
+    found = _judged_answers("dev responses", own, check, [])
+    if too_few(found.known) is None:
+        return found
+    sampler, drawn = context.recorder("sampler"), []
+    reasons: list[str] = []
+    for bucket, table in tables:
+        by_prompt = {r["prompt_id"]: r for r in table.to_pylist() if r["answer"] is not None}
+        tokens, _ = prompts_of(sampler, table)
+        places = range(options.samples, options.samples + DEV_DRAWS)
+        draws = {prompt: places for prompt in tokens if prompt in by_prompt}
+        made, lost = draw_samples(sampler, bucket, tokens, draws, options.sampling, options.seed)
+        reasons += list(lost.values())
+        drawn += [(by_prompt[p], text) for p, text in made.select("prompt_id", "text").iter_rows()]
+    return _judged_answers("draws for dev prompts", drawn, check, reasons)
+
+
+def _judged_answers(
+    of: str, given: Sequence[tuple[Mapping[str, Any], str]], check: Verifier, lost: list[str]
+) -> DevRows:
+    """Answers as rows, each with the row whose prompt and reference it answers to."""
+    rows: dict[str, dict[str, Any]] = {}
+    known: list[tuple[str, str, bool]] = []
+    for row, text in given:
+        right = check(text, row["answer"]).correct
+        if right is None:
+            continue
+        turns = [*row["messages"][:-1], schema.message("assistant", text)]
+        new = schema.make_row(turns, source=row["source"], tools=row["tools"])
+        rows[new["id"]] = {**new, "parent_id": None, "origin": None}
+        known.append((new["id"], new["prompt_id"], right))
+    table = pa.Table.from_pylist([rows[i] for i in sorted(rows)], schema=_ROWS)
+    types = {"id": pl.String, "prompt_id": pl.String, "right": pl.Boolean}
+    frame = pl.DataFrame(known, schema=types, orient="row")
+    return DevRows(of, table, frame, len(given) - len(known), lost)
 
 
 def _likelihoods(context: Context) -> dict[str, float]:

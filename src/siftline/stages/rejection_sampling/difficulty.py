@@ -11,6 +11,9 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+HARDEST = 0.99
+"""Quantile of the difficulties that counts as the hardest, wherever targets are set. Below 100
+prompts it is the maximum; above, one broken prompt can't make all others look easy."""
 PASS_RATES = {
     "prompt_id": pl.String,
     "n_trials": pl.Int64,  # draws made
@@ -70,7 +73,7 @@ def uniform(n: int, k: int) -> np.ndarray:
 
 
 def prop2diff(
-    difficulties: np.ndarray, k: int, *, quantile: float = 0.99, include_unsolved: bool = False
+    difficulties: np.ndarray, k: int, *, quantile: float = HARDEST, include_unsolved: bool = False
 ) -> np.ndarray:
     """DART-Math Prop2Diff: targets in proportion to difficulty, rounded up, at least 1.
 
@@ -158,7 +161,7 @@ def accept(draws: pl.DataFrame, targets: pl.DataFrame) -> pl.DataFrame:
 
 
 def targets_for(
-    rates: pl.DataFrame, rule: Literal["uniform", "prop2diff"], k: int, quantile: float = 0.99
+    rates: pl.DataFrame, rule: Literal["uniform", "prop2diff"], k: int, quantile: float = HARDEST
 ) -> pl.DataFrame:
     """Targets (`prompt_id`, `difficulty`, `target`) for prompts with measured pass rates."""
     known = difficulty(rates)

@@ -16,6 +16,7 @@ from siftline.scoring.measures.reflection import final_answer, prompts_of
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict
 from siftline.stages.rejection_sampling.difficulty import DRAWS
+from siftline.stages.rejection_sampling.options import SOURCE
 from siftline.stages.rejection_sampling.streaming import Prompt
 
 JUDGED = {
@@ -142,7 +143,7 @@ def added_rows(
             [*parent["messages"][:-1], schema.message("assistant", line["text"])],
             answer=parent["answer"],
             answer_from="independent",
-            source="sampler",
+            source=SOURCE,
             tools=parent["tools"],
         )
         origin = f"rejection_sampling draw {line['draw']}"
