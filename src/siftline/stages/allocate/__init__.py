@@ -9,6 +9,8 @@ from siftline.selectors.mixture import REST
 from siftline.stages.allocate.decide import Allocate
 from siftline.stages.rejection_sampling.options import SOURCE
 
+_SOURCES = {"rejection_sampling": SOURCE, "s3ft": "self", "correct": "corrected"}
+"""Sources of the rows that stages of a kind add."""
 _RULES = {"vanilla": "uniform"}
 """Targets of a sampling stage under another name here: vanilla keeps up to its k draws."""
 
@@ -44,6 +46,13 @@ def _check(stage: Stage, before: Sequence[Stage]) -> None:
     drawn = _sampling(before)
     options: Allocate = stage.options
     where = f"stages.{stage.name}"
+    for one in before:
+        source = _SOURCES.get(one.kind)
+        if source and options.mixture and not _weighs(options.mixture, source):
+            raise ValueError(
+                f"{where}: mixture leaves out {source!r}, the source of the rows that {one.name} "
+                f"adds, so none can be kept: give {source!r} or {REST!r} a weight"
+            )
     if not drawn:
         if options.targets == "scores":
             raise ValueError(
@@ -51,11 +60,6 @@ def _check(stage: Stage, before: Sequence[Stage]) -> None:
                 "before: add one, or use uniform or prop2diff"
             )
         return
-    if options.mixture and not _weighs(options.mixture, SOURCE):
-        raise ValueError(
-            f"{where}: mixture leaves out {SOURCE!r}, the source of {drawn[-1].name}'s "
-            f"draws, so none can be kept: give {SOURCE!r} or {REST!r} a weight"
-        )
     most = sum(one.options.k for one in drawn)
     if options.answers >= most:
         return
