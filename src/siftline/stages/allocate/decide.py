@@ -17,15 +17,14 @@ from siftline.kernels.draws import uniforms
 from siftline.kernels.quotas import largest_remainder
 from siftline.rows.selection import Selection, decisions
 from siftline.selectors.mixture import check_mixture, group_of, split
-from siftline.stages.rejection_sampling.difficulty import HARDEST, level_of, prop2diff, uniform
+from siftline.stages.rejection_sampling.difficulty import HARDEST, level_of, targets_of
 
 MAX_ROWS = 100_000_000
 """Rows one machine allocates over, at about 150 bytes each."""
 ORIGINS = ("pool", "sampler", "target")
 TARGETS = ("uniform", "prop2diff", "scores")
 AIMED = "aimed"
-"""Optional column of a prompt: the target that its sampling stage drew for; null where it drew for
-none. It is the target here too."""
+"""Optional column: the target that a sampling stage drew for, of the prompt; null without one."""
 COLUMNS = {
     "id": pl.String,
     "prompt_id": pl.String,
@@ -59,9 +58,8 @@ class Allocate:
             default that of the recipe's rejection_sampling stage.
         fit: Which answers of a prompt win: the most likely ("likelihood", GRAPE), or "random" ones,
             its control.
-        own_samples: Whether samples of the target model compete. By default they do where the
-            recipe has a rejection_sampling stage, which verified them; GRAPE lost 4 to 7 points by
-            unverified ones.
+        own_samples: Whether samples of the target model compete. By default they do behind a
+            rejection_sampling stage, which verified them; GRAPE lost 4 to 7 points by others.
         mixture: Budget by source, as weights; `*` is every source not named, and a source without a
             weight is not asked. Empty asks all alike. What a source lacks goes to the others.
         levels: Number of difficulty levels in the reports (MATH has 5).
@@ -210,27 +208,12 @@ class Allocate:
                     "join it by prompt_id"
                 )
         d = prompts["difficulty"].to_numpy().astype(np.float64)
-        target = self._targets(d, prompts[AIMED])
+        target = targets_of(self.targets, d, self.answers, self.max_quantile, prompts[AIMED])
         return prompts.select("prompt_id", "cluster", "difficulty").with_columns(
             pl.Series("level", level_of(d, self.levels), dtype=pl.Int32),
             pl.Series("target", target, dtype=pl.Int64),
             pl.Series("u", uniforms(self.seed, "allocate", prompts["prompt_id"].to_list())),
         )
-
-    def _targets(self, d: np.ndarray, aimed: pl.Series) -> np.ndarray:
-        """Answers that each prompt should get: what was drawn for, else the rule's."""
-        drawn = aimed.is_not_null().to_numpy()
-        if self.targets == "uniform":
-            target = uniform(len(d), self.answers)
-        elif self.targets == "scores":
-            target = np.ones(len(d), np.int64)  # of a prompt that was not drawn for
-        elif len(d) and np.isnan(d).all() and not drawn.any():
-            raise ValueError("no difficulty was measured: sample first, or set targets: uniform")
-        else:
-            target = prop2diff(d, self.answers, quantile=self.max_quantile)
-        # A prompt that nothing was drawn for keeps its own best answer all the same.
-        told = np.clip(aimed.fill_null(1).to_numpy(), 1, self.answers)
-        return np.where(drawn, told, target)
 
     def _amount(self) -> pl.Expr:
         return pl.col("n_tokens").sum() if self.unit == "loss_tokens" else pl.len().cast(pl.Int64)

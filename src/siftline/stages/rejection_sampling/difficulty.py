@@ -170,6 +170,39 @@ def targets_for(
     return known.select("prompt_id", "difficulty", pl.Series("target", target, dtype=pl.Int64))
 
 
+def targets_of(
+    rule: Literal["uniform", "prop2diff", "scores"],
+    difficulties: np.ndarray,
+    k: int,
+    quantile: float,
+    aimed: pl.Series,
+) -> np.ndarray:
+    """Answers that each prompt should get in the end: what was drawn for, else the rule's.
+
+    Args:
+        rule: For prompts that nothing was drawn for; 1 under "scores".
+        difficulties: Fail rates in [0, 1], NaN where not measured, shape (n,).
+        k: Most answers of a prompt.
+        quantile: Of the difficulties that counts as the hardest.
+        aimed: Target that was drawn for, null where nothing was, shape (n,). At least 1 is given: a
+            prompt keeps its own best answer whatever was drawn.
+
+    Returns:
+        int64 targets, shape (n,).
+
+    Raises:
+        ValueError: if the rule goes by difficulty, and none was measured and nothing drawn.
+    """
+    drawn, n = aimed.is_not_null().to_numpy(), len(difficulties)
+    if rule != "prop2diff":
+        target = uniform(n, k if rule == "uniform" else 1)
+    elif n and np.isnan(difficulties).all() and not drawn.any():
+        raise ValueError("no difficulty was measured: sample first, or set targets: uniform")
+    else:
+        target = prop2diff(difficulties, k, quantile=quantile)
+    return np.where(drawn, np.clip(aimed.fill_null(1).to_numpy(), 1, k), target)
+
+
 def _refuse(table: pl.DataFrame, mask: pl.Series | pl.DataFrame, fault: str) -> None:
     """Raises ValueError when a mask over the draws marks any."""
     marked = table.filter(mask.to_series() if isinstance(mask, pl.DataFrame) else mask)
