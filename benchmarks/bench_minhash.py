@@ -16,8 +16,7 @@ import time
 import numpy as np
 from datasketch import MinHash
 
-from siftline.kernels.sets.minhash import signatures
-from siftline.kernels.sets.shingles import char_shingles
+from siftline.kernels.sets.shingles import char_shingles, signatures
 
 WORDS = ("the a of to and in is it on for with as was at by from or an be this that").split()  # noqa: SIM905
 

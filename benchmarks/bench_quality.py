@@ -22,7 +22,7 @@ import polars as pl
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.rows import schema
 from siftline.rows.selection import Selection, select
-from siftline.stages.planting import looped
+from siftline.stages.canaries import looped
 from siftline.stages.quality_rules.decide import QualityRules, Rules
 from siftline.stages.quality_rules.run import looker
 

@@ -27,21 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from siftline.ingest.pool import Pool
-from siftline.recipe.library import find
+from siftline.recipe.parse import find
 from siftline.scoring.engines.base import Sampling
-from siftline.scoring.engines.streaming import Ask, Pull
 from siftline.scoring.measures.samples import seed_of
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.recorder import Ask, Pull, Recorder
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, model_spec
-from siftline.stages.rejection_sampling.campaign import Campaign, run
-from siftline.stages.rejection_sampling.drawing import run_campaign
-from siftline.stages.rejection_sampling.grading import by_verifier
+from siftline.stages.rejection_sampling.drawing import Prompt, run_campaign
 from siftline.stages.rejection_sampling.options import RejectionSampling
-from siftline.stages.rejection_sampling.problems import problems_of
+from siftline.stages.rejection_sampling.problems import by_verifier, problems_of
 from siftline.stages.rejection_sampling.sampler import Sampler
-from siftline.stages.rejection_sampling.streaming import Prompt
-from siftline.stages.rejection_sampling.trials import Outcome, Rule, fit_prior
+from siftline.stages.rejection_sampling.trials import Campaign, Outcome, Rule, fit_prior, run
 from siftline.workspace import Workspace
 
 PILOT = 4

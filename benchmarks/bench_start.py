@@ -113,7 +113,7 @@ def prepare(folder):
 
 def verbs():
     """Calls of the command line, and whether they take as long as a run."""
-    from siftline.commands import VERBS
+    from siftline.cli import VERBS
 
     known = {"siftline --help": ["--help"]}
     known |= {f"siftline {verb} --help": [verb, "--help"] for verb in VERBS}

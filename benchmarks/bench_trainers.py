@@ -109,7 +109,7 @@ def make_tokenizer(tiny, folder):
 
 def held(response, loss):
     """Whether a text of loss tokens holds the response's content, reasoning and calls."""
-    from siftline.scoring.omissions import missing_from_response
+    from siftline.scoring.templates import missing_from_response
 
     return not missing_from_response(response, loss)
 

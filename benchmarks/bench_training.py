@@ -135,7 +135,7 @@ def theirs(base: Path, out: Path, rows: Any, step_rows: int, name: str, device: 
 def tokenized(base: Path, rows: Any) -> Any:
     from siftline.scoring.engines.base import ModelSpec
     from siftline.scoring.templates import load_tokenizer
-    from siftline.training.budget import tokenize_rows
+    from siftline.training.schedule import tokenize_rows
 
     return tokenize_rows(rows, load_tokenizer(ModelSpec(path=str(base))), LONGEST)
 

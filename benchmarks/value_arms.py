@@ -10,17 +10,16 @@ import pyarrow as pa
 import yaml
 
 from siftline.ingest.pool import Pool
-from siftline.recipe.library import recipe_files
-from siftline.recipe.parse import parse
+from siftline.recipe.parse import parse, recipe_files
 from siftline.rows.ledger import REMOVED
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.registry import Entry, find, methods
-from siftline.stages.arm_rows import COLUMNS, Draw, rows_of_arm
+from siftline.stages.arms import COLUMNS, Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.publish import final_context, kept_rows
 from siftline.stages.run import outputs, run_stage
 from siftline.stages.select.options import Select
-from siftline.training.budget import tokenize_rows
+from siftline.training.schedule import tokenize_rows
 from siftline.workspace import Workspace
 
 RANDOMS = ("random", "random_clean", "random_sampled")

@@ -136,7 +136,6 @@ def prepare():
     import torch
 
     torch.set_num_threads(1)
-    import siftline.assets.scores
     import siftline.assets.shared
     import siftline.scoring.engines.server_engine
     import siftline.scoring.engines.transformers_engine

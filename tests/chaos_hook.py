@@ -91,7 +91,7 @@ def arm(plan):
 def inside(hook):
     """Has journals and Parquet files written in two halves, with an event between them."""
     from siftline.disk import Sink
-    from siftline.store.journal import Journal
+    from siftline.store.namespace import Journal
 
     write, sink = Journal._write, Sink.write
 

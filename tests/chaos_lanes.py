@@ -133,8 +133,7 @@ class Lane:
 
     def recipe(self):
         from siftline.config import read_yaml
-        from siftline.recipe.library import find, recipe_files
-        from siftline.recipe.parse import parse
+        from siftline.recipe.parse import find, parse, recipe_files
 
         if self.sections is None:
             return find("mini", self.changed)
@@ -484,7 +483,7 @@ def held_by(path):
     """Records of a part or journal of the store."""
     import pyarrow.parquet as pq
 
-    from siftline.store.journal import read_journal
+    from siftline.store.namespace import read_journal
 
     try:
         if path.suffix == ".journal":

@@ -207,8 +207,7 @@ def run_chain(root: Path, recipe: Any, until: str | None = None) -> list[tuple[s
     Returns:
         (stage, output, computed now) for every stage that was run.
     """
-    from siftline.assets.scores import score
-    from siftline.assets.shared import build, generate_inputs, train_base
+    from siftline.assets.shared import build, generate_inputs, score, train_base
     from siftline.stages.publish import publish_curated
     from siftline.stages.run import run_stage
     from siftline.workspace import Workspace
@@ -286,7 +285,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, guarded: Guarded) -> Fini
 @pytest.fixture
 def mini(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`mini(*overrides)` is the recipe, in a process that finds it; with its generator."""
-    from siftline.recipe.library import find
+    from siftline.recipe.parse import find
 
     monkeypatch.setenv("SIFTLINE_RECIPES", str(RECIPES))
     monkeypatch.syspath_prepend(str(RECIPES))

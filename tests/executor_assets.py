@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import dagster as dg
 
-from siftline.assets import asking
+from siftline.assets import step as asking
 from siftline.pipelines.executor import step_executor
 
 # Asks as long as its output is not there.

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from siftline.assets.shared import build
 from siftline.ingest.pool import Pool
-from siftline.kernels.draws import uniforms
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.recipe.parse import parse
 from siftline.rows.ledger import KEPT
 from siftline.rows.schema import digest

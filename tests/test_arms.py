@@ -9,10 +9,10 @@ from siftline.recipe.sections import ARMS
 from siftline.rows.ledger import REMOVED
 from siftline.scoring.templates import load_tokenizer
 from siftline.scoring.verifiers import get_verifier
-from siftline.stages.arm_rows import Draw, rows_of_arm
+from siftline.stages.arms import Draw, rows_of_arm
 from siftline.stages.models import model_spec
 from siftline.stages.run import outputs
-from siftline.training.budget import tokenize_rows
+from siftline.training.schedule import tokenize_rows
 from siftline.workspace import Workspace
 
 BUDGET = 900

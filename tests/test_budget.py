@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline.rows import schema
-from siftline.training.budget import plan_steps, rows_for_budget, rows_for_epochs, tokenize_rows
 from siftline.training.material import read_rows
+from siftline.training.schedule import plan_steps, rows_for_budget, rows_for_epochs, tokenize_rows
 from siftline.training.sft import FineTune
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)

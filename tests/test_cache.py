@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from siftline.cli import main
-from siftline.commands.cache import seconds, size_text
+from siftline.cli.cache import seconds, size_text
 from siftline.store import cache
-from siftline.store.journal import Journal
+from siftline.store.namespace import Journal
 from siftline.store.store import Namespace, Store, collect
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])

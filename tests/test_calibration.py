@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from siftline import plots
-from siftline.report import CALIBRATION, Report, render
+from siftline.report import plots
+from siftline.report.page import CALIBRATION, Report, render
 from siftline.stages.confidence.calibration import (
     SHOWN_GROUPS,
     Joint,

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
-from siftline.stages.rejection_sampling.campaign import Campaign, run
-from siftline.stages.rejection_sampling.trials import Beta, Outcome, Rule, Trial
+from siftline.stages.rejection_sampling.trials import Beta, Campaign, Outcome, Rule, Trial, run
 
 LONGEST = 8
 

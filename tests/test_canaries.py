@@ -21,12 +21,10 @@ from siftline.rows.ledger import StageResult
 from siftline.rows.selection import decisions
 from siftline.scoring.verifiers import get_verifier
 from siftline.stages import canaries, run
-from siftline.stages.canaries import _plant, measured
-from siftline.stages.context import Context, StageRun
+from siftline.stages.canaries import DEFECTS, SOUND, _plant, measured, similarity
+from siftline.stages.context import Context, HeldRows, StageRun, first
 from siftline.stages.decontamination.decide import Decontamination
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.held_rows import HeldRows, first
-from siftline.stages.planting import DEFECTS, SOUND, similarity
 from siftline.stages.run import outputs, run_stage
 from siftline.stages.verify.decide import Verify
 from siftline.workspace import Workspace

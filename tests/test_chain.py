@@ -176,8 +176,7 @@ def test_a_moved_threshold_asks_no_model(finished, mini, mini_tools, forwards, t
 
 
 def test_added_rows_are_the_only_ones_scored(finished, mini, mini_tools, forwards, tmp_path):
-    from siftline.assets.scores import score
-    from siftline.assets.shared import build
+    from siftline.assets.shared import build, score
 
     root = mini_tools.copy_root(finished.root, tmp_path / "root")
     with (root / "inputs" / "mini" / "pool.jsonl").open("a", encoding="utf-8") as file:
@@ -201,8 +200,8 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 import siftline.stages.models as models
-from siftline.assets.scores import score
-from siftline.recipe.library import find
+from siftline.assets.shared import score
+from siftline.recipe.parse import find
 from siftline.scoring.engines.transformers_engine import TransformersEngine
 from siftline.workspace import Workspace
 
@@ -261,7 +260,7 @@ def test_killed_scoring_repeats_at_most_a_batch(finished, mini, mini_tools, tmp_
     # A kill repeats the batch it hit and no more: five kills, five batches.
     assert asked <= sum(passes) <= asked + 5 * max(passes)
     # The same bits as without a kill: resumed batches are the planned ones.
-    from siftline.assets.scores import score
+    from siftline.assets.shared import score
 
     calm = mini_tools.copy_root(finished.root, tmp_path / "calm", *MADE, "pool")
     manifest, _ = score(Workspace(calm), mini("models.tiny.batch_tokens=800"), quiet)

@@ -235,7 +235,7 @@ def test_the_order_of_files_changes_no_byte(call, tmp_path):
 KILLED = """
 import os, sys, time
 from pathlib import Path
-import siftline.commands.score_tables
+import siftline.cli.score_tables
 from siftline.cli import main
 from siftline.scoring.engines.transformers_engine import TransformersEngine
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -20,7 +20,7 @@ def quick(monkeypatch):
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
     yield
     torch.set_num_threads(before)
 

@@ -10,8 +10,7 @@ from siftline.recipe.parse import parse
 from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.measures.likelihood import Likelihood
 from siftline.scoring.recorder import Recorder
-from siftline.stages.scores import TABLE, score_pool, trimmed_note
-from siftline.stages.tables import ScoreTable
+from siftline.stages.scores import TABLE, ScoreTable, score_pool, trimmed_note
 
 RECIPE = {
     "name": "r",

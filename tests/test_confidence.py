@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
-from siftline.scoring.measures.reflection import reflection_from_choices
+from siftline.scoring.measures.consistency import reflection_from_choices
 from siftline.stages.confidence.decide import ConfidenceGate, auroc, consistency, weighted_mean
 
 SCORES = {"id": pl.String, "agreement": pl.Float64, "reflection": pl.Float64}

@@ -16,13 +16,12 @@ from siftline.rows.ledger import KEPT, StageResult
 from siftline.rows.schema import ADDED, bucket_of, make_row, message
 from siftline.rows.selection import decisions
 from siftline.scoring.engines.base import ModelSpec
-from siftline.scoring.measures.reflection import AGAIN, reflections
+from siftline.scoring.measures.consistency import AGAIN, reflections
 from siftline.scoring.recorder import Recorder
 from siftline.stages import models
 from siftline.stages.confidence.decide import BSDETECTOR
 from siftline.stages.confidence.options import Confidence
-from siftline.stages.confidence.parts import _likelihoods
-from siftline.stages.confidence.run import _from_dev
+from siftline.stages.confidence.run import _from_dev, _likelihoods
 from siftline.stages.context import StageRun
 from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage

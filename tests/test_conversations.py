@@ -16,8 +16,14 @@ from hypothesis import strategies as st
 
 import siftline
 from siftline.ingest.readers import Source, read_sources
-from siftline.rows.conversations import messages_type, published, used_fields
-from siftline.rows.native import native_calls, native_messages, native_tools
+from siftline.rows.native import (
+    messages_type,
+    native_calls,
+    native_messages,
+    native_tools,
+    published,
+    used_fields,
+)
 from siftline.rows.schema import MESSAGE, message
 
 SPEC = importlib.util.spec_from_file_location("versions", Path(__file__).with_name("versions.py"))
@@ -97,8 +103,8 @@ def test_versions_of_different_keys_stack(tmp_path):
 def test_training_sees_the_same_tokens_in_versions_as_in_rows(tmp_path, tiny):
     import trl
 
-    from siftline.training.budget import tokenize_rows
     from siftline.training.material import read_rows
+    from siftline.training.schedule import tokenize_rows
     from siftline.training.sft import FineTune
 
     template = (Path(trl.__file__).with_name("chat_templates") / "qwen3.jinja").read_text()

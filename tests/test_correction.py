@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from siftline.assets.shared import build
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import parse
+from siftline.report.story import explain
 from siftline.rows.ledger import KEPT, REMOVED
 from siftline.rows.schema import digest
 from siftline.scoring.measures.pairwise import preference
 from siftline.stages import models
+from siftline.stages.correct import notes
 from siftline.stages.correct import run as correcting
 from siftline.stages.correct.decide import ADOPTED, PROPOSALS, CorrectionRule, fold_of, judged_facts
-from siftline.stages.correct.notes import notes
 from siftline.stages.run import outputs_so_far, run_stage
-from siftline.story import explain
 from siftline.workspace import Workspace
 
 # ---- folds -----------------------------------------------------------------------------------

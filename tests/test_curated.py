@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import uniforms
-from siftline.rows import curated, shuffle
+from siftline.rows import curated
+from siftline.rows import shards as shuffle
 from siftline.rows.card import CardInfo, StageCount, escape, render, size_category
 from siftline.rows.curated import REMOVED, publish, resolve_latest
 from siftline.rows.schema import ROW, make_row, message

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from siftline.recipe.library import all_recipes
+from siftline.recipe.parse import all_recipes
 from siftline.stages.run import outputs
 from siftline.workspace import Workspace
 
@@ -127,7 +127,7 @@ def test_the_sensor_asks_for_a_run_when_a_file_changes(
 
 def materialize(recipe, root, names, *overrides):
     """Materializes assets here, on an instance that is thrown away."""
-    from siftline.assets.resource import Siftline
+    from siftline.assets.step import Siftline
     from siftline.pipelines.compose import recipe_assets
 
     with dg.DagsterInstance.ephemeral() as instance:

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Engine, deduplicate
-from siftline.dedup.settings import Settings
+from siftline.dedup.engine import Engine, Settings, deduplicate
 from siftline.kernels.sets import keepers
 from siftline.kernels.sets.groups import shared, shared_reference
 from siftline.kernels.sets.jaccard import jaccard_reference
-from siftline.kernels.sets.minhash import permutations
 from siftline.kernels.sets.rows import sign
+from siftline.kernels.sets.shingles import permutations
 from siftline.kernels.text.codepoints import FRONT, fold_bytes, fold_points, tables
 from siftline.kernels.text.folding import fold
 from siftline.kernels.text.textgrams import character_units, shingles_reference, windows

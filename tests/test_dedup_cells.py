@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.dedup import cells
-from siftline.dedup.cells import Cells
+from siftline.dedup import semantic as cells
 from siftline.dedup.run import Job
-from siftline.dedup.semantic import MAX_ROWS_FAISS, semantic_duplicates
+from siftline.dedup.semantic import MAX_ROWS_FAISS, Cells, semantic_duplicates
 
 
 def planted(rows, width, cosine, seed=0, topics=50):

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.cli import main
-from siftline.commands import dedup_conversations
+from siftline.cli import dedup_conversations, main
 from siftline.kernels.sets.jaccard import jaccard_reference
-from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.text.words import numbers, words
 from siftline.rows.schema import canonical_text, make_row, message
 from siftline.rows.selection import select
@@ -301,7 +300,7 @@ def test_what_does_not_go_together_is_refused_with_the_remedy(call, tmp_path):
 def test_priorities_become_integers_of_the_same_order(values):
     import pyarrow as pa
 
-    from siftline.commands.dedup_conversations import _priority
+    from siftline.cli.dedup_conversations import _priority
 
     ids = [f"{k:012d}" for k in range(len(values))]
     view = pl.DataFrame(

@@ -15,7 +15,7 @@ import pytest
 from siftline.cli import main
 from siftline.dedup import run
 from siftline.dedup.engine import deduplicate
-from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.sets.spill import Keys
 
 BASE = "the quick brown fox jumps over the lazy dog while seven zebras watch from a far hill"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.dedup.arrow import one_schema
 from siftline.dedup.files import open_tables, read_pieces
-from siftline.dedup.types import one_schema
 
 
 def files(folder, *contents):

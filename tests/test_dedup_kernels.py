@@ -9,8 +9,7 @@ from numba import njit
 
 from siftline.dedup import engine as engines
 from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Engine, deduplicate
-from siftline.dedup.settings import Settings
+from siftline.dedup.engine import Engine, Settings, deduplicate
 from siftline.kernels.sets.rows import least
 from siftline.kernels.sets.shingles import write_distinct
 from siftline.kernels.text import bits

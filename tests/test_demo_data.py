@@ -8,17 +8,25 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
 
 from siftline.demo.arithmetic import DRILLS, NEAR, generate, word_runs
-from siftline.demo.audit import ACCEPTED, CHARGED, audit, wrong_removals
 from siftline.demo.defects import truncate, wrong_steps
-from siftline.demo.problems import LEVELS, LONGEST_QUESTION, Dice, apply_op, make_problem
+from siftline.demo.problems import (
+    LEVELS,
+    LONGEST_QUESTION,
+    LONGEST_RESPONSE,
+    SOURCES,
+    Dice,
+    apply_op,
+    make_problem,
+    render,
+)
 from siftline.demo.rows import write_jsonl
-from siftline.demo.styles import LONGEST_RESPONSE, SOURCES, render
+from siftline.demo.summary import ACCEPTED, CHARGED, audit, wrong_removals
 from siftline.kernels.sets.jaccard import jaccard_reference
 from siftline.kernels.sets.shingles import char_shingles_reference
 from siftline.kernels.text.words import numbers, words
 from siftline.rows.schema import make_row, message
 from siftline.scoring.answers.find import answer_key, extract_answer
-from siftline.stages.planting import similarity
+from siftline.stages.canaries import similarity
 
 SIZES = {"prompts": 600, "test": 160, "dev": 40, "target": 40, "corpus": 800}
 

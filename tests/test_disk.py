@@ -16,11 +16,10 @@ import pytest
 
 from siftline import disk
 from siftline.cli import guarded, main
-from siftline.disk import check_folder, check_temporary, explained, need, writing
+from siftline.disk import check_folder, check_temporary, explained, need, scratch_folder, writing
 from siftline.kernels.sets.spill import values_room
 from siftline.pipelines.execute import prepare_home
 from siftline.rows.shards import building, write_json, write_parquet
-from siftline.scratch import scratch_folder
 from siftline.workspace import Workspace
 
 NOISE = pa.table({"a": np.random.default_rng(0).random(400_000)})  # 3.2 MB that no packing shrinks
@@ -363,7 +362,7 @@ def test_a_folder_named_like_a_recipe_is_told(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == (
             f"error: {name} is a folder, no recipe: name a YAML file in it\n"
         )
-    from siftline.commands.options import named_recipe
+    from siftline.cli.options import named_recipe
 
     assert named_recipe("demo", ()).name == "demo"  # the shipped one, whatever lies here
     monkeypatch.setenv("SIFTLINE_RECIPES", str(tmp_path))

@@ -7,8 +7,8 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import parse
 from siftline.scoring.verifiers.own import OwnVerifier
 from siftline.stages import models
-from siftline.stages.rejection_sampling import grading
-from siftline.stages.rejection_sampling.notes import notes
+from siftline.stages.rejection_sampling import notes
+from siftline.stages.rejection_sampling import problems as grading
 from siftline.stages.reporting import _notes
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace

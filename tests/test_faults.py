@@ -16,7 +16,7 @@ from siftline.scoring.engines.base import Failed, ModelSpec, open_engine
 from siftline.scoring.measures.likelihood import Likelihood, score_likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import QUESTION_ANSWER
-from siftline.store.journal import read_journal
+from siftline.store.namespace import read_journal
 
 ROWS = 300
 KILLS = 10

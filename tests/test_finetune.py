@@ -12,9 +12,8 @@ import pytest
 
 from siftline.rows import schema
 from siftline.rows.verified import AlteredError
-from siftline.training.budget import tokenize_rows
 from siftline.training.finetune import FineTune, finetune
-from siftline.training.schedule import budget_schedule, epochs_schedule
+from siftline.training.schedule import budget_schedule, epochs_schedule, tokenize_rows
 
 FAST = FineTune(learning_rate=3e-3, epochs=6, batch_rows=10, max_length=64, save_steps=100)
 LORA = FineTune(

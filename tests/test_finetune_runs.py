@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from siftline.rows import schema
-from siftline.rows.outputs import LISTED, record_outputs
+from siftline.rows.published import LISTED, record_outputs
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out, training_passes
 from siftline.training.sft import check_sharding, last_checkpoint
@@ -36,7 +36,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Drawing takes as long as training; tests of the model directory look at the picture."""
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
 
 
 def rows(n=20, start=0):
@@ -348,7 +348,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tiny_model, tmp_pat
     import torch
     from transformers import AutoModelForCausalLM
 
-    from siftline.training import methods
+    from siftline.training import sft as methods
 
     models, load = [], methods.load_model
 
@@ -394,7 +394,7 @@ def test_out_of_memory_names_the_remedy(tiny_model, tmp_path, monkeypatch, error
     with pytest.raises(ValueError, match=said):
         train(tiny_model, tmp_path / "m", BASE)
     monkeypatch.undo()
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
     went_on = train(tiny_model, tmp_path / "m", replace(BASE, gradient_checkpointing=True))
     assert went_on.steps == 4
 
@@ -421,7 +421,7 @@ def test_several_gpus_and_one_process_are_refused_before_loading(tiny_model, tmp
 def test_all_have_their_weights_before_the_checkpoints_go(tiny_model, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
-    from siftline.training import methods
+    from siftline.training import sft as methods
     from siftline.training.trainer import PlannedTrainer
 
     told = []

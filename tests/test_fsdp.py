@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from siftline.training.logprobs import read_tokens, token_scores
+from siftline.training.objectives import read_tokens, token_scores
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

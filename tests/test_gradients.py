@@ -23,9 +23,15 @@ from siftline.selectors.less import Gradients
 from siftline.stages.select import gradients as stage
 from siftline.stages.select.gradients import warmed
 from siftline.stages.select.options import Select
-from siftline.training import gradients, random_projection
-from siftline.training.gradients import GradientEngine, GradientModel, gradient_features
-from siftline.training.random_projection import project, signs
+from siftline.training import gradients
+from siftline.training import gradients as random_projection
+from siftline.training.gradients import (
+    GradientEngine,
+    GradientModel,
+    gradient_features,
+    project,
+    signs,
+)
 from siftline.training.warmup import read_snapshot, warm_up
 
 ASKED = Gradients(dimensions=192, share=0.5, epochs=2, rank=4, learning_rate=5e-3, batch_rows=3)

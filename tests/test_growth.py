@@ -11,22 +11,22 @@ import pyarrow as pa
 import pytest
 
 from siftline.ingest.layouts import convert, plan_for
-from siftline.ingest.limits import nesting_fault, record_fault
+from siftline.ingest.parse import nesting_fault, record_fault
 from siftline.ingest.source import Source
 from siftline.kernels.sets.shingles import char_shingles, word_grams
-from siftline.kernels.text.mtld import mtld, words_of
-from siftline.kernels.text.quantities import guards, quantities
-from siftline.kernels.text.words import plain, words
+from siftline.kernels.text.textgrams import guards, quantities
+from siftline.kernels.text.words import mtld, plain, words
+from siftline.kernels.text.words import mtld_words as words_of
 from siftline.kernels.text.words import words_of as worded
 from siftline.rows.schema import make_row, message, text_view
-from siftline.scoring.answers.fences import blocks
 from siftline.scoring.answers.find import find_answers
+from siftline.scoring.answers.reasoning import blocks
 from siftline.scoring.answers.steps import trace
+from siftline.scoring.measures.consistency import word_overlap
 from siftline.scoring.measures.degenerate import degenerate
-from siftline.scoring.measures.similarity import word_overlap
-from siftline.scoring.verifiers.counts import without_marks
-from siftline.scoring.verifiers.registry import get_verifier
-from siftline.stages import planting
+from siftline.scoring.verifiers import get_verifier
+from siftline.scoring.verifiers.instruction_checks import without_marks
+from siftline.stages import canaries as planting
 
 CHARS = 12_000
 NOTHING_S = 0.0015

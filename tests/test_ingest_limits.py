@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.ingest import limits, records
-from siftline.ingest.limits import bounded_lines, nesting_fault, record_fault
+from siftline.ingest import parse as limits
+from siftline.ingest import records
+from siftline.ingest.parse import bounded_lines, nesting_fault, record_fault
 from siftline.ingest.readers import Source, read_sources
 
 GOOD = {"prompt": "6 * 7?", "completion": "42"}

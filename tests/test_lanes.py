@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from siftline.scoring.engines.base import ModelSpec
-from siftline.scoring.engines.cpu_parallel import can_share, side_by_side
+from siftline.scoring.engines.devices import can_share, side_by_side
 from siftline.scoring.engines.transformers_engine import TransformersEngine
 
 

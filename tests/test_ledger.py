@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from siftline.ingest.pool import Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source
 from siftline.recipe.parse import parse
+from siftline.report.story import explain
 from siftline.rows import schema
 from siftline.rows.ledger import (
     DECISIONS,
@@ -27,7 +28,6 @@ from siftline.rows.ledger import (
 )
 from siftline.rows.schema import bucket_of, make_row, message
 from siftline.rows.selection import decisions
-from siftline.story import explain
 from siftline.workspace import Workspace
 
 

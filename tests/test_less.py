@@ -145,7 +145,7 @@ def write(path, kind, numbers):
 
 @pytest.fixture
 def call(tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr("siftline.commands.select_run.BUCKETS", 2)
+    monkeypatch.setattr("siftline.cli.select_run.BUCKETS", 2)
 
     def run(verb, *arguments):
         model = ["--model", tiny_model, "--device", "cpu"] if verb == "score" else []
@@ -188,10 +188,10 @@ def test_from_files_to_a_selection(call, tmp_path, monkeypatch):
     assert lines["file"].str.contains("colours").sum() >= 7  # by chance 4
 
     # Read in parts of three rows, or whole: the same lines.
-    monkeypatch.setattr("siftline.commands.select_columns.PART_VALUES", 3 * 4096)
+    monkeypatch.setattr("siftline.cli.select_columns.PART_VALUES", 3 * 4096)
     chosen += ["--on-missing", "drop"]
     call("select", *chosen, "--out", tmp_path / "parts")
-    monkeypatch.setattr("siftline.commands.select_run.parts_of", lambda folder, column: None)
+    monkeypatch.setattr("siftline.cli.select_run.parts_of", lambda folder, column: None)
     call("select", *chosen, "--out", tmp_path / "whole")
     expected = (tmp_path / "got" / "selection.parquet").read_bytes()
     for name in ("parts", "whole"):

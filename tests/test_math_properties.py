@@ -9,9 +9,8 @@ import sympy
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.answers.expression_equality import Decimals
 from siftline.scoring.answers.latex import MISREAD, NORMALISATIONS, normalise, without_unit
-from siftline.scoring.answers.value_equality import compare, same
+from siftline.scoring.answers.value_equality import Decimals, compare, same
 from siftline.scoring.answers.values import Unreadable, read
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -10,12 +10,14 @@ from siftline.kernels.sets.greedy import Rows, remove_similar, remove_similar_re
 from siftline.kernels.sets.groups import grouped
 from siftline.kernels.sets.jaccard import jaccard_pairs, jaccard_reference, required_overlap
 from siftline.kernels.sets.lsh import band_keys, choose_banding, recall
-from siftline.kernels.sets.minhash import EMPTY, signatures, signatures_reference
 from siftline.kernels.sets.shingles import (
+    EMPTY,
     Sets,
     char_shingles,
     char_shingles_reference,
     concatenate,
+    signatures,
+    signatures_reference,
     word_grams,
     word_grams_reference,
 )

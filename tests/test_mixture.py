@@ -16,7 +16,7 @@ from siftline.ingest.readers import Source
 from siftline.recipe.parse import parse
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
-from siftline.selectors.mixture import check_mixture, group_of, split
+from siftline.selectors.spending import check_mixture, group_of, split
 from siftline.stages.allocate import run as spend
 from siftline.stages.allocate.decide import COLUMNS, Allocate
 from siftline.stages.context import Context

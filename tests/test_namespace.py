@@ -13,8 +13,7 @@ import pyarrow as pa
 import pytest
 
 from siftline.store import namespace
-from siftline.store.journal import Journal
-from siftline.store.namespace import MAX_PARTS
+from siftline.store.namespace import MAX_PARTS, Journal
 from siftline.store.store import Namespace, Store
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])

@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.projection import Head
-from siftline.training import logprobs as primitive
-from siftline.training.logprobs import States, TokenScores, token_scores
-from siftline.training.objectives import KINDS, Lesson, Objective, dft, poft, row_means, sft
-from siftline.training.passes import Corruption, balanced, references_of
+from siftline.training import objectives as primitive
+from siftline.training.material import Corruption, balanced, references_of
+from siftline.training.objectives import (
+    KINDS,
+    Lesson,
+    Objective,
+    States,
+    TokenScores,
+    dft,
+    poft,
+    row_means,
+    sft,
+    token_scores,
+)
 
 LOGITS = [1.0, 0.0, -1.0]
 REFERENCE = [0.5, 0.2, -0.3]

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siftline.rows import schema
-from siftline.scoring import omissions
+from siftline.scoring import templates as omissions
 from siftline.scoring.spans import UnscorableRow, prompt_tokens, response_span, trimmed
 from siftline.scoring.templates import QUESTION_ANSWER, render
-from siftline.training.budget import tokenize_rows
+from siftline.training.schedule import tokenize_rows
 
 CASES = Path(__file__).with_name("cases") / "templates"
 TURN = "<|im_start|>{{ m.role }}\n"
@@ -93,8 +93,7 @@ def test_rows_of_the_cases_are_whole_or_have_a_reason(plain, name):
 def test_training_and_scoring_leave_out_the_same_rows(tiny, tmp_path, name):
     from siftline.scoring.engines.base import ModelSpec, open_engine
     from siftline.scoring.measures.likelihood import score_likelihood
-    from siftline.scoring.reasons import FINAL
-    from siftline.scoring.recorder import Recorder
+    from siftline.scoring.recorder import FINAL, Recorder
 
     template, _ = DROPS[name]
     rows = pa.Table.from_pylist([schema.make_row(m) for m in cases()], schema=schema.ROW)

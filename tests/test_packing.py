@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline.training import packing
-from siftline.training.logprobs import read_tokens, token_scores
+from siftline.training.objectives import read_tokens, token_scores
 from siftline.training.packing import (
     NAME,
     PADDING,

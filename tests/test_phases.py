@@ -16,10 +16,9 @@ from siftline.config import build
 from siftline.kernels.draws import uniforms
 from siftline.rows import schema
 from siftline.stages import arms
-from siftline.training.budget import epoch_order
 from siftline.training.finetune import FineTune, finetune
 from siftline.training.material import lay_out
-from siftline.training.phases import Phase, rows_for_phases
+from siftline.training.schedule import Phase, epoch_order, rows_for_phases
 from siftline.workspace import Workspace
 
 DUAL = (Phase({"math": 1.0}, share=0.4), Phase({"*": 0.9, "math": 0.1}, share=0.6))
@@ -188,7 +187,7 @@ def test_the_forward_passes_follow_the_phases(tiny):
 
 
 def test_a_run_in_phases_trains_and_says_what_they_held(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
     result = finetune(
         tiny_model, rows(), tmp_path / "m", CONFIG, seed=0, dataset_version="demo-0123456789ab"
     )

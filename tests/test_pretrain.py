@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from siftline.scoring.templates import QUESTION_ANSWER
 from siftline.training.pretrain import (
+    CORE,
     Pretrain,
+    bpe_tokenizer,
+    char_tokenizer,
     encode_documents,
     learning_rate,
     pretrain,
     read_texts,
     windows,
 )
-from siftline.training.tokenizers import CORE, bpe_tokenizer, char_tokenizer
 
 SMALL = Pretrain(
     hidden=32, layers=1, heads=2, context=32, batch_tokens=256, steps=60, lr=1e-2, vocab=80

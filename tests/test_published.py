@@ -167,9 +167,8 @@ def test_verifiable_prompts_are_solved_sometimes_and_train_by_their_verifier(
 
 
 def test_a_stage_without_draws_or_refuted_draws_gives_empty_configs(finished, mini):
-    from siftline.stages.publish import final_context
+    from siftline.stages.publish import final_context, sample_bank
     from siftline.stages.run import outputs
-    from siftline.stages.sample_bank import sample_bank
     from siftline.workspace import Workspace
 
     recipe = mini()

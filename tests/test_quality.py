@@ -7,11 +7,11 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from siftline.assets.scores import score
+from siftline import scoring as versions
+from siftline.assets.shared import score
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import load
 from siftline.rows.curated import resolve_latest
-from siftline.scoring import versions
 from siftline.scoring.measures import likelihood
 from siftline.stages.models import engines, named_spec
 from siftline.stages.scorers import prompt_weights, quality, score_quality, scorer_table
@@ -184,8 +184,8 @@ def test_what_a_tuned_model_finds_new_is_clustered_and_named_in_the_report(
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
-    from siftline.stages.novelty import novelty
     from siftline.stages.publish import final_context
+    from siftline.stages.reporting import novelty
     from siftline.stages.run import outputs
 
     recipe = mini()
@@ -221,9 +221,9 @@ def test_what_a_tuned_model_finds_new_is_clustered_and_named_in_the_report(
 
 
 def test_definitions_have_an_asset_for_each_scorer_with_a_blocking_check(mini_tools, tmp_path):
-    from siftline.assets import keys
+    from siftline.assets import step as keys
     from siftline.assets.outcome import curated_asset
-    from siftline.assets.scores import likelihood_asset, scorer_asset
+    from siftline.assets.shared import likelihood_asset, scorer_asset
     from siftline.assets.stages import stage_asset
 
     recipe = load(mini_tools.RECIPES / "mini.yaml", [BRIEF, "stages.diversity.weight=brief"])
@@ -257,7 +257,7 @@ def test_a_wrong_scorer_is_one_line_that_says_what_instead(mini, change, said):
 
 
 def test_details_asked_for_in_a_recipe_stand_in_the_table(root, mini):
-    from siftline.assets.scores import score
+    from siftline.assets.shared import score
 
     plain, _ = score(Workspace(root), mini(), quiet)
     recipe = mini("likelihood.details=[entropy, top1]")
@@ -274,8 +274,8 @@ def test_details_asked_for_in_a_recipe_stand_in_the_table(root, mini):
 
 @pytest.mark.parametrize(("bound", "green"), [(0.0, False), (0.9, True)])
 def test_rows_that_always_fail_turn_the_run_red_above_the_rate(root, mini, bound, green, tmp_path):
-    from siftline.assets.resource import Siftline
-    from siftline.assets.scores import scorer_asset
+    from siftline.assets.shared import scorer_asset
+    from siftline.assets.step import Siftline
 
     config = "scorers.brief={kind: function, path: 'mini_inputs:brevity', args: {least: 25}}"
     changes = [config, f"bounds.max_failed={bound}"]

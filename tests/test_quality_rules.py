@@ -19,13 +19,11 @@ from siftline.ingest.readers import Source
 from siftline.recipe.kinds import GATES
 from siftline.recipe.parse import parse, scorers_read
 from siftline.rows.selection import select
-from siftline.scoring.measures.languages import distinct, letters, probabilities
-from siftline.stages.planting import looped
+from siftline.scoring.measures.degenerate import distinct, letters, probabilities
+from siftline.stages.canaries import looped
 from siftline.stages.quality_rules.decide import COLUMNS, QualityRules, Rules, ScoreBound
-from siftline.stages.quality_rules.measures import MEASURES
 from siftline.stages.quality_rules.run import looker, quality_inputs
-from siftline.stages.quality_rules.text_rules import TextRules
-from siftline.stages.quality_rules.word_lists import WordList
+from siftline.stages.quality_rules.text_rules import MEASURES, TextRules, WordList
 from siftline.stages.run import run_stage
 from siftline.workspace import Workspace
 
@@ -453,7 +451,7 @@ def test_the_stage_refuses_without_its_libraries(place, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"text rules need datatrove.*siftline\[quality\]"):
         TextRules("en", Rules())
-    from siftline.scoring.measures import languages
+    from siftline.scoring.measures import degenerate as languages
 
     languages._identifier.cache_clear()
     with pytest.raises(ValueError, match=r"languages need py3langid.*siftline\[quality\]"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import largest_remainder
 
 
 def exact(weights, total, capacity):

@@ -13,7 +13,7 @@ import yaml
 
 from siftline.ingest.pool import PoolSpec
 from siftline.ingest.readers import Source
-from siftline.recipe import library
+from siftline.recipe import parse as library
 from siftline.recipe.kinds import BUILT_IN, GATES, kind_of
 from siftline.recipe.parse import (
     Bounds,

@@ -12,15 +12,15 @@ import pytest
 from siftline.kernels.draws import hash64
 from siftline.rows.schema import ROW, make_row, message
 from siftline.scoring.engines.base import Failed, Inspection, ModelSpec, Sampling, open_engine
-from siftline.scoring.measures.embedding import embed_texts
-from siftline.scoring.measures.likelihood import COLUMNS, Likelihood, score_likelihood
-from siftline.scoring.measures.reflection import (
+from siftline.scoring.measures.consistency import (
     VERDICTS,
     final_answer,
     prompts_of,
     reflect,
     sampled_answers,
 )
+from siftline.scoring.measures.embed import embed_texts
+from siftline.scoring.measures.likelihood import COLUMNS, Likelihood, score_likelihood
 from siftline.scoring.measures.samples import draw_samples
 from siftline.scoring.recorder import Recorder, Tally
 from siftline.scoring.spans import response_span, start_token

@@ -14,9 +14,9 @@ from siftline.rows import schema
 from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.spans import response_span
 from siftline.scoring.templates import load_tokenizer
-from siftline.stages import arms, references
-from siftline.stages.arms import train_arms
-from siftline.stages.references import reference_scores
+from siftline.stages import arms
+from siftline.stages import arms as references
+from siftline.stages.arms import reference_scores, train_arms
 from siftline.stages.select.rounds import round_options
 from siftline.workspace import Workspace
 
@@ -42,7 +42,7 @@ def table(numbers):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("siftline.training.card.draw_curve", lambda *_: None)
+    monkeypatch.setattr("siftline.training.finetune.draw_curve", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def call(capsys, *arguments):
 
 
 def test_a_registered_method_is_one_of_the_table(install, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("siftline.commands.select_run.BUCKETS", 2)
+    monkeypatch.setattr("siftline.cli.select_run.BUCKETS", 2)
     assert methods() == METHODS
     install("wordy", "best:Wordy")
     assert "wordy_methods" not in sys.modules

@@ -16,12 +16,10 @@ from siftline.scoring.verifiers import Verdict
 from siftline.stages.rejection_sampling import run as sampling
 from siftline.stages.rejection_sampling import sampler as sampler_stage
 from siftline.stages.rejection_sampling.difficulty import accept, tally
-from siftline.stages.rejection_sampling.drawing import run_campaign
-from siftline.stages.rejection_sampling.grading import by_verifier, grader
+from siftline.stages.rejection_sampling.drawing import Made, Prompt, run_campaign
 from siftline.stages.rejection_sampling.options import RejectionSampling
-from siftline.stages.rejection_sampling.problems import Problem, negatives
+from siftline.stages.rejection_sampling.problems import Problem, by_verifier, grader, negatives
 from siftline.stages.rejection_sampling.sampler import SILENCE, Sampler
-from siftline.stages.rejection_sampling.streaming import Made, Prompt
 from siftline.stages.rejection_sampling.trials import Rule
 
 RATES = {"ten": 0.9, "half": 0.5, "rare": 0.15, "never": 0.0, "always": 1.0}

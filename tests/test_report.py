@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from siftline import plots
-from siftline.report import (
+from siftline.report import plots
+from siftline.report.page import (
     ACCURACY,
     EXAMPLES,
     PLANTED,

@@ -22,7 +22,7 @@ from siftline.scoring.measures.likelihood import (
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import unconditional
 from siftline.stages.context import by_store_bucket
-from siftline.stages.responses import score_buckets
+from siftline.stages.scores import score_buckets
 from siftline.store.store import BUCKETS, score_key
 
 REPLIES = ("It is 2.", "Yes.", "No, it never was.")

@@ -13,10 +13,10 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from siftline.pipelines import retention
+from siftline.disk import scratch_folder, sweep, unfinished
+from siftline.pipelines import execute as retention
 from siftline.pipelines.execute import prepare_home, tidy
 from siftline.rows.shards import building
-from siftline.scratch import scratch_folder, sweep, unfinished
 from siftline.workspace import Workspace
 
 
@@ -172,7 +172,7 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[4])
 import chaos_hook
 import siftline.pipelines.compose, siftline.stages.publish, siftline.stages.reporting
-from siftline.recipe.library import find
+from siftline.recipe.parse import find
 from siftline.pipelines.execute import run_recipe
 from siftline.workspace import Workspace
 

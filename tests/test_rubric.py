@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from siftline.rows.schema import ROW, make_row, message
 from siftline.scoring.engines.base import ModelSpec, open_engine
-from siftline.scoring.measures.choices import choice_question
-from siftline.scoring.measures.rubric import Rubric, expected_grade
+from siftline.scoring.measures.judge import Rubric, choice_question, expected_grade
 from siftline.scoring.measures.scorers import columns_of, run_scorer
 from siftline.scoring.recorder import Recorder
 

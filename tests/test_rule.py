@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.kernels.text.mtld import mtld, words_of
-from siftline.kernels.vectors import neighbours
-from siftline.kernels.vectors.neighbours import kth_distances
+from siftline.kernels.text.words import mtld
+from siftline.kernels.text.words import mtld_words as words_of
+from siftline.kernels.vectors import topk as neighbours
+from siftline.kernels.vectors.topk import kth_distances
 
 # ---- lexical diversity ---------------------------------------------------------------------------
 
@@ -109,8 +110,8 @@ def test_equal_rows_are_0_apart_whatever_the_blocks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch):
-    monkeypatch.setattr("siftline.commands.select_run.BUCKETS", 2)
-    monkeypatch.setattr("siftline.commands.score_tables.BUCKETS", 2)
+    monkeypatch.setattr("siftline.cli.select_run.BUCKETS", 2)
+    monkeypatch.setattr("siftline.cli.score_tables.BUCKETS", 2)
 
 
 @pytest.fixture

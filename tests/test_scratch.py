@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from siftline.scratch import scratch_folder
+from siftline.disk import scratch_folder
 
 
 def test_it_is_gone_afterwards_and_others_in_use_stay(tmp_path):
@@ -22,7 +22,7 @@ def test_it_is_gone_afterwards_and_others_in_use_stay(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from siftline.scratch import scratch_folder\n"
+        "import os, sys; from pathlib import Path; from siftline.disk import scratch_folder\n"
         "with scratch_folder(Path(sys.argv[1]), 'work') as folder:\n"
         "    (folder / 'file').write_text('x'); os._exit(9)"
     )

@@ -34,7 +34,7 @@ PYTHON = r"```python\n(.*?)```"
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch):
     """Small pools need no sixteen buckets, and every file is flushed to disk."""
-    monkeypatch.setattr("siftline.commands.select_run.BUCKETS", 2)
+    monkeypatch.setattr("siftline.cli.select_run.BUCKETS", 2)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import polars as pl
 import pytest
 
 from siftline.kernels.vectors.kmeans import Clusters
-from siftline.selectors.baselines import BalancedRandom, Ifd, Length, Perplexity, Random
-from siftline.selectors.best_fit import BestFit
+from siftline.selectors.baselines import BalancedRandom, BestFit, Ifd, Length, Perplexity, Random
 from siftline.selectors.deita import Deita
 from siftline.selectors.facility_location import FacilityLocation
 from siftline.selectors.kmeans_quality import KmeansQuality

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from siftline.config import build
 from siftline.rows.schema import digest
 from siftline.rows.selection import DECISION
-from siftline.selectors import own
+from siftline.selectors import registry as own
 from siftline.selectors.method import select
 from siftline.selectors.registry import METHODS, find
 from siftline.selectors.spending import Budget, spend, spend_by_group
@@ -320,7 +320,8 @@ def test_the_table_says_what_it_should():
 
 
 def test_a_pool_over_the_limit_is_refused(monkeypatch):
-    from siftline.selectors import lexical, vectors
+    from siftline.selectors import lexical
+    from siftline.selectors import method as vectors
     from siftline.selectors.baselines import Random
 
     monkeypatch.setattr(Random, "MAX", 5)

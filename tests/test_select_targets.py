@@ -6,9 +6,7 @@ import pytest
 from scipy.stats import rankdata
 
 from siftline.selectors.method import select
-from siftline.selectors.nearest import by_turns
-from siftline.selectors.rds import RdsPlus
-from siftline.selectors.simcore import SimCore
+from siftline.selectors.nearest import RdsPlus, SimCore, by_turns
 from siftline.selectors.spending import Budget
 from siftline.selectors.transport import GotD, calibrated
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from siftline.assets import keys
+from siftline.assets import step as keys
 from siftline.assets.stages import stage_asset
 from siftline.ingest.pool import Pool
 from siftline.recipe.parse import parse
@@ -36,7 +36,7 @@ def quiet(line): ...
 @pytest.fixture
 def recipe_of(mini):
     """The mini recipe with duplicates and one selection; its dev set plays the target."""
-    from siftline.recipe.library import recipe_files
+    from siftline.recipe.parse import recipe_files
 
     mini()
     data = yaml.safe_load(recipe_files()["mini"].read_text(encoding="utf-8"))

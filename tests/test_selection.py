@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftline.rows.selection import DECISION, Selection, decisions, select
-from siftline.stages.diversity.options import Shortlist
+from siftline.stages.diversity.decide import Shortlist
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=4), st.booleans(), max_size=10))

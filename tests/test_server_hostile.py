@@ -14,10 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.rows.schema import ROW, make_row, message
-from siftline.scoring.engines import server_client, server_http
+from siftline.scoring.engines import server_client
+from siftline.scoring.engines import server_replies as server_http
 from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, Server, open_engine
-from siftline.scoring.engines.server_http import NoAnswer, without
-from siftline.scoring.engines.server_replies import read_draw, read_echo, read_prompt_logprobs
+from siftline.scoring.engines.server_replies import (
+    NoAnswer,
+    read_draw,
+    read_echo,
+    read_prompt_logprobs,
+    without,
+)
 from siftline.scoring.measures.likelihood import score_likelihood
 from siftline.scoring.recorder import Recorder
 

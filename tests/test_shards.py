@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.disk import unfinished
 from siftline.rows.shards import (
     Manifest,
     Part,
@@ -33,7 +34,6 @@ from siftline.rows.verified import (
     file_hash,
     read_parquet,
 )
-from siftline.scratch import unfinished
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), ("text", pa.string())])
 

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from siftline.scoring.engines.base import ModelSpec, open_engine
 from siftline.scoring.measures.classifiers import open_classifier
-from siftline.scoring.measures.similarity import (
-    Held,
-    agreements,
-    cosines,
-    overlaps,
-    word_overlap,
-)
+from siftline.scoring.measures.consistency import Held, agreements, cosines, overlaps, word_overlap
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import encode, start_token
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.recorder import Recorder, Tally
-from siftline.stages.parallel import counted, over_buckets, total
+from siftline.stages.models import counted, over_buckets, total
 from siftline.workspace import Workspace
 
 
@@ -138,7 +138,7 @@ def test_costs_add_up_over_recorders():
 
 
 def test_two_devices_write_the_same_table_as_one(finished, mini, mini_tools, tmp_path):
-    from siftline.assets.scores import score
+    from siftline.assets.shared import score
 
     seen = {}
     for device in ("cpu", "cpu,cpu"):

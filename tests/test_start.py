@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftline.cli import cli
-from siftline.commands import VERBS
+from siftline.cli import VERBS, cli
 from siftline.kernels import machine
 
 TESTS = Path(__file__).parent
@@ -162,7 +161,7 @@ def test_every_verb_of_the_folder_is_in_the_table():
     folder = SOURCES / "siftline" / "commands"
     found = set()
     for file in folder.glob("*.py"):
-        module = import_module(f"siftline.commands.{file.stem}")
+        module = import_module(f"siftline.cli.{file.stem}")
         command = getattr(module, file.stem, None)
         if isinstance(command, click.Command):
             found.add(file.stem)

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.stages.rejection_sampling.difficulty import PASS_RATES, difficulty
-from siftline.stages.rejection_sampling.stopped import rates_at_the_end, stopped_difficulty
+from siftline.stages.rejection_sampling.difficulty import (
+    PASS_RATES,
+    difficulty,
+    rates_at_the_end,
+    stopped_difficulty,
+)
 from siftline.stages.rejection_sampling.trials import Beta, Outcome, Rule, Trial
 
 

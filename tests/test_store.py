@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siftline.rows.verified import AlteredError
-from siftline.store.journal import Journal, read_journal
+from siftline.store.namespace import Journal, read_journal
 from siftline.store.store import DiskFullError, Namespace, Store, collect, score_key
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])

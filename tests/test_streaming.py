@@ -9,14 +9,11 @@ import pytest
 
 from siftline.kernels.draws import hash64
 from siftline.scoring.engines.base import Failed, Generation, ModelSpec, Sampling
-from siftline.scoring.engines.streaming import Streaming
 from siftline.scoring.measures.samples import sample_store, seed_of
-from siftline.scoring.recorder import REFUSED, Recorder
-from siftline.stages.rejection_sampling import streaming
-from siftline.stages.rejection_sampling.campaign import Campaign
-from siftline.stages.rejection_sampling.drawing import run_campaign
-from siftline.stages.rejection_sampling.streaming import Prompt
-from siftline.stages.rejection_sampling.trials import Beta, Outcome, Rule
+from siftline.scoring.recorder import REFUSED, Recorder, Streaming
+from siftline.stages.rejection_sampling import drawing as streaming
+from siftline.stages.rejection_sampling.drawing import Prompt, run_campaign
+from siftline.stages.rejection_sampling.trials import Beta, Campaign, Outcome, Rule
 
 SAMPLING = Sampling(max_new_tokens=8)
 RATES = {f"{i:x}0{i:018d}": r for i, r in enumerate((0.9, 0.6, 0.3, 0.1, 0.0, 1.0))}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.rows.schema import bucket_of
-from siftline.stages.tables import ScoreTable, reasons_of
+from siftline.stages.scores import ScoreTable, reasons_of
 from siftline.store.store import BUCKETS
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.float64())])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines.token_bounds import least_tokens, longest_token
+from siftline.scoring.engines.batching import least_tokens, longest_token
 from siftline.scoring.spans import UnscorableRow, encode, prompt_tokens, response_span
-from siftline.training.tokenizers import bpe_tokenizer, char_tokenizer
+from siftline.training.pretrain import bpe_tokenizer, char_tokenizer
 
 LONG = "a very long token of its own"
 WORDS = ["the answer is 42 because six times seven makes forty two " * 3, "    ", "aaaa " * 20]

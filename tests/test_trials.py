@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
-from siftline.stages.rejection_sampling.campaign import Campaign, run
-from siftline.stages.rejection_sampling.planning import _room
 from siftline.stages.rejection_sampling.preview import NODES, _cost, preview
+from siftline.stages.rejection_sampling.run import _room
 from siftline.stages.rejection_sampling.trials import (
     Beta,
+    Campaign,
     Outcome,
     Rule,
     Trial,
     fit_prior,
+    run,
     words_of,
 )
 

@@ -27,7 +27,7 @@ from siftline.rows.verified import (
     with_hash,
 )
 from siftline.scoring.fingerprint import confirm_files, directory_digest, record_files
-from siftline.store.journal import Journal
+from siftline.store.namespace import Journal
 from siftline.store.store import Namespace, Store
 
 # ---- a file's hash, once ---------------------------------------------------------------------
@@ -314,17 +314,17 @@ def chain(root):
         ValueError: where something is not what was written.
     """
     from siftline.assets.shared import build
-    from siftline.commands.outcome import summary
+    from siftline.cli.recipes import summary
     from siftline.ingest.pool import Pool
     from siftline.recipe.parse import parse
+    from siftline.report.story import explain
     from siftline.stages.arms import curated_version
     from siftline.stages.models import engines
     from siftline.stages.publish import publish_curated
     from siftline.stages.reporting import write_report
     from siftline.stages.run import outputs, run_stage
     from siftline.stages.scorers import score_quality, scorer_table
-    from siftline.status import coverage
-    from siftline.story import explain
+    from siftline.stages.status import coverage
     from siftline.workspace import Workspace
 
     import yaml  # isort: skip
@@ -534,7 +534,7 @@ def read_by_training(version):
 
 
 def read_by_train(version):
-    from siftline.commands.train import _shards
+    from siftline.cli.train import _shards
 
     for place in (version.parent, version, version / "data"):
         _shards([place])

@@ -496,7 +496,7 @@ def test_open_rows_are_kept_or_removed_apart_from_those_without_an_answer():
 
 
 def test_the_report_says_what_became_of_open_rows():
-    from siftline.stages.verify.notes import notes
+    from siftline.stages.verify import notes
 
     facts = {"checked": 9, "unreadable": 3, "wrong_answer": 2, "kept_open": {"no_final_answer": 1}}
     assert notes(Stage("verify", "verify", None), facts) == [

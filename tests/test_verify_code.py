@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.verifiers import CodeVerifier, get_verifier
-from siftline.scoring.verifiers import isolation as walls
+from siftline.scoring.verifiers import sandbox as walls
 from siftline.scoring.verifiers.code import python_block
 from siftline.scoring.verifiers.sandbox import Limits, Sandbox
 from siftline.scoring.verifiers.sandboxed import call_filter

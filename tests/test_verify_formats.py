@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.answers.fences import Block, blocks
+from siftline.scoring.answers.reasoning import Block, blocks
 from siftline.scoring.verifiers import (
     NAMED,
     JsonSchemaVerifier,
@@ -22,7 +22,7 @@ from siftline.scoring.verifiers import (
     Verdict,
     get_verifier,
 )
-from siftline.scoring.verifiers.json_schema import json_value
+from siftline.scoring.verifiers.text import json_value
 from siftline.stages.verify.decide import VERIFIERS, Verify
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from siftline.recipe.kinds import Stage
 from siftline.rows import schema
+from siftline.stages.verify import notes
 from siftline.stages.verify.decide import Verify
-from siftline.stages.verify.notes import notes
 from siftline.stages.verify.run import run as verify
 
 

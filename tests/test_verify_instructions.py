@@ -11,8 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from siftline.scoring.verifiers import get_verifier
-from siftline.scoring.verifiers.counts import bullets, capital_words, sentences, words
-from siftline.scoring.verifiers.instruction_checks import CHECKS
+from siftline.scoring.verifiers.instruction_checks import (
+    CHECKS,
+    bullets,
+    capital_words,
+    sentences,
+    words,
+)
 
 WORDS = st.sampled_from(
     ["sun", "moon", "star", "river", "stone", "house", "green", "quick", "seven", "paper"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.answers.fences import Block, blocks
+from siftline.scoring.answers.reasoning import Block, blocks
 from siftline.scoring.verifiers import get_verifier
-from siftline.scoring.verifiers.program import program_of
+from siftline.scoring.verifiers.code import program_of
 from siftline.scoring.verifiers.sandbox import Limits, Sandbox, waited
 
 CASES = Path(__file__).parent / "cases" / "code" / "rows.jsonl"

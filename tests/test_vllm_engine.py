@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.scoring.engines.base import Failed, ModelSpec, Sampling, open_engine
-from siftline.scoring.engines.pipe import Frame, list_column
-from siftline.scoring.engines.vllm_backend import TRIES, VllmBackend
 from siftline.scoring.engines.vllm_options import engine_options, set_environment
+from siftline.scoring.engines.worker import TRIES, VllmBackend
+from siftline.scoring.engines.worker_process import Frame, list_column
 
 VOCAB = 259
 needs_vllm = pytest.mark.skipif(

@@ -25,8 +25,7 @@ from siftline.kernels.text.codepoints import (
     fold_reference,
     tables,
 )
-from siftline.kernels.text.quantities import guards, quantities
-from siftline.kernels.text.textgrams import shingles_reference
+from siftline.kernels.text.textgrams import guards, quantities, shingles_reference
 from siftline.kernels.text.words import numbers, words, words_of
 from siftline.kernels.text.words_reference import words_reference
 from siftline.rows.schema import make_row, message

@@ -15,14 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.scoring.engines.pipe import HEADER, Frame, decode, encode, list_column, read_frame
 from siftline.scoring.engines.worker import one_line
-from siftline.scoring.engines.worker_process import WorkerProcess
+from siftline.scoring.engines.worker_process import (
+    HEADER,
+    Frame,
+    WorkerProcess,
+    decode,
+    encode,
+    list_column,
+    read_frame,
+)
 
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from siftline.scoring.engines import worker
-from siftline.scoring.engines.pipe import Frame
+from siftline.scoring.engines.worker_process import Frame
 
 class Backend:
     def facts(self):
@@ -277,7 +284,7 @@ def test_a_killed_parent_leaves_no_worker_even_in_mid_call(command, tmp_path, op
         textwrap.dedent(
             f"""
             import os, sys, threading, time
-            from siftline.scoring.engines.pipe import Frame
+            from siftline.scoring.engines.worker_process import Frame
             from siftline.scoring.engines.worker_process import WorkerProcess
             found = []
             def start():

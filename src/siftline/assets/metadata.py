@@ -8,9 +8,9 @@ import polars as pl
 import pyarrow as pa
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
-from siftline import plots
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Bounds
+from siftline.report import plots
 from siftline.rows.ledger import DECISIONS, FAILED, Accounting, StageOutput, reasons
 
 

@@ -6,11 +6,12 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from siftline import plots
-from siftline.assets import asking, keys
+from siftline.assets import step as asking
+from siftline.assets import step as keys
 from siftline.assets.metadata import picture, shown_before
-from siftline.assets.resource import Siftline
+from siftline.assets.step import Siftline
 from siftline.recipe.parse import Recipe
+from siftline.report import plots
 from siftline.rows.verified import content_hash
 from siftline.stages.arms import Arm, arms_pending, train_arms
 from siftline.stages.evaluation import evaluate_arms, evaluation_pending

@@ -1,22 +1,28 @@
 """Assets that recipes share: inputs, pools, evaluation sets, models trained here."""
 
 import importlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from siftline.assets import asking, keys
+from siftline.assets import step as asking
+from siftline.assets import step as keys
 from siftline.assets.metadata import column_schema
-from siftline.assets.resource import Siftline
+from siftline.assets.step import Siftline
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe, expand, expand_pool
 from siftline.rows import schema, shards
+from siftline.rows.shards import Manifest
 from siftline.rows.verified import content_hash, file_hash
 from siftline.scoring.fingerprint import confirm_files
-from siftline.stages.models import corpus_file, trained_folder
+from siftline.scoring.measures.scorers import models_of
+from siftline.stages.models import corpus_file, engines, model_spec, trained_folder
+from siftline.stages.scorers import score_quality, scorer_model, scorer_table
+from siftline.stages.scores import TABLE, Observe, likelihood_table, reasons_of, score_pool
 from siftline.workspace import Workspace
 
 
@@ -173,3 +179,145 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         )
 
     return base
+
+
+Emit = Callable[[str], None]
+
+
+def failed_check(key: dg.AssetKey) -> dg.AssetCheckSpec:
+    """The blocking check of every score table."""
+    return dg.AssetCheckSpec(
+        "failed_rows",
+        asset=key,
+        blocking=True,
+        description="rows without a score stay below the recipe's rate",
+    )
+
+
+def observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Observe:
+    """Records each finished bucket on the asset's page while the step goes on."""
+    began = time.monotonic()
+    done = 0
+
+    def observe(bucket: int, numbers: dict[str, Any]) -> None:
+        nonlocal done
+        done += numbers["scored"] + numbers["failed"]
+        rate = done / max(time.monotonic() - began, 1e-9)
+        shown = {"bucket": bucket, **numbers, "rows_so_far": done, "rows_per_second": rate}
+        context.log_event(dg.AssetObservation(asset_key=key, metadata=shown))
+
+    return observe
+
+
+def result(
+    key: dg.AssetKey, recipe: Recipe, manifest: Manifest, fresh: bool, shown: dict[str, Any]
+) -> dg.MaterializeResult:
+    """The materialization of a score table."""
+    info = manifest.info
+    rows = info["scored"] + info["failed"]
+    share = info["failed"] / max(1, rows)
+    return dg.MaterializeResult(
+        metadata={
+            "dagster/row_count": info["scored"],
+            "failed": info["failed"],
+            "coverage": info["scored"] / max(1, rows),
+            "forward_rows_computed": info["computed"] if fresh else 0,
+            "forward_rows_found": info["found"],
+            "tokens_computed": info["tokens"] if fresh else 0,
+            "computed": fresh,
+            **shown,
+        },
+        data_version=dg.DataVersion(manifest.version),
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="failed_rows",
+                asset_key=key,
+                passed=share <= recipe.bounds.max_failed,
+                severity=dg.AssetCheckSeverity.ERROR,
+                metadata={"share": share, "bound": recipe.bounds.max_failed},
+            )
+        ],
+    )
+
+
+def score(
+    workspace: Workspace,
+    recipe: Recipe,
+    emit: Emit,
+    observe: Observe = lambda bucket, numbers: None,
+) -> tuple[Manifest, bool]:
+    """Scores a recipe's pool under its target model."""
+    pool = Pool(workspace.pool(recipe.pool.name))
+    folder = workspace.scores(recipe.pool.name, recipe.roles["target"], "likelihood")
+    spec, asked = model_spec(workspace, recipe, "target"), recipe.likelihood
+    table = likelihood_table(folder, pool, spec, asked)
+    with engines() as opened:
+        return score_pool(table, pool, spec, asked, workspace.store, opened, emit, observe)
+
+
+def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """The likelihood table of a pool under a recipe's target model."""
+    deps = [keys.pool(recipe.pool)]
+    if recipe.model("target").pretrain is not None:
+        deps.append(keys.model(recipe.roles["target"]))
+    engine = recipe.model("target").spec.engine
+    key = keys.likelihood(recipe)
+
+    @dg.asset(
+        key=key,
+        deps=deps,
+        group_name=recipe.name,
+        kinds={"parquet", engine},
+        pool="gpu",
+        op_tags=asking.tags(recipe, "likelihood", recipe.pool.name),
+        check_specs=[failed_check(key)],
+    )
+    def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
+        """Mean log-probability of every response, with and without its prompt."""
+        loaded = siftline.recipe(recipe.name)
+        observe = observer(context, key)
+        manifest, fresh = score(siftline.workspace, loaded, context.log.info, observe)
+        folder = siftline.workspace.scores(loaded.pool.name, loaded.roles["target"], "likelihood")
+        shown = {
+            "dagster/column_schema": column_schema(TABLE),
+            "engine": engine,
+            "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
+            "trimmed": manifest.info.get("trimmed", 0),
+        }
+        return result(key, loaded, manifest, fresh, shown)
+
+    return likelihood
+
+
+def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
+    """The table of one quality scorer on a recipe's pool."""
+    config, key = recipe.scorers[name], keys.scorer(recipe, name)
+    models = models_of(config)
+    trained = [m for m in models if recipe.models[m].pretrain is not None]
+
+    @dg.asset(
+        key=key,
+        deps=[keys.pool(recipe.pool), *(keys.model(m) for m in trained)],
+        group_name=recipe.name,
+        kinds={"parquet", *(recipe.models[m].spec.engine for m in models)},
+        description=(type(config).__doc__ or "").split("\n")[0],
+        pool="gpu" if models else None,
+        op_tags=asking.tags(recipe, "scorer", name) if models else None,
+        check_specs=[failed_check(key)],
+    )
+    def quality(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
+        loaded, workspace = siftline.recipe(recipe.name), siftline.workspace
+        with engines() as opened:
+            found = score_quality(
+                workspace, loaded, name, opened, context.log.info, observer(context, key)
+            )
+        table = scorer_table(workspace, loaded, name)
+        shown = {
+            "dagster/column_schema": column_schema(table.schema),
+            "scorer": type(config).__name__,
+            "model": scorer_model(loaded, name),
+            "failed_reasons": dg.MetadataValue.json(reasons_of(table.folder, found.manifest)),
+        }
+        return result(key, loaded, found.manifest, found.fresh, shown)
+
+    return quality

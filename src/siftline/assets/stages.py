@@ -2,9 +2,10 @@
 
 import dagster as dg
 
-from siftline.assets import asking, keys
+from siftline.assets import step as asking
+from siftline.assets import step as keys
 from siftline.assets.metadata import check_results, check_specs, stage_metadata
-from siftline.assets.resource import Siftline
+from siftline.assets.step import Siftline
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe, scorers_read
 from siftline.stages.run import models_used, reads_likelihood, run_stage, sets_used

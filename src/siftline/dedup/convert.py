@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.types import Differ, conformed_batch, joined, narrowed, one_schema, said
+from siftline.dedup.arrow import Differ, conformed_batch, joined, narrowed, one_schema, said
 from siftline.ingest.files import InputFile
 from siftline.ingest.records import BINARY, Fault, Record, batches_of, read_records
 

@@ -8,18 +8,22 @@
 Files and the index take the same steps on more rows than fit into memory at once.
 """
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from siftline.dedup.arrow import TextColumn, cuts, pieces
-from siftline.dedup.result import Clock, Deduplicated
-from siftline.dedup.settings import Settings, threads
 from siftline.kernels.sets.groups import Groups, grouped
 from siftline.kernels.sets.keepers import KEPT, NEW, Candidates, Decisions, drop_all, keep_first
+from siftline.kernels.sets.lsh import Banding, banding_for, recall
 from siftline.kernels.text.codepoints import tables
 from siftline.kernels.text.texts import (
     Buffers,
@@ -32,6 +36,144 @@ from siftline.kernels.text.texts import (
     permutations,
     summarise,
 )
+
+Unit = Literal["word", "char"]
+Bands = Literal["recall", "datasketch"]
+
+MAX_PAIRS = 2_000_000_000
+"""Comparisons before giving up: some minutes."""
+
+
+def threads() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are compared.
+
+    Attributes:
+        threshold: Jaccard similarity of two texts' shingles from which they are duplicates; 0.8 as
+            in Lee et al. 2022.
+        ngram: Units in a shingle; 5 words as in FineWeb.
+        unit: What a shingle is made of. Words suit documents; characters suit texts of a sentence,
+            where one changed word is a fifth of all 5-grams.
+        num_perm: Most slots in a signature.
+        bands: "recall" takes the banding with the fewest expected candidates that finds 99 % of the
+            pairs 0.05 above the threshold; "datasketch" takes the one datasketch would, which
+            weighs missed pairs against false ones around the threshold.
+        seed: Of the permutation table, as in datasketch.
+        max_pairs: Most pairs to compare before giving up.
+    """
+
+    threshold: float = 0.8
+    ngram: int = 5
+    unit: Unit = "word"
+    num_perm: int = 128
+    bands: Bands = "recall"
+    seed: int = 1
+    max_pairs: int = MAX_PAIRS
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold={self.threshold} must be in (0, 1]")
+        if self.ngram < 1 or self.num_perm < 1:
+            raise ValueError(f"ngram={self.ngram} and num_perm={self.num_perm} must be at least 1")
+        if self.unit not in ("word", "char"):
+            raise ValueError(f"unit={self.unit!r} must be 'word' or 'char'")
+        if self.bands not in ("recall", "datasketch"):
+            raise ValueError(f"bands={self.bands!r} must be 'recall' or 'datasketch'")
+        self.banding()
+
+    def banding(self) -> Banding:
+        """How signatures are cut; raises ValueError where num_perm is too small."""
+        ours = banding_for(self.threshold, self.num_perm)
+        if self.bands == "recall":
+            return ours
+        from datasketch import MinHashLSH
+
+        theirs = MinHashLSH(threshold=self.threshold, num_perm=self.num_perm)
+        found = recall(ours.similarity, theirs.b, theirs.r)
+        return Banding(theirs.b, theirs.r, ours.similarity, found)
+
+
+@dataclass
+class Clock:
+    """Seconds by phase; phases of the same name add up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """Which of n rows went, and for which; arrays of shape (n,).
+
+    Attributes:
+        matched: int64 row that row i was removed for, -1 where it is kept.
+        similarity: float64, verified, to that row; 0 where it is kept.
+        exact: bool, the two texts are the same bytes.
+        pairs: Pairs whose similarity was computed.
+        seconds: By phase.
+        reason: Why rows went that are not exact.
+    """
+
+    matched: np.ndarray
+    similarity: np.ndarray
+    exact: np.ndarray
+    pairs: int
+    seconds: dict[str, float]
+    reason: str = "near_duplicate"
+
+    @property
+    def kept(self) -> np.ndarray:
+        """bool, shape (n,)."""
+        return self.matched < 0
+
+    @cached_property
+    def cluster_size(self) -> np.ndarray:
+        """int64, shape (n,): a kept row and those removed for it; of a removed row, 0."""
+        gone = self.matched[~self.kept]
+        size = np.bincount(gone, minlength=len(self.matched)) + 1
+        return np.where(self.kept, size, 0)
+
+    @cached_property
+    def cluster(self) -> np.ndarray:
+        """int64, shape (n,): number of the group of two or more rows that removals join, or -1."""
+        gone = np.flatnonzero(~self.kept)
+        targets = self.matched[gone]
+        n = len(self.matched)
+        if self.kept[targets].all():
+            label = np.full(n, -1, np.int64)
+            label[targets] = targets
+            label[gone] = targets
+            return label
+        from scipy.sparse import coo_matrix  # only where all copies are dropped
+        from scipy.sparse.csgraph import connected_components
+
+        edges = coo_matrix((np.ones(len(gone), np.int8), (gone, targets)), shape=(n, n))
+        label = connected_components(edges, directed=False)[1].astype(np.int64)
+        return np.where(np.bincount(label)[label] > 1, label, -1)
+
+    @property
+    def clusters(self) -> int:
+        """How many such groups there are."""
+        return self.clusters_of(np.arange(len(self.matched)))
+
+    def clusters_of(self, rows: np.ndarray) -> int:
+        """How many of them some rows are in."""
+        label = self.cluster[rows]
+        return len(np.unique(label[label >= 0]))
+
 
 HELD = 512 << 20
 """Bytes of shingles that may stay in memory between the two times they are wanted; those of later

@@ -75,7 +75,7 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
         _check(table, columns)
     if all(t.path and t.own.equals(found[0].own, check_metadata=True) for t in found):
         return [replace(table, schema=table.own) for table in found]
-    from siftline.dedup.types import check_storable, one_schema
+    from siftline.dedup.arrow import check_storable, one_schema
 
     schema = one_schema((table.name, table.own) for table in found)
     for column in schema:
@@ -144,8 +144,8 @@ def _check(table: Table, columns: Sequence[str]) -> None:
 
 def _check_numbers(table: Table) -> None:
     """Refuses whole numbers that another table's floats would change."""
+    from siftline.dedup.arrow import narrowed
     from siftline.dedup.convert import check_whole_numbers
-    from siftline.dedup.types import narrowed
 
     columns = narrowed(table.own, table.schema)
     if columns:
@@ -223,8 +223,8 @@ def _decoded_bytes(table: Table) -> int:
 def _pieces(table: Table, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     names = None if columns is None else list(columns)
     if table.path is None:
+        from siftline.dedup.arrow import conformed_batch
         from siftline.dedup.convert import read_chunks
-        from siftline.dedup.types import conformed_batch
 
         wanted = table.own if names is None else pa.schema([table.own.field(n) for n in names])
         batches: Iterator[pa.RecordBatch] = (
@@ -235,7 +235,7 @@ def _pieces(table: Table, columns: Sequence[str] | None) -> Iterator[pa.RecordBa
     if names is not None or table.own.equals(table.schema):
         yield from batches
         return
-    from siftline.dedup.types import conformed_batch
+    from siftline.dedup.arrow import conformed_batch
 
     for batch in batches:
         yield conformed_batch(batch, table.schema)

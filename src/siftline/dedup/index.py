@@ -31,14 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.dedup.arrow import arrow_of
-from siftline.dedup.engine import Engine, Sets, ranks, spread
+from siftline.dedup.engine import Deduplicated, Engine, Sets, Settings, ranks, spread
 from siftline.dedup.files import Table
-from siftline.dedup.result import Deduplicated
-from siftline.dedup.settings import Settings
 from siftline.disk import writing
 from siftline.kernels.sets.groups import Groups
-from siftline.kernels.sets.keep import Keep
-from siftline.kernels.sets.keepers import KEPT, NEW, Decisions
+from siftline.kernels.sets.keepers import KEPT, NEW, Decisions, Keep
 from siftline.kernels.text.codepoints import digest
 from siftline.kernels.text.texts import Texts
 from siftline.locks import held, warn_if_shared

@@ -15,14 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Engine, gathered, ranks, spread
+from siftline.dedup.engine import Clock, Deduplicated, Engine, Settings, gathered, ranks, spread
 from siftline.dedup.files import Reader, Table, ahead, open_tables, read_pieces
 from siftline.dedup.index import opened
 from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
-from siftline.dedup.result import Clock, Deduplicated
-from siftline.dedup.settings import Settings
 from siftline.disk import need
-from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.sets.spill import Keys, values_room
 from siftline.kernels.text.texts import Texts
 from siftline.progress import Tracker

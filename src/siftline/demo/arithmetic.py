@@ -17,14 +17,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from siftline.demo.defects import off_topic, reword, truncate, wrong_steps
-from siftline.demo.exercises import ALPHABET, drill, verdict_exercise, worked_example
-from siftline.demo.problems import LEVELS, Dice, Problem, make_problem
+from siftline.demo.defects import (
+    ALPHABET,
+    drill,
+    off_topic,
+    reword,
+    truncate,
+    verdict_exercise,
+    worked_example,
+    wrong_steps,
+)
+from siftline.demo.problems import LEVELS, SOURCES, Dice, Problem, make_problem, render, style_of
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
-from siftline.demo.styles import SOURCES, render, style_of
 from siftline.kernels.draws import hash64
 from siftline.kernels.text.words import words
-from siftline.stages.planting import similarity
+from siftline.stages.canaries import similarity
 
 OVERLAP = 8
 """Words in a run that no clean question shares with a test, dev or target question."""

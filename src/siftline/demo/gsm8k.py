@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from siftline.demo.exercises import ALPHABET, TEXT
+from siftline.demo.defects import ALPHABET, TEXT
 from siftline.demo.problems import Dice
 from siftline.demo.rows import PoolRow, write_jsonl, write_pool
 from siftline.demo.sums import decimal_text, evaluate
 from siftline.kernels.draws import hash64
 from siftline.rows.schema import canonical_text
 from siftline.scoring.answers.find import extract_answer
-from siftline.scoring.measures.reflection import REFLECTION
+from siftline.scoring.measures.consistency import REFLECTION
 
 SOURCES = ("north", "east", "south", "west")
 FORMS = ("original", "steps", "list", "paragraph")

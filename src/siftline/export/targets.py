@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from siftline.export import llamafactory, rows
+from siftline.export import forms as llamafactory
+from siftline.export import forms as rows
 
 SFT, PREFERENCES, RLVR = "sft", "preferences", "rlvr"
 KINDS = (SFT, PREFERENCES, RLVR)

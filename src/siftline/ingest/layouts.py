@@ -11,19 +11,22 @@ from typing import Any
 
 import orjson
 
-from siftline.ingest.meanings import PARTS_OF_A_QUESTION, check_of, filled, truth
 from siftline.ingest.plans import Plan, plan_for
 from siftline.ingest.turns import (
+    PARTS_OF_A_QUESTION,
     Turn,
     Unreadable,
     as_text,
     assistant,
     check_conversation,
+    check_of,
     check_prompt,
+    filled,
     plain,
     read_turns,
     structured,
     to_json,
+    truth,
     user,
 )
 from siftline.rows.schema import canonical_text, make_row, message

@@ -22,14 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siftline.ingest.files import InputFile, load_dataset
-from siftline.ingest.limits import (
+from siftline.ingest.parse import (
     FILE_BYTES,
     RECORD_BYTES,
     TOO_LONG,
+    Unparsable,
     bounded_lines,
+    parse_record,
+    parse_text,
     record_fault,
+    whole_text,
 )
-from siftline.ingest.parse import Unparsable, parse_record, parse_text, whole_text
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 A step runs in the run's own process, unless it is going to ask a model: then it gets a process of
 its own, so that the model's memory and the card are free again when the step ends. Whether it will
-ask one is looked up when its turn comes (`assets.asking`); a step that only finds what is there
+ask one is looked up when its turn comes (`assets.step`); a step that only finds what is there
 takes no process and no slot of its pool.
 
 The loop follows Dagster's own multiprocess executor, whose parts it uses.
@@ -43,7 +43,7 @@ from dagster._core.executor.multiprocess import MultiprocessExecutorChildProcess
 from dagster._utils import get_run_crash_explanation
 from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
 
-from siftline.assets.asking import asks_a_model
+from siftline.assets.step import asks_a_model
 
 MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""

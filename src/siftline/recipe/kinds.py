@@ -103,7 +103,7 @@ class StageKind:
         inputs: What else its decisions depend on, by stage and recipe: JSON, hashed.
         seeded: Whether a field `seed` of its options is the recipe's seed.
         repeats: Kinds of gates that the rows it adds are held to.
-        planted: Kinds of canaries that are planted before it; see `stages.planting`.
+        planted: Kinds of canaries that are planted before it; see `stages.canaries`.
         prompts: What it does with prompts that have no response: it "passes" or "answers" them, or
             None: it judges responses.
         complete: Fills options that the recipe decides, by what was given, the stages before and

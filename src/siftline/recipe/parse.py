@@ -361,3 +361,42 @@ def _entry(entry: Any, where: str) -> tuple[StageKind, dict[str, Any]]:
     if options is not None and not isinstance(options, Mapping):
         raise ValueError(f"{where}.{kind}: expected options, found {options!r}")
     return found, dict(options or {})
+
+
+SHIPPED = Path(__file__).parents[1] / "pipelines" / "recipes"
+VARIABLE = "SIFTLINE_RECIPES"
+
+
+def recipe_files() -> dict[str, Path]:
+    """Recipe files by name, the file's stem; a user's file takes the place of a shipped one."""
+    folders = [SHIPPED, *(Path(p) for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p)]
+    return {
+        file.stem: file
+        for folder in folders
+        for file in sorted(folder.glob("*.yaml"))
+        if file.is_file()
+    }
+
+
+def find(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Loads a recipe by name.
+
+    Raises:
+        ValueError: if there is none, naming the nearest, or it is not valid.
+    """
+    files = recipe_files()
+    if name not in files:
+        raise ValueError(f"no recipe {name!r}: {nearest(name, list(files))}")
+    recipe = load(files[name], overrides)
+    if recipe.name != name:
+        raise ValueError(f"{files[name].name}: its name is {recipe.name!r}: rename one of the two")
+    return recipe
+
+
+def all_recipes() -> list[Recipe]:
+    """Every recipe, sorted by name.
+
+    Raises:
+        ValueError: if one is not valid; the file's name comes first.
+    """
+    return [find(name) for name in sorted(recipe_files())]

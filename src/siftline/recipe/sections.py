@@ -11,7 +11,7 @@ from siftline.training.pretrain import Pretrain
 
 SET_ROLES = ("target", "dev", "test")
 ARMS = ("full", "random", "random_clean", "random_sampled", "curated")
-"""What may be trained; `stages.arm_rows` says which rows each takes."""
+"""What may be trained; `stages.arms` says which rows each takes."""
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,24 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from siftline.disk import scratch_folder
 from siftline.rows.card import CardInfo
 from siftline.rows.card import render as render_card
-from siftline.rows.conversations import messages_type, published
+from siftline.rows.native import messages_type, published
 from siftline.rows.published import MANIFEST, REMEDY, read_version, version_of
 from siftline.rows.shards import (
     ROW_GROUP_BYTES,
+    Shuffled,
     building,
+    cut,
     point_latest,
+    read_ordered,
+    shuffle,
     write_json,
     write_parquet,
     write_text,
 )
-from siftline.rows.shuffle import Shuffled, cut, read_ordered, shuffle
 from siftline.rows.verified import AlteredError, canonical_json, confirm, file_hash
-from siftline.scratch import scratch_folder
 
 FORMAT = 2
 """Raise it when equal rows are published as other bytes. 1 had calls and reasoning under the names

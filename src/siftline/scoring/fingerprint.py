@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from siftline.rows.outputs import LISTED
+from siftline.rows.published import LISTED
 from siftline.rows.shards import write_json
 from siftline.rows.verified import confirm, file_hash, read_hashed, with_hash
 from siftline.scoring.engines.base import ModelSpec, check_directory

@@ -5,17 +5,28 @@ batches by length before anything runs, committed batch by batch, and never aske
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import polars as pl
 import pyarrow as pa
 
-from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.engines.base import Failed, Generation, ModelSpec, Sampling
 from siftline.scoring.engines.batching import plan_batches
+from siftline.scoring.templates import OMISSIONS
 from siftline.store.store import Namespace, Store, collect
+
+FINAL = frozenset({"too_long", "template_error", *OMISSIONS, "no_text", "cut", "empty"})
+"""The same question would have the same reason again. All others (a refusal, a lost connection, a
+reply that can't be read) may end with the next run."""
+
+
+def unanswered(reasons: Iterable[str]) -> int:
+    """How many of the reasons are not final: a stage with such ones is not done."""
+    return sum(reason not in FINAL for reason in reasons)
+
 
 logger = logging.getLogger(__name__)
 Question = TypeVar("Question")
@@ -178,3 +189,35 @@ def _halved(
     left, _ = _halved(answer, batch[:middle])
     right, _ = _halved(answer, batch[middle:])
     return left + right, refusal
+
+
+Ask = tuple[Any, Sequence[int], int]
+"""One draw to make: what its maker calls it, the prompt's token ids, the seed."""
+Pull = Callable[[int, bool], list[Ask]]
+"""Takes free slots and whether nothing of the engine's is under way; gives at most so many draws.
+Nothing to do while nothing is under way ends the stream."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """An engine that takes new draws while others are under way."""
+
+    @property
+    def slots(self) -> int:
+        """Draws that it works on at a time."""
+        ...
+
+    def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, "Generation | Failed"]]:
+        """Yields each draw that `pull` gave as it ends, with its name.
+
+        Raises:
+            ValueError: if a draw is refused before it begins; those under way are dropped.
+        """
+        ...
+
+
+def fitting(asked: list[Ask], max_length: int) -> tuple[list[Ask], list[tuple[Any, Failed]]]:
+    """The draws whose prompts leave room for a token, and the others as refused."""
+    fits = [ask for ask in asked if 0 < len(ask[1]) < max_length]
+    others = [ask for ask in asked if not 0 < len(ask[1]) < max_length]
+    return fits, [(name, Failed(REFUSED)) for name, _, _ in others]

@@ -13,9 +13,8 @@ from weakref import WeakKeyDictionary
 
 from siftline.rows.native import native_message
 from siftline.scoring.engines.base import Span, positions
-from siftline.scoring.engines.token_bounds import least_tokens
-from siftline.scoring.omissions import OMISSIONS, omission
-from siftline.scoring.templates import chat_template_of, render
+from siftline.scoring.engines.batching import least_tokens
+from siftline.scoring.templates import OMISSIONS, chat_template_of, omission, render
 
 Turns = Literal["last", "all"]
 """Which assistant turns are the response."""

@@ -12,9 +12,8 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.vectors.blocks import COSINE, on_grid
-from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
+from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value, matrix
 from siftline.selectors.spending import Budget, Spent
-from siftline.selectors.vectors import matrix
 
 BLOCK = 512
 

@@ -13,9 +13,8 @@ import polars as pl
 from siftline.kernels.draws import uniforms
 from siftline.kernels.vectors.blocks import cosine_blocks, unit
 from siftline.kernels.vectors.facility import Facilities, lazy_greedy, stochastic_greedy
-from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
+from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value, matrix
 from siftline.selectors.spending import Budget, spend_lazily
-from siftline.selectors.vectors import matrix
 
 MAX_PAIRS = 20_000_000_000
 """Rows x covered rows of the stochastic method, which time bounds and not memory."""

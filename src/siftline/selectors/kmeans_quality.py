@@ -22,9 +22,8 @@ from siftline.kernels.vectors.kmeans import (
     kmeans,
     silhouette,
 )
-from siftline.selectors.method import Ranked, Ranking, amounts_of
+from siftline.selectors.method import Ranked, Ranking, amounts_of, matrix
 from siftline.selectors.spending import Budget, spend_by_group
-from siftline.selectors.vectors import matrix
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ import numpy as np
 import polars as pl
 
 from siftline.kernels.vectors.blocks import block_rows, cosine_blocks, over_blocks
-from siftline.selectors.method import Plan, Ranked, Ranking, amounts_of, by_value
+from siftline.selectors.method import Plan, Ranked, Ranking, amounts_of, both, by_value, target_rows
 from siftline.selectors.nearest import TASK
 from siftline.selectors.spending import Budget, spend
-from siftline.selectors.vectors import both, target_rows
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from siftline.selectors.method import (
     by_value,
     gathered,
     planned,
+    target_rows,
 )
 from siftline.selectors.nearest import Turns, by_turns, takers, with_ids
 from siftline.selectors.spending import Budget, spend
-from siftline.selectors.vectors import target_rows
 
 MAX_ROWS = 5_000_000
 """Rows whose counts are held at once: 12 GB at 300 distinct n-grams each, and while a method

@@ -20,15 +20,79 @@ Everything is put in the order of ids before anything is computed, so neither th
 the number of buckets can show.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import polars as pl
 
 from siftline.rows.selection import Selection, decisions
 from siftline.selectors.spending import Budget, Spent
+
+_CHECKED = 1 << 14
+
+
+def matrix(frame: pl.DataFrame, what: str = "rows") -> np.ndarray:
+    """The `embedding` column as a matrix, float16 or float32, shape (n, d).
+
+    Raises:
+        ValueError: if it is no fixed-size list, too large, or holds NaN, infinity or nulls.
+    """
+    dtype = frame.schema["embedding"]
+    if not isinstance(dtype, pl.Array) or len(dtype.shape) != 1:
+        raise ValueError(f"embedding of {what} is {dtype}: store fixed-size lists (pl.Array)")
+    if dtype.inner not in (pl.Float16, pl.Float32):
+        raise ValueError(f"embedding of {what} holds {dtype.inner}: store float16 or float32")
+    values = frame.height * dtype.shape[0]
+    if values > MAX_VALUES:
+        raise ValueError(
+            f"{frame.height} {what} x {dtype.shape[0]} dimensions is over {MAX_VALUES} values: "
+            "draw a part with random first, or embed with fewer dimensions"
+        )
+    x = frame["embedding"].to_numpy()
+    for start in range(0, len(x), _CHECKED):
+        bad = np.flatnonzero(~np.isfinite(x[start : start + _CHECKED]).all(axis=1))
+        if len(bad):
+            identity = frame["id"][int(start + bad[0])]
+            raise ValueError(
+                f"embeddings of {what} hold NaN or infinity, first {identity}: embed it again, "
+                "in float32 where float16 overflows"
+            )
+    return x
+
+
+def target_rows(target: pl.DataFrame | None, needed: str) -> pl.DataFrame:
+    """The target's rows, sorted by id.
+
+    Raises:
+        ValueError: if there are none, one comes twice, or they lack the column `needed`.
+    """
+    if target is None or target.is_empty():
+        raise ValueError("the target set is empty: give rows like those the model shall be good at")
+    if needed not in target.columns:
+        raise ValueError(f"the target rows have no {needed}: give it for the pool and the target")
+    if target["id"].is_duplicated().any():
+        twice = target["id"].filter(target["id"].is_duplicated())[0]
+        raise ValueError(f"target id {twice} comes twice: give each row once")
+    return target.sort("id")
+
+
+def both(pool: pl.DataFrame, target: pl.DataFrame | None) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a pool and of its target, each in the order of ids.
+
+    Raises:
+        ValueError: as `matrix` and `target_rows`, or if their widths differ.
+    """
+    x, y = matrix(pool), matrix(target_rows(target, "embedding"), "target rows")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"embeddings have {x.shape[1]} dimensions in the pool and {y.shape[1]} in the target: "
+            "embed both with one model"
+        )
+    return x, y
+
 
 MAX_ROWS = 100_000_000
 """Rows that methods without embeddings decide over; their docstrings say at what memory."""
@@ -255,3 +319,77 @@ def _complaint(budget: Budget, facts: dict[str, Any], found: Ranking) -> str:
         f"keep {facts['spent']}{f' ({why})' if why else ''}: lower the budget, give more rows, or "
         "set on_shortfall to smaller"
     )
+
+
+Need = Literal[
+    "source",  # the name of the source of each row
+    "prompts",  # prompt_id of each row
+    "scores",  # one score column or more
+    "embeddings",
+    "text",
+    "target embeddings",
+    "target text",
+    "gradients",  # gradient features, as recipes and `siftline score --gradients` make them
+    "target gradients",
+    "training",  # models trained between its rounds, which recipes alone do
+]
+Scope = Literal["bucketed", "global"]
+WIDTH = 384
+"""Dimensions that the limits of methods with embeddings are stated for."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as the table shows it.
+
+    Attributes:
+        name: What it is called on the command line and in recipes.
+        method: The frozen dataclass; its fields are its options.
+        needs: What its buckets, and the target, must hold.
+        scope: "bucketed" keeps a few numbers a row; "global" holds embeddings or word counts of all
+            rows at once.
+        limit: Most rows it takes (of 384 dimensions where it reads embeddings, of the default
+            features where it reads gradients).
+        good_for: One line.
+        warning: One line.
+        source: Paper or repository.
+        width: Values a row that the limit is stated for, where it is one of values: narrower rows
+            may be more. None where the limit is one of rows.
+        distribution: The package that registered it, None for siftline's and for import paths.
+    """
+
+    name: str
+    method: type[Any]
+    needs: tuple[Need, ...]
+    scope: Scope
+    limit: int
+    good_for: str
+    warning: str
+    source: str
+    width: int | None = None
+    distribution: str | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a user's own, registered or by import path."""
+        return ":" in self.name or self.distribution is not None
+
+    @property
+    def targeted(self) -> bool:
+        """Whether it selects towards a target set."""
+        return any(need.startswith("target") for need in self.needs)
+
+    def limit_at(self, width: int) -> int:
+        """Most rows it takes where the vectors it reads have so many values a row."""
+        return self.limit if self.width is None else MAX_VALUES // width
+
+    def options(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        default = self.method()
+        return {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.init}
+
+    def needed_columns(self, method: Any) -> tuple[str, ...]:
+        """Score columns that a configured method reads beside what every row has."""
+        given = {"id", "n_tokens", "source", "prompt_id", "embedding", "text"}
+        asked = method.columns() if hasattr(method, "columns") else {}
+        return tuple(name for name in asked if name not in given)

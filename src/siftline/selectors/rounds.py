@@ -18,12 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import uniforms
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.selectors.kmeans_quality import KmeansQuality
-from siftline.selectors.method import Plan, Ranking, amounts_of, gathered, planned
+from siftline.selectors.method import Plan, Ranking, amounts_of, gathered, matrix, planned
 from siftline.selectors.spending import Budget, Spent, spend_by_group
-from siftline.selectors.vectors import matrix
 
 PERPLEXITY = "perplexity"
 RECIPES_ONLY = (

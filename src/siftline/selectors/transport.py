@@ -16,9 +16,8 @@ import polars as pl
 from siftline.kernels.draws import uniforms
 from siftline.kernels.vectors.blocks import block_rows
 from siftline.kernels.vectors.sinkhorn import Cost, sinkhorn, soft_transform
-from siftline.selectors.method import Ranked, Ranking, amounts_of, by_value
+from siftline.selectors.method import Ranked, Ranking, amounts_of, both, by_value
 from siftline.selectors.spending import Budget, spend
-from siftline.selectors.vectors import both
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ Rows in play are the rows that the stage before kept or added. They are read buc
 the pool and from what earlier stages added; the pool itself is never copied.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
+from siftline.kernels.draws import gumbel_top_k, quick_uniforms
 from siftline.progress import Progress
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
@@ -21,10 +24,72 @@ from siftline.rows.selection import DECISION, Selection
 from siftline.rows.shards import no_rows
 from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.recorder import Recorder
-from siftline.stages.held_rows import HeldRows
 from siftline.stages.models import Engines, model_spec
 from siftline.store import store
 from siftline.workspace import Workspace
+
+_ROOM = 2
+"""Rows held for one wanted: a gate may remove half of its rows before they are read again."""
+
+
+class HeldRows:
+    """Rows of one gate with the highest draws.
+
+    Args:
+        seed: The recipe's.
+        wanted: Most rows that will be asked for.
+        rows: Rows that the gate reads.
+    """
+
+    def __init__(self, seed: int, wanted: int, rows: int) -> None:
+        self.seed = seed
+        self.floor = 1.0 - min(1.0, _ROOM * wanted / rows)
+        self._held: dict[int, pa.Table] = {}
+        self._seen: dict[int, int] = {}
+
+    def offer(self, bucket: int, rows: pa.Table) -> None:
+        """Takes what it wants of the rows in play of a bucket; once is enough."""
+        if bucket in self._seen:
+            return
+        drawn = draws(self.seed, rows.column("id").to_pylist())
+        self._held[bucket] = rows.take(pa.array(np.flatnonzero(drawn > self.floor)))
+        self._seen[bucket] = rows.num_rows
+
+    def first(self, kept: Sequence[str], count: int, rows: int) -> pa.Table | None:
+        """The rows that come first in the order of draws.
+
+        Args:
+            kept: Ids of the rows asked for, ascending.
+            count: How many of them, at most `len(kept)`.
+            rows: Rows in play of the gate.
+
+        Returns:
+            `count` rows, best draw first; None where they can't be told, or are not held.
+        """
+        if sum(self._seen.values()) != rows or not self._held:
+            return None
+        held = pa.concat_tables(self._held.values())
+        ids = held.column("id").to_pylist()
+        places = [place for place, i in enumerate(ids) if _among(i, kept)]
+        if len(places) < count:
+            return None
+        best = first(self.seed, [ids[place] for place in places], count)
+        return held.take(pa.array([places[i] for i in best], pa.int64()))
+
+
+def _among(identity: str, ids: Sequence[str]) -> bool:
+    place = bisect_left(ids, identity)
+    return place < len(ids) and ids[place] == identity
+
+
+def draws(seed: int, ids: Sequence[str]) -> np.ndarray:
+    """The draw of each row, float64 in (0, 1): the same at every gate."""
+    return quick_uniforms(seed, "canary", ids)
+
+
+def first(seed: int, ids: Sequence[str], count: int) -> np.ndarray:
+    """Positions of the `count` ids that come first in the order of their draws."""
+    return gumbel_top_k(draws(seed, ids), ids, count)
 
 
 @dataclass(frozen=True)
@@ -198,3 +263,28 @@ def split_failed(decisions: pl.DataFrame, failed: dict[str, str]) -> StageResult
     """A result in which failed rows are not decided but recorded as failed."""
     left = decisions.filter(~pl.col("id").is_in(list(failed))) if failed else decisions
     return StageResult(left, failed)
+
+
+UNDECIDED = ["verifier_error"]
+"""Reasons that say the gate could not decide: such rows fail and are tried again."""
+
+
+def gather(context: Context, selections: list[Selection], facts: dict[str, Any]) -> StageRun:
+    """Joins the selections of all buckets; side tables are stacked."""
+    names = sorted({name for selection in selections for name in selection.tables})
+    stacked = {
+        name: pl.concat([s.tables[name] for s in selections if name in s.tables]) for name in names
+    }
+    results = []
+    for bucket, selection in enumerate(selections):
+        decided = pass_earlier(selection, context.judged(bucket))
+        results.append(split_failed(*without_undecided(decided)))
+    vacuous = all(selection.vacuous for selection in selections)
+    return StageRun(results, stacked, {**facts, "vacuous": vacuous})
+
+
+def without_undecided(decided: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Decisions, and reasons by id of the rows that could not be decided."""
+    open_ = pl.col("reason").is_in(UNDECIDED).fill_null(False)
+    lost = decided.filter(open_)["id"].to_list()
+    return decided.filter(~open_), dict.fromkeys(lost, UNDECIDED[0])

@@ -19,11 +19,12 @@ from siftline.recipe.parse import Recipe, expand
 from siftline.rows.schema import HALF_ID
 from siftline.rows.shards import Manifest
 from siftline.rows.verified import file_hash
-from siftline.scoring.measures import classifiers, likelihood, rubric
+from siftline.scoring.measures import classifiers, likelihood
+from siftline.scoring.measures import judge as rubric
 from siftline.scoring.measures.classifiers import Classifier, Reward
 from siftline.scoring.measures.columns import Function, attach_leftovers
 from siftline.scoring.measures.contrast import Contrast
-from siftline.scoring.measures.rubric import Rubric
+from siftline.scoring.measures.judge import Rubric
 from siftline.scoring.measures.scorers import (
     columns_of,
     models_of,
@@ -33,10 +34,8 @@ from siftline.scoring.measures.scorers import (
 )
 from siftline.scoring.recorder import Recorder
 from siftline.stages.context import Context, by_store_bucket
-from siftline.stages.models import Engines, identity, named_spec
-from siftline.stages.parallel import counted, over_buckets, total
-from siftline.stages.scores import Observe, observed
-from siftline.stages.tables import ScoreTable
+from siftline.stages.models import Engines, counted, identity, named_spec, over_buckets, total
+from siftline.stages.scores import Observe, ScoreTable, observed
 from siftline.workspace import Workspace
 
 VERSION = 1

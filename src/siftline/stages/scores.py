@@ -4,27 +4,272 @@ The table covers the whole pool once and is shared by recipes. Rows that a stage
 scored through the same store when a gate asks for them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import scratch_folder
 from siftline.ingest.pool import Pool
 from siftline.progress import Progress
-from siftline.rows.shards import Manifest
+from siftline.rows.schema import bucket_of
+from siftline.rows.shards import Manifest, PartWriter, RowHash, no_rows, read_bucket
 from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.measures import likelihood
-from siftline.scoring.measures.likelihood import COLUMNS, Likelihood
+from siftline.scoring.measures.likelihood import (
+    ALONE,
+    COLUMNS,
+    Likelihood,
+    Question,
+    Reasons,
+    alone_bucket,
+    joined,
+    score_alone,
+    score_given,
+)
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import trimmed_ids
 from siftline.stages.context import Context, by_store_bucket
-from siftline.stages.models import Engines, identity
-from siftline.stages.parallel import total
-from siftline.stages.responses import score_buckets
-from siftline.stages.tables import ScoreTable
+from siftline.stages.models import Engines, counted, identity, over_buckets, total
+from siftline.store.store import BUCKETS
+
+FAILED = pa.schema([("id", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Where a table lies, what its lines hold, and what it has to be made of.
+
+    Attributes:
+        folder: The table's folder.
+        schema: Columns; the first is `id`.
+        inputs: Everything the values depend on; JSON.
+    """
+
+    folder: Path
+    schema: pa.Schema
+    inputs: Mapping[str, Any]
+
+    def found(self) -> Manifest | None:
+        """The manifest, where the table is there and made of these inputs."""
+        manifest = Manifest.found(self.folder / "manifest.json")
+        if manifest is None:
+            return None
+        made_of = json.loads(json.dumps(self.inputs))  # as the manifest holds them: no tuples
+        fits = manifest.info["inputs"] == made_of and not manifest.missing(self.folder)
+        return manifest if fits else None
+
+    def finished(self) -> Manifest | None:
+        """The manifest, where `found` and no row is to be tried again."""
+        manifest = self.found()
+        return None if manifest is None or manifest.info["failed"] else manifest
+
+    def reader(self) -> Callable[[int], pl.DataFrame] | None:
+        """Reads one bucket of the pool; None where there is no table of these inputs."""
+        manifest = self.found()
+        if manifest is None:
+            return None
+
+        def read(bucket: int) -> pl.DataFrame:
+            table = read_bucket(self.folder, manifest, "scores", bucket, schema=self.schema)
+            frame = pl.from_arrow(table)
+            assert isinstance(frame, pl.DataFrame)
+            return frame
+
+        return read
+
+    def write(
+        self,
+        pool: Pool,
+        scored: Iterable[tuple[int, tuple[pl.DataFrame, dict[str, str]]]],
+        tally: Callable[[], Mapping[str, Any]],
+    ) -> Manifest:
+        """Writes the table.
+
+        Args:
+            pool: The pool; its buckets are the table's.
+            scored: Store buckets in rising order, with the lines of their rows and the reasons of
+                those that failed.
+            tally: Called at the end: what it cost, for the manifest.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer, version = PartWriter(self.folder), RowHash()
+        failed: dict[str, str] = {}
+        counted = after = 0
+        waiting: list[pl.DataFrame] = []
+
+        def flush(until: int) -> None:
+            """Writes the pool's buckets below `until`, whose rows are all there."""
+            nonlocal after, waiting
+            lines = pl.concat(waiting) if waiting else None
+            for bucket in range(after, until):
+                part = no_rows(self.schema)
+                if lines is not None:
+                    here = _of_bucket(lines, bucket, pool.buckets)
+                    part = here.sort("id").to_arrow().select(self.schema.names).cast(self.schema)
+                version.update(part)
+                writer.add("scores", bucket, part)
+            if until > after:
+                after, waiting = until, []
+
+        for store_bucket, (lines, reasons) in scored:
+            # Both cuts go by the leading bits of the prompt id: a store bucket holds whole pool
+            # buckets, or lies within one. The rows before this bucket's first are complete.
+            flush(store_bucket * pool.buckets // BUCKETS)
+            counted += lines.height
+            failed |= reasons
+            waiting.append(lines)
+        flush(pool.buckets)
+        lost = pl.DataFrame(
+            {"id": list(failed), "reason": list(failed.values())},
+            schema={"id": pl.String, "reason": pl.String},
+        ).sort("id")
+        writer.add("failed", 0, lost.to_arrow().cast(FAILED))
+        # The rows' counts, not the questions': a row may need several, or none.
+        info = {**tally(), "inputs": self.inputs, "scored": counted, "failed": lost.height}
+        manifest = Manifest(version.hexdigest(), pool.buckets, tuple(writer.parts), info)
+        manifest.save(self.folder / "manifest.json")
+        return manifest
+
+
+def reasons_of(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """Failed rows of a table by reason, most frequent first."""
+    parts = [part for part in manifest.parts if part.table == "failed"]
+    if not parts:
+        return {}
+    frame = pl.from_arrow(read_bucket(folder, manifest, "failed", 0, schema=FAILED))
+    assert isinstance(frame, pl.DataFrame)
+    counted = frame["reason"].value_counts().sort(["count", "reason"], descending=[True, False])
+    return dict(counted.iter_rows())
+
+
+def _of_bucket(lines: pl.DataFrame, bucket: int, buckets: int) -> pl.DataFrame:
+    inside = [bucket_of(i, buckets) == bucket for i in lines["id"].to_list()]
+    return lines.filter(pl.Series(inside, dtype=pl.Boolean))
+
+
+_WAITING = pa.schema(
+    [
+        ("row_bucket", pa.int32()),
+        ("key", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+    ]
+)
+
+
+def score_buckets(
+    recorders: Sequence[Recorder],
+    buckets: Iterable[tuple[int, pa.Table]],
+    asked: Likelihood,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, tuple[pl.DataFrame, Reasons]]]:
+    """Scores rows as `likelihood.score_likelihood` does, over many store buckets.
+
+    Args:
+        recorders: One for each device, on copies of one model.
+        buckets: Store bucket and its rows, each bucket once.
+        asked: Which turns, and what beside the log-probability.
+        advance: Takes what no recorder reports: rows count twice, asked or not.
+
+    Yields:
+        Bucket, its lines and the reasons of its other rows, in the order of the buckets.
+    """
+    with scratch_folder(recorders[0].root, "responses") as folder:
+        failed: dict[int, Reasons] = {}
+        with _Waiting(folder) as waiting:
+            for bucket, (given, reasons, left) in over_buckets(
+                recorders, buckets, lambda r, b, rows: _with_prompts(r, b, rows, asked, advance)
+            ):
+                given.write_ipc(folder / f"given-{bucket}.arrow")
+                failed[bucket] = reasons
+                waiting.add(bucket, left)
+        lacking: Reasons = {}
+        for home, (answers, reasons) in over_buckets(
+            recorders, waiting.read(), lambda r, b, table: _responses(r, b, table, advance)
+        ):
+            lacking |= reasons
+            for (bucket,), part in answers.partition_by("row_bucket", as_dict=True).items():
+                part.select(*ALONE).write_ipc(folder / f"alone-{bucket}-{home}.arrow")
+        for bucket, reasons in failed.items():
+            found = sorted(folder.glob(f"alone-{bucket}-*.arrow"))
+            alone = [pl.DataFrame(schema=ALONE), *map(pl.read_ipc, found)]
+            given = pl.read_ipc(folder / f"given-{bucket}.arrow")
+            lines, lost = joined(given, pl.concat(alone), lacking)
+            yield bucket, (lines, reasons | lost)
+
+
+def _with_prompts(
+    recorder: Recorder,
+    bucket: int,
+    rows: pa.Table,
+    asked: Likelihood,
+    advance: Callable[[int], None],
+) -> tuple[pl.DataFrame, Reasons, dict[str, Question]]:
+    reported: list[int] = []
+    with counted([recorder], 0, reported.append):
+        found = score_given(recorder, bucket, rows, asked)
+    advance(2 * rows.num_rows - len(found[2]) + sum(reported))  # the rest is of the second round
+    return found
+
+
+def _responses(
+    recorder: Recorder, bucket: int, table: pa.Table, advance: Callable[[int], None]
+) -> tuple[pl.DataFrame, Reasons]:
+    """Columns of `ALONE` and `row_bucket`, a line for each bucket that has the response."""
+    questions: dict[str, Question] = {}
+    for line in table.to_pylist():
+        questions[line["key"]] = (line["tokens"], (line["start"], line["end"]))
+    with counted([recorder], table.num_rows, advance):
+        answers, reasons = score_alone(recorder, bucket, questions)
+    homes = pl.from_arrow(table.select(["row_bucket", "key"]))
+    assert isinstance(homes, pl.DataFrame)
+    return homes.join(answers, on="key", maintain_order="left"), reasons
+
+
+class _Waiting:
+    """Responses that wait for the second round, in one file for each of their buckets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "_Waiting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def add(self, row_bucket: int, alone: dict[str, Question]) -> None:
+        """Writes the responses of one bucket of rows."""
+        by_home: dict[int, list[tuple[int, str, list[int], int, int]]] = {}
+        for key, (tokens, (start, end)) in sorted(alone.items()):
+            line = (row_bucket, key, tokens, start, end)
+            by_home.setdefault(alone_bucket(key), []).append(line)
+        for home, lines in by_home.items():
+            if home not in self._writers:
+                sink = self._opened.enter_context(pa.OSFile(str(self._path(home)), "wb"))
+                writer = pa.ipc.new_stream(sink, _WAITING)
+                self._writers[home] = self._opened.enter_context(writer)
+            columns = [list(column) for column in zip(*lines, strict=True)]
+            self._writers[home].write_table(pa.table(columns, schema=_WAITING))
+
+    def read(self) -> Iterator[tuple[int, pa.Table]]:
+        """Bucket and responses, in order."""
+        for home in sorted(self._writers):
+            with pa.OSFile(str(self._path(home)), "rb") as source:
+                yield home, pa.ipc.open_stream(source).read_all()
+
+    def _path(self, home: int) -> Path:
+        return self.folder / f"waiting-{home}.arrow"
+
 
 VERSION = 3
 """Raise it when the table's columns change, or which rows have a score."""

@@ -23,8 +23,14 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.rows.schema import digest
-from siftline.store.journal import DiskFullError, Journal
-from siftline.store.namespace import BUCKETS, Namespace, NamespaceFolder, unique
+from siftline.store.namespace import (
+    BUCKETS,
+    DiskFullError,
+    Journal,
+    Namespace,
+    NamespaceFolder,
+    unique,
+)
 
 __all__ = ["BUCKETS", "DiskFullError", "Namespace", "Store", "collect", "score_key"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from siftline.training.logprobs import States
+from siftline.training.objectives import States
 from siftline.training.schedule import IGNORED
 
 NAME = "siftline_packed"
@@ -258,7 +258,7 @@ def check_head(model: Any) -> None:
     Raises:
         ValueError: if they differ: the model does something to its logits that is not known here.
     """
-    from siftline.training.logprobs import token_scores
+    from siftline.training.objectives import token_scores
 
     training = model.training
     model.eval()

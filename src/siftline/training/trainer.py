@@ -17,12 +17,19 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from siftline.rows.outputs import confirm_outputs, record_outputs
+from siftline.rows.published import confirm_outputs, record_outputs
 from siftline.scoring.fingerprint import RETRAIN
-from siftline.training.logprobs import States, TokenScores, read_tokens, token_scores
-from siftline.training.objectives import ANCHORED, Lesson, Objective
+from siftline.training.material import Passes
+from siftline.training.objectives import (
+    ANCHORED,
+    Lesson,
+    Objective,
+    States,
+    TokenScores,
+    read_tokens,
+    token_scores,
+)
 from siftline.training.packing import Row, check_head, choose, length_groups, packed, padded
-from siftline.training.passes import Passes
 
 
 class PlannedTrainer(SFTTrainer):

@@ -35,12 +35,10 @@ from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.fingerprint import RETRAIN, model_digest
 from siftline.scoring.templates import load_tokenizer
 from siftline.selectors.less import Gradients
-from siftline.training.card import write_json
-from siftline.training.material import lay_out, training_passes
-from siftline.training.methods import load_model
+from siftline.training.finetune import write_json
+from siftline.training.material import Passes, lay_out, training_passes
 from siftline.training.objectives import Objective
-from siftline.training.passes import Passes
-from siftline.training.sft import FineTune, last_checkpoint, sft_arguments
+from siftline.training.sft import FineTune, last_checkpoint, load_model, sft_arguments
 from siftline.training.trainer import PlannedTrainer
 
 FACTS = "warmup.json"

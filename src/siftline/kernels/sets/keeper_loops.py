@@ -3,8 +3,7 @@
 import numpy as np
 from numba import njit
 
-from siftline.kernels.sets.chains import Chains, append
-from siftline.kernels.sets.jaccard import required_overlap
+from siftline.kernels.sets.jaccard import Chains, append, required_overlap
 from siftline.kernels.sets.keepers import KEPT, NEW, Candidates, Decisions
 
 

@@ -11,8 +11,7 @@ allocate nothing, so that they can be kept compiled (`machine`); `texts` is wher
 import numpy as np
 from numba import njit
 
-from siftline.kernels.sets.minhash import EMPTY
-from siftline.kernels.sets.shingles import write_distinct
+from siftline.kernels.sets.shingles import EMPTY, write_distinct
 from siftline.kernels.text.bits import lowest8, lowest32
 from siftline.kernels.text.folding import fold
 from siftline.kernels.text.textgrams import character_units, text_hash, windows

@@ -8,11 +8,15 @@ character: a code point of the words with single spaces between them.
 A text of fewer than n units is one shingle, the whole text; a text without units has none.
 """
 
+from functools import cache
+
 import numpy as np
 from numba import njit
 
 from siftline.kernels.text.bits import load64
 from siftline.kernels.text.folding import decode, rest
+from siftline.kernels.text.tokens import hashed
+from siftline.kernels.text.words import NUMBER_WORDS, WordTexts
 from siftline.kernels.text.words_reference import words_reference
 
 _G = np.uint64(0x9E3779B97F4A7C15)
@@ -155,3 +159,201 @@ def _unit(point: np.uint64) -> np.uint64:
 @njit(cache=True, nogil=True)
 def _mixed(h: np.uint64) -> np.uint32:
     return np.uint32(((h ^ (h >> _HALF)) * _F) >> _HALF)
+
+
+_BETWEEN = 0x1F
+_WORD, _NUMBER, _SIGN, _QUANTITY = range(4)
+
+
+def guards(texts: WordTexts) -> np.ndarray:
+    """A hash of the quantities of each text, uint64; texts of the same quantities have the same."""
+    return _guards(texts.data, texts.offsets, *_shapes())
+
+
+def quantities(texts: WordTexts) -> list[tuple[str, ...]]:
+    """What `guards` hashes of each text: `text.numbers`."""
+    found = []
+    for a, b in zip(texts.offsets[:-1], texts.offsets[1:], strict=True):
+        out = np.empty(2 * (b - a) + 8, np.uint8)
+        size = _kept(texts.data, a, b, *_shapes(), out)
+        parts = bytes(out[:size]).decode().split(chr(_BETWEEN))
+        found.append(tuple(parts[:-1]))
+    return found
+
+
+@cache
+def _shapes() -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the number words, ascending; whether one has this first letter and length."""
+    known = [np.frombuffer(word.encode() + b"\0" * 16, np.uint8) for word in NUMBER_WORDS]
+    hashes = np.array([hashed(word, 0, len(word) - 16) for word in known], np.uint64)
+    shapes = np.zeros((256, 16), np.bool_)
+    for word in NUMBER_WORDS:
+        shapes[ord(word[0]), len(word)] = True
+    return np.sort(hashes), shapes
+
+
+@njit(cache=True, nogil=True)
+def _guards(
+    data: np.ndarray, offsets: np.ndarray, known: np.ndarray, shapes: np.ndarray
+) -> np.ndarray:
+    n, longest = len(offsets) - 1, np.int64(0)
+    for i in range(n):
+        longest = max(longest, offsets[i + 1] - offsets[i])
+    out, hashes = np.empty(2 * longest + 8, np.uint8), np.empty(n, np.uint64)
+    for i in range(n):
+        size = _kept(data, offsets[i], offsets[i + 1], known, shapes, out)
+        hashes[i] = text_hash(out, 0, size)
+    return hashes
+
+
+@njit(cache=True, nogil=True)
+def _kept(
+    data: np.ndarray,
+    begin: int,
+    end: int,
+    known: np.ndarray,
+    shapes: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Writes the quantities of data[begin:end], each with _BETWEEN behind it; returns the bytes."""
+    at, k = 0, begin
+    last, letter = _WORD, False  # what the word before was
+    leads, looked = False, begin - 1  # what `_leads` said, and up to where it holds
+    while k < end:
+        stop, digits = k, False
+        while stop < end and data[stop] != 32:
+            digits |= 48 <= data[stop] <= 57
+            stop += 1
+        kind = _NUMBER if digits else _kind(data, k, end)
+        if digits:
+            at = _write_numbers(data, k, stop, out, at)
+        else:
+            after = _letter(data, stop + 1, end)
+            ends = stop >= end
+            sure = _sure(data, k, stop, kind, last, letter, after, ends, known, shapes)
+            if not sure and kind >= _SIGN:
+                if stop + 1 > looked:  # a run of signs is looked through once
+                    leads, looked = _leads(data, stop + 1, end)
+                sure = leads
+            if sure:
+                for p in range(k, stop):
+                    out[at] = data[p]
+                    at += 1
+                out[at] = _BETWEEN
+                at += 1
+        last, letter = kind, _letter(data, k, end)
+        k = stop + 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _sure(
+    data: np.ndarray,
+    k: int,
+    stop: int,
+    kind: int,
+    last: int,
+    before: bool,
+    after: bool,
+    ends: bool,
+    known: np.ndarray,
+    shapes: np.ndarray,
+) -> bool:
+    """Whether a word without digits is kept, whatever is behind it but a single letter."""
+    char, size = data[k], stop - k
+    if 97 <= char <= 122:
+        if size > 15 or not shapes[char, size]:
+            return False
+        return _among(data, k, stop, known)
+    if char == 33:  # ! at the end is one of prose
+        return not ends
+    if char in (60, 62, 61, 94, 43, 46):  # < > = ^ + .
+        return True
+    if last == _NUMBER and (char == 37 or kind == _QUANTITY):
+        return True
+    if char == 35:
+        return before
+    if char in (45, 42, 47, 126, 124, 38):  # - * / ~ | &
+        double = size == 2 and (char == 38 or char == 124)
+        return double or before or after
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _kind(data: np.ndarray, k: int, end: int) -> int:
+    char = data[k]
+    if char >= 0x80:
+        point, _ = decode(data, k, end)
+        near = 0xA2 <= point <= 0xA5 or 0xB0 <= point <= 0xB1 or 0x2030 <= point <= 0x2031
+        if near or 0x20A0 <= point <= 0x20CF or 0x2200 <= point <= 0x22FF:
+            return _QUANTITY
+        return _WORD
+    if char in (43, 45, 42, 47, 94, 60, 62, 61, 126, 36, 40, 91, 123, 41, 93, 125):
+        return _SIGN
+    return _WORD
+
+
+@njit(cache=True, nogil=True)
+def _leads(data: np.ndarray, k: int, end: int) -> tuple[bool, int]:
+    """Whether signs alone stand from k on before a number, and where the word is that decides."""
+    while k < end:
+        stop, digits = k, False
+        while stop < end and data[stop] != 32:
+            digits |= 48 <= data[stop] <= 57
+            stop += 1
+        if digits:
+            return True, k
+        if _kind(data, k, end) < _SIGN:
+            return False, k
+        k = stop + 1
+    return False, end
+
+
+@njit(cache=True, nogil=True)
+def _write_numbers(data: np.ndarray, k: int, stop: int, out: np.ndarray, at: int) -> int:
+    """Writes the numbers of the word data[k:stop]; returns where they end."""
+    while k < stop:
+        if not 48 <= data[k] <= 57:
+            k += 1
+            continue
+        while k < stop:
+            char = data[k]
+            if 48 <= char <= 57:
+                out[at] = char
+                at += 1
+            elif char in (46, 44, 59, 39) and k + 1 < stop and 48 <= data[k + 1] <= 57:
+                if char != 44 or not _thousand(data, k + 1, stop):
+                    out[at] = char
+                    at += 1
+            else:
+                break
+            k += 1
+        out[at] = _BETWEEN
+        at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _thousand(data: np.ndarray, k: int, stop: int) -> bool:
+    """Whether exactly three digits are at k."""
+    size = 0
+    while k + size < stop and size < 4 and 48 <= data[k + size] <= 57:
+        size += 1
+    return size == 3
+
+
+@njit(cache=True, nogil=True)
+def _letter(data: np.ndarray, k: int, end: int) -> bool:
+    """Whether the word at k is a single small letter."""
+    return k < end and 97 <= data[k] <= 122 and (k + 1 == end or data[k + 1] == 32)
+
+
+@njit(cache=True, nogil=True)
+def _among(data: np.ndarray, k: int, stop: int, known: np.ndarray) -> bool:
+    """Whether the word data[k:stop], of at most 15 bytes, is one of those hashed."""
+    word = np.zeros(32, np.uint8)
+    for p in range(stop - k):
+        word[p] = data[k + p]
+    h = hashed(word, 0, stop - k)
+    place = np.searchsorted(known, h)
+    return place < len(known) and known[place] == h

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
 
+from siftline.scoring.answers.expressions import begins, equal_quantities
 from siftline.scoring.answers.latex import DEGREES, normalise, shell, without_unit
-from siftline.scoring.answers.quantities import Quantity, answer_key, parse_quantity, tidy
-from siftline.scoring.answers.units import Measured, measured
-from siftline.scoring.answers.worded_numbers import begins, equal_quantities
+from siftline.scoring.answers.quantities import (
+    Measured,
+    Quantity,
+    answer_key,
+    measured,
+    parse_quantity,
+    tidy,
+)
 
 LONGEST_EXPRESSION = 500
 """Characters beyond which an unequal pair is not compared: real answers are shorter."""

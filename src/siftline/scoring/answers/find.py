@@ -15,9 +15,9 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from siftline.scoring.answers.answer_steps import Candidate, without_steps
 from siftline.scoring.answers.quantities import NUMBER, answer_key, parse_quantity
 from siftline.scoring.answers.reasoning import without_reasoning
+from siftline.scoring.answers.steps import Candidate, without_steps
 
 __all__ = [
     "Candidate",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from siftline.scoring import versions
+from siftline import scoring as versions
 from siftline.scoring.engines.base import ModelSpec, check_directory, check_rows
 from siftline.scoring.engines.batching import in_halves
 from siftline.scoring.engines.devices import torch_device

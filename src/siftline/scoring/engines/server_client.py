@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from siftline.scoring.engines.base import Failed, Server
-from siftline.scoring.engines.server_http import (
+from siftline.scoring.engines.server_replies import (
     BAD_REPLY,
     LONGEST_WAIT_S,
     PAGE_BYTES,

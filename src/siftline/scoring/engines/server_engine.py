@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from siftline.scoring import versions
+from siftline import scoring as versions
 from siftline.scoring.engines.base import (
     NO_SCORES,
     Detail,
@@ -39,10 +39,19 @@ from siftline.scoring.engines.base import (
     score_options,
 )
 from siftline.scoring.engines.server_client import START_S, Answer, Client, Counts, Job, Unreachable
-from siftline.scoring.engines.server_http import BAD_REPLY, REFUSED, NoAnswer, one_line
-from siftline.scoring.engines.server_replies import ROUTES, Draw, Route, draw_body, read_draw
-from siftline.scoring.engines.streaming import Pull, fitting
+from siftline.scoring.engines.server_replies import (
+    BAD_REPLY,
+    REFUSED,
+    ROUTES,
+    Draw,
+    NoAnswer,
+    Route,
+    draw_body,
+    one_line,
+    read_draw,
+)
 from siftline.scoring.fingerprint import model_digest, model_fingerprint
+from siftline.scoring.recorder import Pull, fitting
 from siftline.scoring.spans import encode, start_token, stop_tokens
 from siftline.scoring.templates import load_tokenizer
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from siftline.scoring import versions
+from siftline import scoring as versions
 from siftline.scoring.engines.base import (
     DETAILS,
     Detail,
@@ -40,9 +40,8 @@ from siftline.scoring.engines.base import (
     score_options,
 )
 from siftline.scoring.engines.batching import in_halves, plan_batches
-from siftline.scoring.engines.cpu_parallel import can_share, side_by_side
 from siftline.scoring.engines.decode import draw_texts
-from siftline.scoring.engines.devices import torch_device
+from siftline.scoring.engines.devices import can_share, side_by_side, torch_device
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.projection import Head, head_of, scored
 from siftline.scoring.spans import stop_tokens

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.scoring import versions
+from siftline import scoring as versions
 from siftline.scoring.engines.base import (
     NO_SCORES,
     Detail,
@@ -44,10 +44,9 @@ from siftline.scoring.engines.base import (
     positions,
     score_options,
 )
-from siftline.scoring.engines.pipe import Frame, list_column
-from siftline.scoring.engines.streaming import Pull, fitting
-from siftline.scoring.engines.worker_process import WorkerProcess
+from siftline.scoring.engines.worker_process import Frame, WorkerProcess, list_column
 from siftline.scoring.fingerprint import model_fingerprint
+from siftline.scoring.recorder import Pull, fitting
 from siftline.scoring.spans import stop_tokens
 from siftline.scoring.templates import load_tokenizer
 

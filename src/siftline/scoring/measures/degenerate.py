@@ -7,11 +7,12 @@ answers and worked solutions; what they find, they find surely, and they miss mo
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
 
 from siftline.kernels.text.normalization import normalized
-from siftline.scoring.answers.fences import blocks
+from siftline.scoring.answers.reasoning import blocks
 
 Reason = Literal["truncated", "repetitive", "wrong_language"]
 
@@ -214,3 +215,45 @@ def _scripts(text: str) -> Counter[str]:
             script = unicodedata.name(character, "UNKNOWN").partition(" ")[0].partition("-")[0]
             counts[_SAME_SCRIPT.get(script, script)] += times
     return counts
+
+
+REMEDY = "pip install 'siftline[quality]'"
+LIBRARY = "py3langid"
+
+
+@cache
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ValueError(f"languages need {LIBRARY}, which is not here: {REMEDY}") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def known_languages() -> list[str]:
+    """Codes that a text can be given, sorted.
+
+    Raises:
+        ValueError: if the package is not installed.
+    """
+    return sorted(_identifier().labels)
+
+
+def probabilities(text: str) -> Mapping[str, float]:
+    """Probability of each language, the likeliest first; equal ones by code.
+
+    Raises:
+        ValueError: if the package is not installed.
+    """
+    ranked = _identifier().rank(text)
+    return dict(sorted(ranked, key=lambda pair: (-pair[1], pair[0])))
+
+
+def distinct(text: str) -> str:
+    """The words of a text, each once, in the order they come."""
+    return " ".join(dict.fromkeys(text.split()))
+
+
+def letters(text: str) -> int:
+    """Letters of a text: what its language can be told from."""
+    return sum(map(str.isalpha, text))

@@ -115,7 +115,7 @@ def score_likelihood(
     """Scores the responses of one store bucket.
 
     Equal responses of several buckets are one question when they are asked without their prompts;
-    who scores a whole pool asks it once (`stages.responses`).
+    who scores a whole pool asks it once (`stages.scores`).
 
     Args:
         recorder: The target model.

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from siftline.scoring.answers.find import extract_answer
-from siftline.scoring.measures.choices import ask_choices
-from siftline.scoring.measures.reflection import about_answers
+from siftline.scoring.measures.consistency import about_answers
+from siftline.scoring.measures.judge import ask_choices
 from siftline.scoring.recorder import REFUSED, Recorder
 from siftline.scoring.verifiers import Verdict
 

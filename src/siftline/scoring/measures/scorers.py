@@ -19,7 +19,7 @@ from siftline.scoring.measures.classifiers import (
 )
 from siftline.scoring.measures.columns import Column, Function, score_column, score_function
 from siftline.scoring.measures.contrast import Contrast, score_contrast
-from siftline.scoring.measures.rubric import Rubric, score_rubric
+from siftline.scoring.measures.judge import Rubric, score_rubric
 from siftline.scoring.recorder import Recorder
 
 Scorer = Reward | Classifier | Rubric | Contrast | Column | Function

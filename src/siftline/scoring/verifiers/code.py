@@ -1,10 +1,172 @@
 """Responses that are programs, held to tests that run in a sandbox."""
 
+import re
+import textwrap
+from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
-from siftline.scoring.verifiers.program import program_of
+from siftline.scoring.answers.reasoning import Block, blocks, without_reasoning
 from siftline.scoring.verifiers.sandbox import Limits, Sandbox
 from siftline.scoring.verifiers.verdict import Verdict
+
+_PYTHON = re.compile(r"(?:i?python|py)[\d.]*|pycon|python-repl|doctest")
+_UNNAMED = ("", "text", "txt", "plaintext", "code")
+_MID_LINE = re.compile(r"^([^`\n]+)(```(?:python|py)[\d.]*[ \t]*)$", re.MULTILINE | re.IGNORECASE)
+"""A fence behind words: Code: ```python."""
+_ITEM = re.compile(r"[ \t>]*(?:[-*+]|\d{1,9}[.)])?[ \t]*")
+_BEHIND_FENCE = re.compile(
+    r"^([ \t>]{0,20}(?:`{3,}|~{3,}))[ \t]+(?!i?py|[\w.+-]+[ \t]*$|\{)([^`\n]+)$",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""Words behind a closing fence, on its line."""
+_DEFINED = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.M)
+_ASSIGNED = re.compile(r"^(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", re.M)
+_IMPORTS = re.compile(r"^(?:import|from)[ \t]+\w", re.M)
+_TESTING = re.compile(
+    r"^(?:import|from)[ \t]+(?:unittest|pytest)\b|^(?:async[ \t]+)?def[ \t]+test|^class[ \t]+Test",
+    re.M,
+)
+_BEGINS = re.compile(r"(?:import|from|def|async def|class)[ \t]+\w|@\w")
+_CODE = re.compile(
+    r"[ \t]|#|@|[)\]}]|(?:import|from|def|async|class|if|elif|for|while|with|assert|return|raise)\b"
+    r"|(?:try|else|except\b[^\n]{0,100}|finally)[ \t]*:|[\w.\[\]]+[ \t]*[-+*/|&]?=[^=]|[\w.]+\("
+)
+_WHOLE = re.compile(r"^[ \t]*(?:(?:async[ \t]+)?def[ \t]+\w+\((?!self|cls)|class[ \t]+\w)")
+"""The start of a function or class that belongs to no class in front of it."""
+_LATER = 50
+"""Blocks behind a draft that are looked at for its names."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a response's code.
+
+    Attributes:
+        text: Python, as far as anybody knows.
+        kind: `program`: the last part that defines something, which must not raise. `setup`: what
+            stands before it. `example`: what only shows or tests it. Of these two a failure is none
+            of the program's: the row's tests decide.
+    """
+
+    text: str
+    kind: Literal["program", "setup", "example"] = "program"
+
+
+@dataclass(frozen=True)
+class Program:
+    """The code of a response.
+
+    Attributes:
+        parts: In the response's order.
+        fenced: False for a response that is code from end to end; what is no Python then is prose.
+    """
+
+    parts: tuple[Part, ...]
+    fenced: bool = True
+
+    @property
+    def text(self) -> str:
+        """The program without its examples."""
+        return "\n".join(part.text for part in self.parts if part.kind != "example")
+
+
+def program_of(response: str) -> Program | None:
+    """Finds the program of a response; None without one.
+
+    The blocks fenced as Python, reasoning left out; where they define nothing, unnamed ones too
+    that do; without any, the only unnamed block; without any fence, a response that defines
+    something and looks like code. A last block that is not closed is cut off: no program. Then:
+
+    - A block that begins indented goes on where the one before it ended.
+    - A transcript (`>>> f(1)`) counts by what was typed.
+    - A block is left out if a later one defines all its names again: a draft.
+    - Blocks without a definition behind the last one with any, and blocks of tests (unittest,
+      pytest), are examples.
+
+    Linear in the response's length, but for the number of blocks.
+    """
+    response = _own_lines(without_reasoning(response))
+    fenced = blocks(response)
+    if not fenced:
+        bare = _bare(response)
+        return Program((Part(bare),), fenced=False) if bare else None
+    taken = [block for block in fenced if _PYTHON.fullmatch(block.language)]
+    if not any(_DEFINED.search(_typed(block.text)) for block in taken):
+        unnamed = [block for block in fenced if block.language in _UNNAMED]
+        defining = [block for block in unnamed if _DEFINED.search(_typed(block.text))]
+        if not taken and len(fenced) == 1:
+            taken = unnamed
+        elif defining:
+            chosen = {block.start for block in (*taken, *defining)}
+            taken = [block for block in fenced if block.start in chosen]
+    if not taken or not taken[-1].closed:
+        return None
+    parts = _parts(_texts(taken))
+    return Program(tuple(parts)) if any(part.kind == "program" for part in parts) else None
+
+
+def _own_lines(response: str) -> str:
+    """The response with its fences on lines of their own."""
+
+    def cut(found: re.Match[str]) -> str:
+        return found[0] if _ITEM.fullmatch(found[1]) else f"{found[1]}\n{found[2]}"
+
+    return _BEHIND_FENCE.sub(r"\1\n\2", _MID_LINE.sub(cut, response))
+
+
+def _texts(taken: list[Block]) -> list[str]:
+    """The text of each block; continuations joined, what was printed left out of transcripts."""
+    texts: list[list[str]] = []
+    for block in taken:
+        first = next((line for line in block.text.splitlines() if line.strip()), "")
+        if first.lstrip().startswith(">>>"):
+            texts.append([_typed(block.text)])
+        elif first[:1] in (" ", "\t") and texts and not _WHOLE.match(first):
+            texts[-1].append(block.text)
+        elif first:
+            texts.append([textwrap.dedent(block.text) if first[0] in " \t" else block.text])
+    return ["".join(pieces) for pieces in texts]
+
+
+def _typed(text: str) -> str:
+    """What was typed in a transcript; any other text as it is."""
+    if not text.lstrip().startswith(">>>"):
+        return text
+    lines = [line.lstrip() for line in text.splitlines()]
+    return "".join(f"{line[4:]}\n" for line in lines if line[:4].rstrip() in (">>>", "..."))
+
+
+def _parts(texts: list[str]) -> list[Part]:
+    names = [{*_DEFINED.findall(text), *_ASSIGNED.findall(text)} for text in texts]
+    testing = [bool(_TESTING.search(text)) for text in texts]
+    defining = [
+        bool(_DEFINED.search(text)) and not t for text, t in zip(texts, testing, strict=True)
+    ]
+    last = max((i for i, defines in enumerate(defining) if defines), default=None)
+    parts: list[Part] = []
+    later: list[set[str]] = []
+    for i in reversed(range(len(texts))):
+        if last is not None and (testing[i] or i > last):
+            parts.append(Part(texts[i], "example"))
+            continue
+        draft = names[i] and any(names[i] <= others for others in later[-_LATER:])
+        if not (draft and not _IMPORTS.search(texts[i])):
+            parts.append(Part(texts[i], "program" if last in (None, i) else "setup"))
+        later.append(names[i])
+    return parts[::-1]
+
+
+def _bare(response: str) -> str | None:
+    """A response without a fence, if it defines something: from its first line of code on."""
+    text = _typed(response)
+    if not _DEFINED.search(text):
+        return None
+    lines = text.splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if _BEGINS.match(line))
+    last = max(i for i, line in enumerate(lines) if _CODE.match(line))
+    return "".join(lines[first : last + 1])
+
 
 LONGEST_PROGRAM = 200_000
 """Characters of code or tests beyond which nothing is run."""

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from siftline.recipe.kinds import Stage, StageKind
-from siftline.selectors.mixture import REST
+from siftline.selectors.spending import REST
 from siftline.stages.allocate.decide import Allocate
 from siftline.stages.rejection_sampling.options import SOURCE
 

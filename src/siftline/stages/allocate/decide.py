@@ -13,10 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import uniforms
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.rows.selection import Selection, decisions
-from siftline.selectors.mixture import check_mixture, group_of, split
+from siftline.selectors.spending import check_mixture, group_of, split
 from siftline.stages.rejection_sampling.difficulty import HARDEST, level_of, targets_of
 
 MAX_ROWS = 100_000_000

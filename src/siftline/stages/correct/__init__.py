@@ -1,10 +1,27 @@
 """Correct: a judged response is replaced by a better one of a tuned model (CLEAR)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from siftline.recipe.kinds import GATES, Stage, StageKind
-from siftline.stages.correct.notes import notes
 from siftline.stages.correct.options import Correct
+
+
+def notes(stage: Stage, facts: Mapping[str, Any]) -> list[str]:
+    """What was corrected, and whether the judge can be trusted."""
+    judge = facts["judge"]
+    notes = [f"{stage.name}: {facts['corrected']} responses corrected, {facts['rescued']} rescued."]
+    if judge["failed"]:
+        notes.append(
+            f"{stage.name}: no usable verdict on {judge['failed']} of {judge['asked']} pairs."
+        )
+    by_place, told = (
+        judge["always_first"] + judge["always_second"],
+        judge["asked"] - judge["failed"],
+    )
+    if 2 * by_place > told:
+        notes.append(f"{stage.name}: the judge chose by place in {by_place} of {told} pairs.")
+    return notes
 
 
 def _check(stage: Stage, before: Sequence[Stage]) -> None:

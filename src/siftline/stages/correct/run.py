@@ -9,8 +9,9 @@ and so are the rows that one fold's model is trained on.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -20,18 +21,77 @@ from siftline.progress import Progress
 from siftline.rows import schema
 from siftline.rows.ledger import REMOVED, StageResult
 from siftline.rows.selection import decisions
+from siftline.rows.verified import content_hash
+from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.consistency import prompts_of
 from siftline.scoring.measures.pairwise import Preference, prefer
-from siftline.scoring.measures.reflection import prompts_of
 from siftline.scoring.measures.samples import draw_samples
-from siftline.scoring.reasons import unanswered
-from siftline.scoring.recorder import REFUSED, Recorder
+from siftline.scoring.recorder import REFUSED, Recorder, unanswered
 from siftline.scoring.verifiers import get_verifier
 from siftline.stages.context import Context, StageRun, by_store_bucket
 from siftline.stages.correct.decide import ADOPTED, PROPOSALS, fold_of, judged_facts
 from siftline.stages.correct.options import Correct
-from siftline.stages.correct.proposer import proposer_name, train_proposer
-from siftline.stages.models import engines
-from siftline.stages.parallel import over_buckets
+from siftline.stages.models import engines, over_buckets
+from siftline.training.finetune import TrainResult, finetune
+
+TOLD = ("save_steps", "report_to")
+"""Training options that decide no weight."""
+
+
+def proposer_name(options: Correct, spec: ModelSpec, rows: pa.Table) -> str:
+    """Folder name of the model that these rows make, by everything that decides its weights.
+
+    Args:
+        options: The stage's.
+        spec: The base model.
+        rows: Training rows, column id.
+    """
+    from siftline.scoring.fingerprint import directory_digest
+
+    decisive = {k: v for k, v in vars(options.training).items() if k not in TOLD}
+    base = directory_digest(Path(spec.path))
+    ids = sorted(rows.column("id").to_pylist())
+    return f"correct-{content_hash([base, spec.template, ids, decisive, options.seed])[:16]}"
+
+
+def train_proposer(
+    options: Correct,
+    spec: ModelSpec,
+    rows: pa.Table,
+    folder: Path,
+    dataset_version: str,
+    progress: Callable[[int, int], None],
+) -> TrainResult:
+    """Fine-tunes the base model of `spec` on rows, or finds that it was done.
+
+    Args:
+        options: The stage's.
+        spec: The base model, in a local directory.
+        rows: Columns id, messages, tools, source.
+        folder: Where the model goes; see `proposer_name`.
+        dataset_version: For the model card.
+        progress: Called with (steps done, steps in all).
+
+    Raises:
+        ValueError: if the base is no local directory of its own weights; or see `finetune`.
+    """
+    if spec.engine == "server" or spec.adapter is not None:
+        what = "runs at a server" if spec.engine == "server" else f"has adapter {spec.adapter!r}"
+        raise ValueError(
+            f"correct fine-tunes the target model, which {what}: name a local directory with the "
+            "merged weights"
+        )
+    return finetune(
+        Path(spec.path),
+        rows.sort_by("id"),
+        folder,
+        options.training,
+        seed=options.seed,
+        dataset_version=dataset_version,
+        template=spec.template,
+        progress=progress,
+    )
+
 
 COLUMNS = ["id", "messages", "tools", "source"]
 CORRECTIONS = {

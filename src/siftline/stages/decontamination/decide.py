@@ -217,9 +217,8 @@ class Decontamination:
 
     def _near(self, folded: list[str], worded: WordTexts) -> tuple[Any, pl.DataFrame]:
         """Shingles of some texts, given as strings and as bytes, and their band keys."""
-        from siftline.kernels.sets.minhash import signatures
-        from siftline.kernels.sets.shingles import char_shingles
-        from siftline.kernels.text.quantities import guards
+        from siftline.kernels.sets.shingles import char_shingles, signatures
+        from siftline.kernels.text.textgrams import guards
 
         banding = banding_for(self.near, self.num_perm)
         shingles = char_shingles(folded, self.shingle)

@@ -8,9 +8,8 @@ import pyarrow as pa
 from siftline.ingest.pool import Pool
 from siftline.rows import schema
 from siftline.stages.canaries import Judged, measured
-from siftline.stages.context import Context, StageRun
+from siftline.stages.context import Context, StageRun, gather
 from siftline.stages.decontamination.decide import Decontamination
-from siftline.stages.gathering import gather
 
 
 def run(context: Context) -> StageRun:

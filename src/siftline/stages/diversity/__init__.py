@@ -3,7 +3,7 @@
 from typing import Any
 
 from siftline.recipe.kinds import StageKind
-from siftline.stages.diversity.options import Shortlist
+from siftline.stages.diversity.decide import Shortlist
 
 
 def _models(options: Any, budget: Any) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.draws import gumbel_top_k, uniforms
-from siftline.kernels.quotas import largest_remainder
+from siftline.kernels.draws import gumbel_top_k, largest_remainder, uniforms
 from siftline.kernels.vectors.kmeans import (
     SILHOUETTE_SAMPLE,
     default_clusters,
@@ -247,3 +246,38 @@ def shortlist_size(budget_rows: int, oversampling: float, keep_rate: float) -> i
             "they must be at least 1, at least 1 and above 0"
         )
     return int(np.ceil(np.round(budget_rows * oversampling / keep_rate, 6)))
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The diversity stage: which prompts are worth model calls.
+
+    Attributes:
+        size: Prompts to keep; null means budget x oversampling / keep_rate.
+        oversampling: Rows wanted after all gates per row of the budget.
+        keep_rate: Rows a shortlisted prompt is expected to yield after all gates. The allocate
+            stage of a run reports the measured one (`yield_per_prompt`).
+        clusters: Number of clusters; null means round(sqrt(n / 2)) for n prompts.
+        quota: Prompts of a cluster: "proportional" to its size (kMQ), or "equal".
+        weight: Weight of a prompt in the draw: "uniform", or one of the recipe's scorers.
+        seed: The recipe's seed.
+    """
+
+    size: int | None = None
+    oversampling: float = 3.0
+    keep_rate: float = 1.0
+    clusters: int | None = None
+    quota: Literal["proportional", "equal"] = "proportional"
+    weight: str = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.diversity(1, 1)
+
+    def diversity(self, budget_rows: int, prompts: int) -> Diversity:
+        """The selector for a budget and a number of prompts in play."""
+        size = self.size
+        if size is None:
+            size = shortlist_size(budget_rows, self.oversampling, self.keep_rate)
+        clusters = None if self.clusters is None else min(self.clusters, prompts)
+        return Diversity(min(size, prompts), clusters, self.quota, self.weight, self.seed)

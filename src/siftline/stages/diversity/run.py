@@ -7,12 +7,12 @@ import polars as pl
 
 from siftline.progress import Progress
 from siftline.rows import schema
-from siftline.scoring.measures.embedding import embed_texts
+from siftline.scoring.measures.embed import embed_texts
 from siftline.scoring.recorder import Recorder
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.diversity import decide as prompts_selector
-from siftline.stages.diversity.options import Shortlist
-from siftline.stages.parallel import over_buckets
+from siftline.stages.diversity.decide import Shortlist
+from siftline.stages.models import over_buckets
 from siftline.stages.scorers import prompt_weights
 from siftline.stages.scores import likelihoods
 

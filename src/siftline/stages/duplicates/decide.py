@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from siftline.kernels.sets.keep import Keep
+from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.sets.lsh import Banding, banding_for
 from siftline.rows.selection import Selection, decisions
 from siftline.stages.duplicates.state import (
@@ -289,8 +289,7 @@ def _compared(
     make_room: MakeRoom,
 ) -> tuple[Any, Any]:
     """What the kernel takes: the rows that share a key, in keep order, and the sets they need."""
-    from siftline.kernels.sets.greedy import Rows
-    from siftline.kernels.sets.pairs import told_apart
+    from siftline.kernels.sets.greedy import Rows, told_apart
 
     sides = [rows[side].to_numpy() for side in ("prompt_key", "response_key")]
     keys = np.unique(np.concatenate(sides))

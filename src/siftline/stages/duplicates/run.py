@@ -6,17 +6,16 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.disk import scratch_folder
 from siftline.ingest.pool import Pool
-from siftline.kernels.sets.keep import Keep, as_integers
+from siftline.kernels.sets.keepers import Keep, as_integers
 from siftline.progress import Progress
 from siftline.rows import schema
 from siftline.scoring.measures.columns import Column, attach_leftovers, score_column
-from siftline.scratch import scratch_folder
 from siftline.stages.canaries import Judged, measured
-from siftline.stages.context import Context, StageRun
+from siftline.stages.context import Context, StageRun, gather
 from siftline.stages.duplicates.decide import Duplicates, against
 from siftline.stages.duplicates.state import StateFiles
-from siftline.stages.gathering import gather
 
 LAST = 2**63 - 1
 """Priority of canaries, which come after all rows."""

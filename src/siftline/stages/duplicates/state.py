@@ -93,10 +93,9 @@ def summarised(
         seed: Of the signatures.
         guarded: Rows with different numbers share no band.
     """
-    from siftline.kernels.sets.minhash import signatures
-    from siftline.kernels.sets.pairs import pair_keys
-    from siftline.kernels.sets.shingles import char_shingles, concatenate
-    from siftline.kernels.text.quantities import guards
+    from siftline.kernels.sets.greedy import pair_keys
+    from siftline.kernels.sets.shingles import char_shingles, concatenate, signatures
+    from siftline.kernels.text.textgrams import guards
     from siftline.kernels.text.texts import ALONE
     from siftline.kernels.text.words import words_of
 
@@ -149,7 +148,7 @@ def gathered(
     Returns:
         `kernels.sets.shingles.Sets` of length t.
     """
-    from siftline.kernels.sets.pairs import copy_sets
+    from siftline.kernels.sets.greedy import copy_sets
     from siftline.kernels.sets.shingles import Sets
 
     wanted, sizes = wanted.copy(), np.zeros(len(keys), np.int64)

@@ -13,14 +13,12 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import expand
 from siftline.rows import schema
 from siftline.rows.verified import file_hash
-from siftline.scoring.measures import languages
+from siftline.scoring.measures import degenerate as languages
 from siftline.stages.canaries import Judged, measured
-from siftline.stages.context import Context, StageRun
-from siftline.stages.gathering import gather
+from siftline.stages.context import Context, StageRun, gather
 from siftline.stages.quality_rules import text_rules
 from siftline.stages.quality_rules.decide import COLUMNS, SCORE, QualityRules
-from siftline.stages.quality_rules.text_rules import TextRules
-from siftline.stages.quality_rules.word_lists import WordList
+from siftline.stages.quality_rules.text_rules import TextRules, WordList
 from siftline.stages.scorers import quality
 
 

@@ -1,7 +1,7 @@
 """Prompts that can be sampled, what their draws were worth, and the rows that come of them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,16 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.rows import schema
+from siftline.rows.schema import canonical_text
 from siftline.scoring.engines.base import Generation
+from siftline.scoring.measures.consistency import final_answer, prompts_of
 from siftline.scoring.measures.degenerate import degenerate
-from siftline.scoring.measures.pairwise import DISAGREE
-from siftline.scoring.measures.reflection import final_answer, prompts_of
+from siftline.scoring.measures.pairwise import DISAGREE, verdict_against_reference
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.verifiers import Verdict
+from siftline.scoring.verifiers import Verdict, get_verifier
 from siftline.stages.rejection_sampling.difficulty import DRAWS
-from siftline.stages.rejection_sampling.options import SOURCE
-from siftline.stages.rejection_sampling.streaming import Prompt
+from siftline.stages.rejection_sampling.drawing import Prompt
+from siftline.stages.rejection_sampling.options import JUDGE, SOURCE
 
 JUDGED = {
     **DRAWS,
@@ -157,3 +158,58 @@ def negatives(judged: Judgement, most: int) -> pl.DataFrame:
     distinct = refuted.unique(["prompt_id", "dedup_key"], keep="first", maintain_order=True)
     place = pl.int_range(pl.len()).over("prompt_id")
     return distinct.filter(place < most).select(NEGATIVES)
+
+
+Grader = Callable[[Sequence[tuple[Problem, Generation]]], list[Verdict]]
+"""Verdicts on draws, against the answer of the problem each was drawn for."""
+
+
+def grader(verifier: str, judge: Callable[[], Recorder]) -> Grader:
+    """A grader by the verifier's name.
+
+    Args:
+        verifier: "judge", or a name that `get_verifier` knows.
+        judge: Opens the judge; called only where it is asked.
+    """
+    return _by_model(judge()) if verifier == JUDGE else by_verifier(verifier)
+
+
+def outside(verifier: str) -> bool:
+    """Whether a verifier may answer in the next run what it did not answer in this one.
+
+    A judge is a model, and what a verifier by import path asks is not known; the others fail by
+    what they are given.
+    """
+    return verifier == JUDGE or ":" in verifier
+
+
+def by_verifier(name: str) -> Grader:
+    """A grader that asks no model."""
+    check = get_verifier(name)
+
+    def grade(draws: Sequence[tuple[Problem, Generation]]) -> list[Verdict]:
+        return [check(canonical_text(text.text), p.parent["answer"]) for p, text in draws]
+
+    return grade
+
+
+def _by_model(recorder: Recorder) -> Grader:
+    """Both orders of draw and reference must get the same reply; an open verdict keeps no draw."""
+
+    def grade(draws: Sequence[tuple[Problem, Generation]]) -> list[Verdict]:
+        by_bucket: dict[int, list[int]] = {}
+        for i, (problem, _) in enumerate(draws):
+            by_bucket.setdefault(problem.home.bucket, []).append(i)
+        found: dict[int, Verdict] = {}
+        for bucket, places in sorted(by_bucket.items()):
+            asked = {}
+            for i in places:
+                problem, text = draws[i]
+                row = problem.parent
+                name = f"{row['prompt_id']} {i:08d}"
+                asked[name] = (row["messages"], canonical_text(text.text), row["answer"])
+            verdicts = verdict_against_reference(recorder, bucket, asked)
+            found |= {i: verdicts[f"{draws[i][0].parent['prompt_id']} {i:08d}"] for i in places}
+        return [found[i] for i in range(len(draws))]
+
+    return grade

@@ -1,6 +1,6 @@
 """Rejection sampling: draws from the sampler until every prompt has its verified answers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,30 +8,40 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from siftline.ingest.pool import Pool
 from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.progress import Progress
+from siftline.recipe.parse import Recipe
 from siftline.rows import schema
 from siftline.rows.ledger import StageResult
 from siftline.rows.selection import decisions
-from siftline.scoring.reasons import unanswered
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.recorder import Recorder, unanswered
 from siftline.scoring.verifiers import isolation_of
 from siftline.stages.context import Context, StageRun
-from siftline.stages.rejection_sampling.campaign import Campaign
-from siftline.stages.rejection_sampling.difficulty import accept, difficulty, tally, targets_for
-from siftline.stages.rejection_sampling.grading import by_verifier, grader, outside
+from siftline.stages.models import engines
+from siftline.stages.rejection_sampling.difficulty import (
+    accept,
+    difficulty,
+    stopped_difficulty,
+    tally,
+    targets_for,
+)
 from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
 from siftline.stages.rejection_sampling.preview import Preview
 from siftline.stages.rejection_sampling.problems import (
     Judgement,
     added_rows,
+    by_verifier,
+    grader,
     negatives,
+    outside,
     problems_of,
 )
 from siftline.stages.rejection_sampling.sampler import Limits, Sampler
-from siftline.stages.rejection_sampling.stopped import stopped_difficulty
-from siftline.stages.rejection_sampling.trials import Rule, fit_prior
+from siftline.stages.rejection_sampling.trials import Campaign, Rule, fit_prior
+from siftline.stages.run import outputs
 from siftline.stages.scorers import quality
+from siftline.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -281,3 +291,44 @@ def _agreement(table: pl.DataFrame) -> dict[str, Any]:
         "sampler": float(1 - pairs[:, 1].mean()) if len(pairs) else None,
         "correlation": float(np.corrcoef(pairs.T)[0, 1]) if varied else None,
     }
+
+
+def plan_stage(
+    workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str], None]
+) -> Preview:
+    """Draws the pilot of a rejection sampling stage and predicts the rest.
+
+    The pilot's draws are kept in the store, so running the stage afterwards begins behind them.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe.
+        name: The stage's name.
+        emit: Takes lines of progress.
+
+    Raises:
+        ValueError: if a stage before it has not been run with these settings.
+    """
+    stage = recipe.stage(name)
+    assert stage.kind == "rejection_sampling", stage.kind
+    before = outputs(workspace, recipe, until=name)
+    pool = Pool(workspace.pool(recipe.pool.name))
+    with engines() as opened:
+        found = preview_of(Context(workspace, recipe, stage, pool, before, opened, emit))
+    return replace(found, room=_room(recipe, found))
+
+
+def _room(recipe: Recipe, found: Preview) -> int | None:
+    """Answers that the budget can keep: rows, or loss tokens at the draws' mean length."""
+    if recipe.stages[-1].of.role != "budget":
+        return None
+    if recipe.budget.unit == "rows":
+        return recipe.budget.size
+    if not found.draws.mean:
+        return None  # nothing left to draw, and no length to go by
+    return int(recipe.budget.size * found.draws.mean / found.tokens.mean)
+
+
+def sampling_stages(recipe: Recipe) -> list[str]:
+    """Names of the recipe's rejection sampling stages, in order."""
+    return [stage.name for stage in recipe.stages if stage.kind == "rejection_sampling"]

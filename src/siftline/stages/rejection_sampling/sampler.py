@@ -8,22 +8,20 @@ from typing import Any
 import polars as pl
 
 from siftline.scoring.recorder import Recorder
-from siftline.stages.rejection_sampling.campaign import Campaign
-from siftline.stages.rejection_sampling.drawing import run_campaign
-from siftline.stages.rejection_sampling.grading import Grader
+from siftline.stages.rejection_sampling.drawing import Draw, run_campaign
 from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
 from siftline.stages.rejection_sampling.preview import Preview, preview
 from siftline.stages.rejection_sampling.problems import (
     FAULTS,
     JUDGED,
     UNJUDGED,
+    Grader,
     Judgement,
     Problem,
     fault_of,
     judge_draw,
 )
-from siftline.stages.rejection_sampling.streaming import Draw
-from siftline.stages.rejection_sampling.trials import Outcome, Rule, words_of
+from siftline.stages.rejection_sampling.trials import Campaign, Outcome, Rule, words_of
 
 SILENCE = 32
 """Draws without any verdict after which a verifier is taken to be out of order."""

@@ -17,9 +17,9 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
 from siftline.scoring.verifiers import Verifier, get_verifier, isolation_of
 from siftline.stages.context import Context, StageRun, split_failed
-from siftline.stages.parallel import over_buckets
+from siftline.stages.models import over_buckets
+from siftline.stages.rejection_sampling.drawing import Prompt
 from siftline.stages.rejection_sampling.problems import Problem, fault_of, judge_draw
-from siftline.stages.rejection_sampling.streaming import Prompt
 from siftline.stages.s3ft.options import PARAPHRASE, SelfAnswers
 
 ROUTES = ("own_answer", "paraphrase", "reference", "no_independent_answer", "too_long")

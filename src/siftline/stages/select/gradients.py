@@ -23,8 +23,7 @@ from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
 from siftline.stages.context import Context, by_store_bucket
-from siftline.stages.models import identity, on_devices
-from siftline.stages.parallel import over_buckets, total
+from siftline.stages.models import identity, on_devices, over_buckets, total
 from siftline.stages.select.options import Select
 
 Emit = Callable[[str], None]

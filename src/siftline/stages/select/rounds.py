@@ -20,15 +20,14 @@ from siftline.rows.verified import content_hash
 from siftline.scoring.engines.base import ModelSpec, Sampling
 from siftline.scoring.fingerprint import directory_digest
 from siftline.scoring.measures.columns import Column
+from siftline.scoring.measures.consistency import prompts_of
 from siftline.scoring.measures.likelihood import score_likelihood
-from siftline.scoring.measures.reflection import prompts_of
 from siftline.scoring.measures.samples import draw_samples
 from siftline.scoring.measures.scorers import models_of, needs_classifier, run_scorer
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.rounds import PERPLEXITY, KmeansRounds
 from siftline.stages.context import Context, by_store_bucket
-from siftline.stages.models import named_spec
-from siftline.stages.parallel import over_buckets
+from siftline.stages.models import named_spec, over_buckets
 from siftline.training.finetune import FineTune, finetune
 
 _ROW = pa.schema([f.with_nullable(True) for f in schema.ROW])

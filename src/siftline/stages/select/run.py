@@ -12,14 +12,13 @@ from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.rows import schema
 from siftline.rows.selection import Selection
-from siftline.scoring.measures.embedding import embed_texts
-from siftline.scoring.reasons import unanswered
-from siftline.scoring.recorder import Recorder
+from siftline.scoring.measures.embed import embed_texts
+from siftline.scoring.recorder import Recorder, unanswered
 from siftline.selectors.less import Gradients
 from siftline.selectors.method import MAX_ROWS, MAX_VALUES, RANKS
 from siftline.selectors.spending import Budget
 from siftline.stages.context import Context, StageRun, by_store_bucket, split_failed
-from siftline.stages.parallel import over_buckets
+from siftline.stages.models import over_buckets
 from siftline.stages.scorers import quality
 from siftline.stages.scores import likelihoods
 from siftline.stages.select.gradients import Featured, featured

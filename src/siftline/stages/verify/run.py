@@ -12,8 +12,7 @@ from siftline.rows.selection import Selection
 from siftline.scoring.verifiers import get_verifier, isolation_of
 from siftline.scoring.verifiers.instructions import not_followed
 from siftline.stages.canaries import Judged, measured
-from siftline.stages.context import Context, StageRun
-from siftline.stages.gathering import gather, without_undecided
+from siftline.stages.context import Context, StageRun, gather, without_undecided
 from siftline.stages.verify.decide import Verify
 
 

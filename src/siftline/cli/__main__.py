@@ -1,0 +1,5 @@
+"""`python -m siftline.cli`."""
+
+from siftline.cli import main
+
+main()
