@@ -19,6 +19,7 @@ and the records that were damaged.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -136,11 +137,14 @@ def prepare():
     import torch
 
     torch.set_num_threads(1)
-    import siftline.assets.shared
-    import siftline.scoring.engines.server_engine
-    import siftline.scoring.engines.transformers_engine
-    import siftline.stages.publish
-    import siftline.stages.run  # noqa: F401
+    from siftline.pipelines.executor import PRELOADED
+
+    more = (
+        "siftline.cli", "siftline.definitions", "siftline.stages.publish", "sklearn.base",
+        "siftline.scoring.engines.server_engine", "transformers.models.auto.tokenization_auto",
+    )  # fmt: skip
+    for name in (*PRELOADED, *more):
+        importlib.import_module(name)
 
 
 def made(root):
@@ -161,7 +165,8 @@ def report(figures):
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(one["moments"].items()))
         damage = ", ".join(f"{n} {kind}" for kind, n in sorted(one["damage"].items()))
         print(f"{name}: {sum(one['moments'].values())} moments ({kinds}) in {one['runs']} runs, "
-              f"{one['compared']} compared: equal bytes; {one['seconds']:.0f} s")  # fmt: skip
+              f"{one['compared']} compared: equal bytes; {one['seconds']:.0f} s, "
+              f"{one['processor']:.0f} s of processor time")  # fmt: skip
         print(f"  ends: {one['ends']}; damage: {damage or 'none'}")
         print(f"  rows asked of models {one['asked']}, needed {one['needed']}, again "
               f"{one['asked'] - one['needed']} (allowed: {one['allowed']})")  # fmt: skip

@@ -1,15 +1,20 @@
 """Counts what a process does to files below a folder, and disturbs it at a chosen count.
 
+Also forks the step processes of a run, and waits for all that a run leaves.
+
 `arm()` is called in a forked child, or at the start of every process of a tree: with this folder's
 `sitecustomize` on PYTHONPATH and the plan in the environment. Processes of a tree count in one
 file, so that the moment is one of all of them together.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import resource
 import signal
 import sys
+import time
 
 PLAN = "SIFTLINE_TEST_CHAOS"
 """Names the variable with the plan as JSON: root, at, act, keep, count (a file)."""
@@ -107,6 +112,55 @@ def inside(hook):
         return sink(self, data)
 
     Journal._write, Sink.write = halves, counted
+
+
+def fork_steps():
+    """Starts the server of step processes by a fork; it has nothing left to load."""
+    from multiprocessing import forkserver, util
+
+    start, here = util.spawnv_passfds, "/proc/self/fd"
+    held = {name for name in os.listdir(here) if os.path.exists(f"{here}/{name}")}
+
+    def forked(path, arguments, handles):
+        if "multiprocessing.forkserver" not in arguments[-1]:
+            return start(path, arguments, handles)
+        child = os.fork()
+        if not child:
+            try:
+                # The other ends of its pipes: open here, they would keep it alive.
+                for name in set(os.listdir(here)) - held - set(map(str, handles)):
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+                exec(arguments[-1], {})
+            finally:
+                os._exit(0)
+        return child
+
+    util.spawnv_passfds = forked
+    forkserver.ensure_running()
+
+
+def adopt():
+    """Makes orphans of runs this process's children, which tells what is left and what it cost."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def orphans_ended():
+    """Whether every process that a run left ends within 20 s."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.05)
+        except ChildProcessError:
+            return True
+    return False
+
+
+def spent():
+    """Processor time in seconds of this process and all that it waited for."""
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in both)
 
 
 if os.environ.get(PLAN):

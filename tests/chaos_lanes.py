@@ -1,5 +1,6 @@
 """Lanes of `chaos.py`: roots that are disturbed again and again, and what has to hold."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -79,6 +80,7 @@ class Figures:
     asked: int = 0
     allowed: int = 0
     seconds: float = 0.0
+    processor: float = 0.0
 
 
 @dataclass
@@ -156,6 +158,8 @@ class Lane:
             said = " ".join(str(error).split()) if told else traceback.format_exc()
             os.write(self.says, said.encode()[:60_000])
             os._exit(1)
+        if plan["at"] < 0:  # a disturbed one may not be able to write
+            (self.work / "modules").write_text("\n".join(sys.modules))
         os._exit(0)
 
     def run(self, act="kill", at=-1, keep=0):
@@ -165,6 +169,7 @@ class Lane:
         plan = {"root": str(self.root), "at": at, "act": act, "keep": keep, "count": str(count)}
         self.figures.runs += 1
         ended = self.started(plan)
+        self.learn()
         ended.events = count.stat().st_size if count.exists() else 0
         (self.root / ".filler").unlink(missing_ok=True)
         return ended
@@ -183,6 +188,17 @@ class Lane:
             said = pipe.read().decode()  # its end is that of every process that holds it
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return Ended({0: "finished", 1: "error", -9: "killed"}.get(code, f"code {code}"), said)
+
+    def learn(self):
+        """Loads what an undisturbed run has loaded, so that the next child need not."""
+        told = self.work / "modules"
+        if not told.exists():
+            return
+        for name in told.read_text().splitlines():
+            if name not in sys.modules and not name.startswith(("__", "siftline_tests_")):
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        told.unlink()
 
     # -- states of the root
 
@@ -240,6 +256,7 @@ class Lane:
     def disturb(self, moments):
         """Lives through so many moments and then to the end."""
         begun = time.monotonic()
+        module("chaos_hook").adopt()
         self.undisturbed()
         if self.aged:
             self.age()
@@ -278,6 +295,7 @@ class Lane:
         repeated = self.figures.asked - self.figures.needed
         must(self.done or repeated <= self.figures.allowed, "asked again:", repeated, self.figures)
         self.figures.seconds = time.monotonic() - begun
+        self.figures.processor = module("chaos_hook").spent()
 
     def check(self, kind, ended):
         """The disturbance ended the run as it may."""
@@ -413,38 +431,62 @@ class VllmLane(Lane):
 
 
 class TreeLane(Lane):
-    """`siftline run`, with all its processes."""
+    """`siftline run`, with all its processes, forked from one that has loaded what they need."""
 
     def started(self, plan):
         hooked = self.work / "hooked"
         hooked.mkdir(exist_ok=True)
         shutil.copy(HERE / "chaos_hook.py", hooked / "sitecustomize.py")
-        environment = module("conftest").mini_environment(
-            hooked, SIFTLINE_TEST_CHAOS=json.dumps(plan)
-        )
         said = self.work / "said"
-        with said.open("w") as out:
-            run = subprocess.Popen(
-                [sys.executable, "-m", "siftline.cli", "run", "mini", "--root", str(self.root)],
-                env=environment, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
-            below = set()
-            end = time.monotonic() + 600
-            while run.poll() is None:
-                below |= set(module("test_chain").descendants(run.pid))
-                must(time.monotonic() < end, "a run does not end")
-                time.sleep(0.05)
-        for _ in range(200):
-            left = [pid for pid in below if module("test_chain").alive(pid)]
-            if not left:
-                break
-            time.sleep(0.1)
-        must(not left, "left behind:", left)
+        run = os.fork()
+        if not run:
+            code = 2
+            try:
+                code = self.command(plan, hooked, said)
+            finally:
+                os._exit(code)
+        end = time.monotonic() + 600
+        while not (status := os.waitpid(run, os.WNOHANG))[0]:
+            must(time.monotonic() < end, "a run does not end")
+            time.sleep(0.05)
+        must(module("chaos_hook").orphans_ended(), "left behind by", plan)
+        code = os.waitstatus_to_exitcode(status[1])
         lines = said.read_text().splitlines()
-        if run.returncode == 1:
+        if code == 1:
             told = [line for line in lines if line.startswith("error: ")]
             return Ended("error", "\n".join(told) if told else "\n".join(lines[-30:]))
-        return Ended({0: "finished", -9: "killed"}.get(run.returncode, f"code {run.returncode}"))
+        return Ended({0: "finished", -9: "killed"}.get(code, f"code {code}"))
+
+    def command(self, plan, hooked, said):
+        """What `siftline run` does, in this process; returns its exit status."""
+        import siftline.cli
+        from siftline.pipelines.executor import prepare_environment
+
+        os.setsid()
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        # Processes that are started, not forked, count too.
+        changes = {"SIFTLINE_TEST_CHAOS": json.dumps(plan)}
+        os.environ.update(module("conftest").mini_environment(hooked, **changes))
+        prepare_environment()
+        sys.modules["__main__"] = siftline.cli  # as `python -m siftline.cli` has it
+        hook = module("chaos_hook")
+        hook.inside(hook.arm(plan))
+        hook.fork_steps()
+        code = 0
+        try:
+            siftline.cli.main(["run", "mini", "--root", str(self.root)])
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        if not code and plan["at"] < 0:
+            (self.work / "modules").write_text("\n".join(sys.modules))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
 
     def strip(self):
         super().strip()

@@ -21,7 +21,8 @@ from siftline.scoring.recorder import Recorder
 from siftline.stages import models
 from siftline.stages.confidence.decide import BSDETECTOR
 from siftline.stages.confidence.options import Confidence
-from siftline.stages.confidence.run import _from_dev, _likelihoods
+from siftline.stages.confidence.parts import _likelihoods
+from siftline.stages.confidence.run import _from_dev
 from siftline.stages.context import StageRun
 from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage

@@ -16,7 +16,15 @@ import pytest
 
 from siftline import disk
 from siftline.cli import guarded, main
-from siftline.disk import check_folder, check_temporary, explained, need, scratch_folder, writing
+from siftline.disk import (
+    check_folder,
+    check_temporary,
+    explained,
+    need,
+    refused_database,
+    scratch_folder,
+    writing,
+)
 from siftline.kernels.sets.spill import values_room
 from siftline.pipelines.execute import prepare_home
 from siftline.rows.shards import building, write_json, write_parquet
@@ -195,6 +203,20 @@ def fill(folder):
     with (folder / "most").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"x" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("database or disk is full", "No space left for "), ("disk I/O error", "(I/O error)")],
+)
+def test_what_a_disk_refused_a_database_is_told_from_its_sentence(tmp_path, said, told):
+    whole = f"sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) {said}\n[SQL: INSERT]"
+    line = str(refused_database(whole, tmp_path))
+    assert told in line
+    assert str(tmp_path) in line
+    assert "\n" not in line
+    assert refused_database(f"ValueError: row 3 says {said}", tmp_path) is None
+    assert refused_database(whole.replace(said, "no such table: runs"), tmp_path) is None
 
 
 def test_a_read_only_disk_and_a_forbidden_folder_are_told(tmp_path):

@@ -83,6 +83,17 @@ def explained(error: BaseException, path: Path | None = None) -> OSError | None:
     return None
 
 
+def refused_database(said: str, path: Path) -> OSError | None:
+    """What a disk refused SQLite, where only the sentence of the error is left; None for others.
+
+    Args:
+        said: The message of an error that came from another process or an event log.
+        path: The folder of the database.
+    """
+    code = _worded(said) if "(sqlite3." in said else None
+    return None if code is None else _told(code, path)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Has whatever the disk refuses inside said in one line.
@@ -253,8 +264,11 @@ def _code(error: BaseException) -> int | None:
     library = type(error).__module__.partition(".")[0]
     if not isinstance(error, OSError | RuntimeError) and library not in _LIBRARIES:
         return None
-    said = str(error).lower()
-    return next((code for code, words in _SAID if re.search(words, said)), None)
+    return _worded(str(error))
+
+
+def _worded(said: str) -> int | None:
+    return next((code for code, words in _SAID if re.search(words, said.lower())), None)
 
 
 _LIBRARIES = ("polars", "pyarrow", "safetensors", "safetensors_rust", "sqlite3", "sqlalchemy")

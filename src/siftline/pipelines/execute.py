@@ -22,7 +22,7 @@ from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage
 
-from siftline.disk import ROOT_BYTES, check_folder, need, sweep, writing
+from siftline.disk import ROOT_BYTES, check_folder, need, refused_database, sweep, writing
 from siftline.locks import held, warn_if_shared
 from siftline.recipe.parse import Recipe
 from siftline.workspace import ROOT_VARIABLE, Workspace
@@ -336,7 +336,10 @@ class _Watcher:
             if not entry.user_message.startswith("Dependencies for step"):
                 self._say(entry.user_message)
         elif event.event_type_value == "STEP_FAILURE" and self.error is None:
-            self.error = f"{event.step_key}: {root_message(event.event_specific_data.error)}"
+            said = root_message(event.event_specific_data.error)
+            # A step fails, too, where its events can't be stored.
+            refused = refused_database(said, Path(self._instance.root_directory))
+            self.error = f"{event.step_key}: {refused or said}"
         elif event.event_type_value == "ASSET_CHECK_EVALUATION":
             self._check(event.event_specific_data)
         elif event.is_engine_event and "pool" in event.engine_event_data.metadata:
