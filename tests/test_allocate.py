@@ -496,7 +496,7 @@ def test_the_default_chain_keeps_the_verified_draws_in_darts_proportions(chain):
     assert draws["kept"] == sum(min(t, drawn[p]) for p, t in target.items())
     assert draws["kept"] == draws["offered"] > 24
     said = " ".join(_notes([(recipe.stage("allocate"), output)], None))
-    assert f"allocate: kept {draws['kept']} of {draws['offered']} verified draws." in said
+    assert f"allocate: kept {draws['kept']} of {draws['offered']} draws." in said
 
 
 def test_who_says_otherwise_gets_otherwise(chain):

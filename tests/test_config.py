@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -82,6 +83,9 @@ def test_everything_given_and_everything_left_out():
         ({"inner": {"size": True}}, "x.inner.size: expected int, found True"),
         ({"inner": {"size": 1, "ratio": "much"}}, "x.inner.ratio: expected float, found 'much'"),
         ({"inner": {"size": 1, "ratio": False}}, "x.inner.ratio: expected float, found False"),
+        ({"inner": {"size": 1, "ratio": "nan"}}, "x.inner.ratio: expected float, found 'nan'"),
+        ({"inner": {"size": 1, "ratio": "1_0"}}, "x.inner.ratio: expected float, found '1_0'"),
+        ({"inner": {"size": 1, "ratio": None}}, "x.inner.ratio: expected float, found None"),
         ({"flag": 1}, "x.flag: expected bool, found 1"),
         ({"flag": "true"}, "x.flag: expected bool, found 'true'"),
         ({"name": [1]}, "x.name: expected str, found [1]"),
@@ -135,6 +139,62 @@ def test_unions_try_every_member():
     assert convert(int | str | None, "a", "x") == "a"
     with pytest.raises(ValueError, match=r"x: expected int, found \[\]; or x: expected float"):
         convert(int | float, [], "x")
+
+
+def test_a_choice_is_of_its_own_type():
+    assert convert(Literal[1, 2], 2, "x") == 2
+    for value in (True, 1.0, "1"):
+        with pytest.raises(ValueError, match=f"x: {value!r} is not one of 1, 2"):
+            convert(Literal[1, 2], value, "x")
+
+
+def test_of_several_faults_the_first_is_told_and_unknown_keys_come_first():
+    wrong = {"name": True, "inner": {"size": "3"}, "flagg": 1}
+    with pytest.raises(ValueError, match=r"^x: unknown key 'flagg': did you mean 'flag'\?$"):
+        build(Outer, wrong, "x")
+    del wrong["flagg"]
+    with pytest.raises(ValueError, match=r"^x\.name: expected str, found True$"):
+        build(Outer, wrong, "x")
+
+
+@dataclass(frozen=True)
+class Invariant:
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.size, "an invariant of the code"
+
+
+def test_an_invariant_that_breaks_is_no_fault_of_the_input():
+    with pytest.raises(AssertionError, match="an invariant of the code"):
+        build(Invariant, {"size": 0}, "x")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    pair: tuple[int, str] = (1, "b")
+    listed: list[float] = field(default_factory=list)
+    inner: Inner | None = None
+    path: Path = Path()
+    matrix: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+def test_what_pydantic_knows_besides_is_checked_too():
+    given = {"pair": [3, "d"], "listed": [1, "1e2"], "path": "a/b", "matrix": {"r": [1]}}
+    assert build(Shapes, given, "x") == Shapes(
+        (3, "d"), [1.0, 100.0], None, Path("a/b"), {"r": (1,)}
+    )
+    for wrong, says in (
+        ({"pair": [1]}, "x.pair: 1 is missing"),
+        ({"pair": [1, "b", 3]}, "x.pair: tuple should have at most 2 items"),
+        ({"listed": [1, True]}, "x.listed[1]: expected float, found True"),
+        ({"inner": {"sise": 1}}, "x.inner: unknown key 'sise': did you mean 'size'?"),
+        ({"path": 3}, "x.path: input is not a valid path"),
+        ({"matrix": {"r": [1, "x"]}}, "x.matrix.r[1]: expected float, found 'x'"),
+    ):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  the whole text is held below
+            build(Shapes, wrong, "x")
+        assert str(caught.value).startswith(says)
 
 
 def test_nearest_names_one_or_all():

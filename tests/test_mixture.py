@@ -16,7 +16,9 @@ from siftline.ingest.readers import Source
 from siftline.recipe.parse import parse
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
-from siftline.selectors.spending import check_mixture, group_of, split
+from siftline.selectors.baselines import BalancedRandom
+from siftline.selectors.method import select as sift
+from siftline.selectors.spending import Budget, check_mixture, group_of, split, tempered
 from siftline.stages.allocate import run as spend
 from siftline.stages.allocate.decide import COLUMNS, Allocate
 from siftline.stages.context import Context
@@ -226,3 +228,125 @@ def test_the_stage_hands_the_sources_on(tmp_path, monkeypatch):
     run = spend.run(Context(workspace, recipe, stage, pool, [], None, lambda line: None))
     table = run.tables["mixture"].select("source", "quota", "capacity", "chosen").rows()
     assert table == [("*", 9, 10, 9), ("a", 3, 10, 3)]
+
+
+# ---- temperature and caps --------------------------------------------------------------------
+
+
+def outcome(decide, *given_, says):
+    """What is selected, or None where nothing fits and the error says so."""
+    try:
+        return decide(*given_)
+    except ValueError as error:
+        if not re.search(says, str(error)):
+            raise
+        return None
+
+
+def by_group(found, table):
+    return dict(
+        found.decisions.filter("kept")
+        .join(table.select("id", "source"), on="id")["source"]
+        .value_counts()
+        .iter_rows()
+    )
+
+
+@given(
+    st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6),
+    st.floats(0.2, 50),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_temperature_is_a_power_and_keeps_the_order(weights, temperature):
+    found = tempered(np.array(weights), temperature)
+    logs = np.log(np.array(weights)) / temperature
+    np.testing.assert_allclose(np.log(found), logs - logs.max(), atol=1e-9)
+    assert (np.argsort(found, kind="stable") == np.argsort(weights, kind="stable")).all() or len(
+        set(found)
+    ) < len(found)
+    assert tempered(np.array([0.0, 4.0]), temperature).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "rows"), [(1.0, (70, 20)), (2.0, (59, 31)), (1e6, (45, 45))]
+)
+def test_a_budget_by_temperature_is_that_of_the_formula(temperature, rows):
+    """900 rows of one source and 250 of another; by hand: 90 split by 900^(1/T) and 250^(1/T)."""
+    names = ["big"] * 900 + ["small"] * 250
+    table = pl.DataFrame(
+        {
+            "id": [digest("r", i) for i in range(1150)],
+            "prompt_id": [digest("p", i)[:20] for i in range(1150)],
+            "source": names,
+            "cluster": 0, "difficulty": 0.5, "n_tokens": 3, "logprob_mean": -1.0,
+            "verified": True, "origin": "pool",
+        }
+    )  # fmt: skip
+    given_ = select(Allocate(size=90, unit="rows", temperature=temperature), table)
+    expected = dict(zip(("big", "small"), rows, strict=True))
+    if temperature == 1.0:  # nothing is asked by source, so shares are only near
+        assert given_.facts["rows"] == 90
+        return
+    assert by_group(given_, table) == expected
+    ours = sift(BalancedRandom(temperature=temperature), table, Budget(90))
+    assert by_group(ours, table) == expected
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.sampled_from(["rows", "loss_tokens"]),
+    st.integers(0, 2),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_source_has_more_than_its_cap_in_any_unit(cap, size, unit, seed):
+    table = pool(90, seed)
+    amount = pl.len() if unit == "rows" else pl.col("n_tokens").sum()
+    config = Allocate(
+        size=size * (1 if unit == "rows" else 10), unit=unit, on_shortfall="smaller", answers=3,
+        caps={"code": cap, "*": 2 * cap}, seed=seed,
+    )  # fmt: skip
+    found = outcome(select, config, table, says="below the (shortest|first) answer")
+    if found is None:
+        return
+    kept = table.join(found.decisions.filter("kept").select("id"), on="id")
+    spent = dict(kept.group_by("source").agg(amount).iter_rows())
+    for name, had in spent.items():
+        assert had <= (cap if name == "code" else 2 * cap)
+    again = select(config, table.sample(fraction=1.0, shuffle=True, seed=seed))
+    assert again.decisions.equals(found.decisions)
+    reasons = dict(found.decisions["reason"].drop_nulls().value_counts().iter_rows())
+    assert reasons.get("over_source_cap", 0) == found.facts["over_source_cap"]
+    ours = BalancedRandom(cap=cap, seed=seed)
+    budget = Budget(config.size, unit, "smaller")
+    drawn = outcome(sift, ours, table, budget, says="buys nothing")
+    if drawn is None:
+        return
+    held = table.join(drawn.decisions.filter("kept").select("id"), on="id")
+    assert all(n <= cap for n in held.group_by("source").agg(amount).to_series(1))
+
+
+def test_what_a_cap_takes_away_goes_to_the_others_and_what_is_short_is_told():
+    table = pool(240).filter(pl.col("source") != "tiny")
+    config = {"unit": "rows", "answers": 3, "mixture": {"code": 8, "math": 1, "talk": 1}}
+    free = by_group(select(Allocate(size=30, **config), table), table)
+    assert free == {"code": 24, "math": 3, "talk": 3}
+    capped = select(Allocate(size=30, caps={"code": 6}, **config), table)
+    assert by_group(capped, table) == {"code": 6, "math": 12, "talk": 12}
+    assert capped.tables["mixture"]["shortfall"].to_list() == [18, 0, 0]
+    with pytest.raises(ValueError, match="short by 12"):
+        select(Allocate(size=30, caps={"*": 6}, **config), table)
+
+
+def test_caps_and_temperatures_that_mean_nothing_are_refused():
+    for bad, says in (
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"caps": {"a": 0}}, "that of 'a' is 0"),
+        ({"caps": {"b": 3}, "mixture": {"a": 1.0}}, "'b' has no weight in mixture"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            Allocate(size=1, **bad)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        BalancedRandom(temperature=0.0)
+    with pytest.raises(ValueError, match="is 0: give 1 or more"):
+        BalancedRandom(cap=0)

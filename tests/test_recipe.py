@@ -402,16 +402,15 @@ PUBLIC = {
     "Evaluation": "max_new_tokens temperature verifier level_column batch_tokens batch_rows seed "
     "retained",
     "FineTune": "method peft objective kl_weight mask_rate prompt_weight source_balance "
-    "reference_column lora_rank lora_alpha learning_rate epochs phases loss_tokens steps "
-    "batch_rows accumulation max_length warmup_ratio schedule weight_decay gradient_checkpointing "
-    "bf16 packing save_steps eval_steps keep report_to",
-    "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup "
-    "weight_decay seed",
+    "weight_column reference_column lora_rank learning_rate epochs phases loss_tokens "
+    "steps batch_rows accumulation max_length warmup_ratio schedule weight_decay "
+    "gradient_checkpointing bf16 packing save_steps eval_steps keep report_to",
+    "Pretrain": "tokenizer vocab hidden layers heads context steps batch_tokens lr warmup seed",
     "Duplicates": "threshold ngram num_perm numbers seed max_rows keep",
-    "Decontamination": "ngram min_share common near shingle num_perm seed",
+    "Decontamination": "ngram min_share common near seed",
     "QualityRules": "text languages keep min_language min_letters identify words scores",
     "Verify": "verifier no_final_answer open",
-    "LikelihoodOutliers": "max_drop tail cut length_bins min_group",
+    "LikelihoodOutliers": "max_drop tail cut min_group",
     "Shortlist": "size oversampling keep_rate clusters quota weight seed",
     "Confidence": "samples temperature top_p max_new_tokens answers similarity reflection "
     "questions weight_consistency weights join threshold cut seed",
@@ -421,7 +420,7 @@ PUBLIC = {
     "verifier seed",
     "SelfAnswers": "draws paraphrases temperature top_p max_new_tokens verifier screen seed",
     "Allocate": "size unit on_shortfall quota targets answers max_quantile fit own_samples "
-    "mixture levels seed",
+    "mixture temperature caps levels seed",
     "Select": "method options oversampling gradients seed",
 }
 CLASSES = (

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from siftline.kernels.draws import hash64
@@ -82,7 +83,8 @@ def made(engine, root, **options):
     """Pilot, targets and the rest, as the stage does it."""
     chosen = RejectionSampling(target="uniform", max_new_tokens=8, **options)
     recorder = Recorder(engine, ModelSpec(path="x"), root)
-    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, by_verifier("math"))
+    grade = by_verifier(chosen.verifier)
+    sampler = Sampler.of(chosen, PROBLEMS, [recorder], lambda line: None, grade)
     sampler.pilot()
     campaign = sampling._campaign(SimpleNamespace(), chosen, sampler, None)
     sampler.finish(campaign)
@@ -106,6 +108,52 @@ def test_targets_are_met_exactly_and_the_rest_is_named(tmp_path):
     assert not texts.select("prompt_id", "dedup_key").is_duplicated().any()
     used = sum(n for n, _ in standing(campaign).values())
     assert judged.draws.height == used
+
+
+def test_without_a_verifier_each_prompt_gets_its_answers_whatever_they_say(tmp_path):
+    """The one that is never right too; and no pass rate is claimed."""
+    sampler, campaign, judged = made(Engine(), tmp_path, k=3, cap=40, verifier="none")
+    taken = accept(judged.draws, judged.targets).filter("accepted")
+    counts = {NAMES[p]: n for p, n in taken.group_by("prompt_id").len().iter_rows()}
+    assert counts == dict.fromkeys(NAMES.values(), 3)
+    assert set(judged.draws["reason"]) == {"unverified"}
+    table = sampling._table(sampler, campaign, judged, None)
+    assert table["difficulty"].null_count() == table["sampler_difficulty"].null_count() == 5
+    assert set(table["status"]) == {"met"}
+    checked = made(Engine(), tmp_path, k=3, cap=40)[2]
+    held = judged.draws.join(checked.draws, on=["prompt_id", "draw"])
+    assert held.height > 0
+    assert (held["text"] == held["text_right"]).all()  # the same draws, one way or the other
+
+
+def test_prompts_without_an_answer_are_drawn_for_only_where_nothing_is_verified(
+    tiny_model, tmp_path
+):
+    from siftline.rows import schema
+    from siftline.scoring.templates import load_tokenizer
+    from siftline.stages.rejection_sampling.problems import added_rows, problems_of
+
+    def row(question, answer, kind):
+        turns = [schema.message("user", question), schema.message("assistant", "It is 7.")]
+        return schema.make_row(turns, answer=answer, answer_from=kind)
+
+    lines = [row("a", "7", "independent"), row("b", None, None), row("c", "7", "response")]
+    table = pa.Table.from_pylist(sorted(lines, key=lambda r: r["id"]), schema=schema.ROW)
+    engine = SimpleNamespace(
+        tokenizer=load_tokenizer(ModelSpec(path=str(tiny_model))), max_length=200,
+        fingerprint=lambda: "x",
+    )  # fmt: skip
+    model = Recorder(engine, ModelSpec(path="x", max_length=200), tmp_path)
+    found, skipped = problems_of(model, [(0, table)], "math")
+    assert (len(found), skipped["no_independent_answer"]) == (1, 2)
+    found, skipped = problems_of(model, [(0, table)], "none")
+    assert (len(found), sum(skipped.values())) == (3, 0)
+    draws = pl.DataFrame({"prompt_id": sorted(found), "draw": 0, "text": "Seven, I guess."})
+    taken = draws.select("prompt_id", "draw", accepted=pl.lit(True))
+    made_ = {r["parent_id"]: r["answer"] for r in added_rows(found, draws, taken)}
+    assert [made_[r["id"]] for r in lines] == ["7", None, None]
+    with pytest.raises(ValueError, match="measures no difficulty"):
+        RejectionSampling(verifier="none")
 
 
 @pytest.mark.parametrize("limit", [21, 30, 1000])

@@ -3,9 +3,20 @@
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from siftline.kernels.vectors.kmeans import Clusters
-from siftline.selectors.baselines import BalancedRandom, BestFit, Ifd, Length, Perplexity, Random
+from siftline.selectors.baselines import (
+    NO_LOSS,
+    BalancedRandom,
+    BestFit,
+    Ifd,
+    Length,
+    LossDrop,
+    Perplexity,
+    Random,
+)
 from siftline.selectors.deita import Deita
 from siftline.selectors.facility_location import FacilityLocation
 from siftline.selectors.kmeans_quality import KmeansQuality
@@ -79,6 +90,59 @@ def test_length_perplexity_and_ifd_by_hand():
         select(Ifd(), pool, Budget(4))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 40))
+def test_the_bottom_of_perplexity_is_what_the_top_leaves(values, k):
+    pool = pl.DataFrame({"id": ids(len(values)), "perplexity": values})
+    k = min(k, len(values))
+    kept = places(select(Perplexity("bottom"), pool, Budget(k)))
+    assert kept == sorted(range(len(values)), key=lambda i: (values[i], i))[:k]
+    rest = Budget(len(values) - k) if k < len(values) else None
+    if rest and len(set(values)) == len(values):
+        assert set(kept).isdisjoint(places(select(Perplexity("top"), pool, rest)))
+
+
+def test_broken_rows_stay_out_of_the_bottom_of_perplexity_and_fill_the_top():
+    g = np.random.default_rng(0)
+    broken = g.random(200) < 0.1
+    values = np.where(broken, g.uniform(50, 90, 200), g.uniform(1, 10, 200))
+    pool = pl.DataFrame({"id": ids(200), "perplexity": values})
+    taken = {p: places(select(Perplexity(p), pool, Budget(20))) for p in ("top", "bottom")}
+    assert broken[taken["top"]].mean() > 0.9
+    assert not broken[taken["bottom"]].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=2, max_size=30), st.booleans()
+)
+def test_the_loss_drop_is_the_share_that_the_warm_up_takes_away(losses, relative):
+    before, after = np.array(losses).T
+    columns = {"logprob_mean": -before, "logprob_mean_warm": -after}
+    pool = pl.DataFrame({"id": ids(len(losses)), **columns})
+    found = select(LossDrop(relative=relative), pool, Budget(len(losses) - 1))
+    drop = [b - a if not relative else ((b - a) / b if b > NO_LOSS else 0.0) for b, a in losses]
+    np.testing.assert_allclose(found.decisions["value"], drop, rtol=1e-12)
+    assert places(found) == sorted(range(len(drop)), key=lambda i: (-drop[i], i))[:-1]
+    assert found.facts["rows_of_rising_loss"] == sum(d < 0 for d in drop)
+
+
+def test_rows_of_the_targets_kind_win_by_their_loss_drop_at_any_loss():
+    """Planted: their loss falls by a third, others' by a tenth, and losses spread tenfold."""
+    g = np.random.default_rng(1)
+    kin = g.random(300) < 0.2
+    before = g.uniform(0.5, 5, 300)
+    after = before * np.where(kin, 0.66, 0.9) * g.uniform(0.97, 1.03, 300)
+    pool = pl.DataFrame({"id": ids(300), "logprob_mean": -before, "logprob_mean_warm": -after})
+    size = int(kin.sum())
+    assert kin[places(select(LossDrop(), pool, Budget(size)))].all()
+    assert not kin[places(select(LossDrop(relative=False), pool, Budget(size)))].all()
+    with pytest.raises(ValueError, match="name two columns"):
+        LossDrop(after="logprob_mean")
+    with pytest.raises(ValueError, match="lora_rank is 0"):
+        LossDrop(lora_rank=0)
+
+
 def test_the_two_ratios_called_ifd_order_pairs_differently():
     conditional, alone = np.array([1.0, 3.0]), np.array([2.0, 4.5])
     pool = pl.DataFrame(
@@ -115,6 +179,32 @@ def test_best_fit_picks_the_likeliest_answer_of_each_prompt():
     assert sorted(places(select(BestFit(singles="keep"), answers(), Budget(4)))) == [1, 3, 5, 7]
     two = BestFit(answers=2, singles="keep")
     assert sorted(places(select(two, answers(), Budget(7)))) == [0, 1, 3, 4, 5, 6, 7]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=12), st.sampled_from([1, 4, 16]),
+    st.integers(1, 60), st.integers(0, 3),
+)  # fmt: skip
+def test_so_many_answers_a_prompt_are_drawn_whatever_they_say(counts, answers, size, seed):
+    """Beside plain counting: all answers of a prompt before the next, or one of each in turn."""
+    prompts = [f"p{i:02d}" for i, n in enumerate(counts) for _ in range(n)]
+    pool = pl.DataFrame({"id": ids(len(prompts)), "prompt_id": prompts})
+    size = min(size, sum(min(n, answers) for n in counts))
+    whole = BestFit(answers, singles="keep", fit="random", fill="prompts", seed=seed)
+    kept = select(whole, pool, Budget(size))
+    held = [prompts[i] for i in places(kept)]
+    assert len(held) == size
+    order = list(dict.fromkeys(held))
+    full = [min(counts[int(p[1:])], answers) for p in order]
+    assert [held.count(p) for p in order[:-1]] == full[:-1]  # the last may be cut by the budget
+    assert held == sorted(held, key=order.index)
+    spread = BestFit(answers, singles="keep", fit="random", seed=seed)
+    turns = [prompts[i] for i in places(select(spread, pool, Budget(size)))]
+    seen = [turns.count(p) for p in set(turns)]
+    assert max(seen) == 1 or len(set(turns)) == len(counts)
+    shuffled = pool.sample(fraction=1.0, shuffle=True, seed=seed)
+    assert places(select(whole, shuffled, Budget(size))) == places(kept)
 
 
 def test_likelihood_is_never_compared_across_prompts():

@@ -52,6 +52,7 @@ def frame(n, seed=0, dtype=pl.Float16, d=8, prefix="row"):
             "perplexity": 1 + 9 * numbers[0],
             "ifd_loss_ratio": 0.2 + 0.7 * numbers[1],
             "logprob_mean": -numbers[2],
+            "logprob_mean_warm": -numbers[2] * (0.2 + numbers[4]),
             "complexity": numbers[3],
             "quality": numbers[4],
             "reward": 5 * numbers[0],
@@ -135,7 +136,7 @@ def test_an_id_that_comes_twice_and_a_missing_target_are_refused(name):
     pool = frame(12)
     with pytest.raises(ValueError, match="comes twice"):
         select(made(name), pl.concat([pool, pool[:1]]), Budget(2), TARGET)
-    if find(name).targeted:
+    if any(need != "target warm-up" for need in find(name).needs if need.startswith("target")):
         for nothing in (None, TARGET[:0]):
             with pytest.raises(ValueError, match="target set is empty"):
                 select(made(name), pool, Budget(2), nothing)
@@ -212,7 +213,18 @@ def test_equal_duplicates_are_drawn_equally_often(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["length", "perplexity", "ifd", "linear_rule", "got_d", "best_fit", "deita", "dsir"]
+    "name",
+    [
+        "length",
+        "perplexity",
+        "ifd",
+        "linear_rule",
+        "loss_drop",
+        "got_d",
+        "best_fit",
+        "deita",
+        "dsir",
+    ],
 )
 def test_equal_duplicates_have_equal_values(name):
     pool = frame(50, seed=4)
@@ -231,7 +243,8 @@ def test_equal_duplicates_have_equal_values(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["length", "perplexity", "ifd", "linear_rule", "random", "got_d", "rds_plus"]
+    "name",
+    ["length", "perplexity", "ifd", "linear_rule", "loss_drop", "random", "got_d", "rds_plus"],
 )
 def test_a_larger_budget_keeps_what_a_smaller_one_kept(name):
     pool = frame(60)
@@ -305,7 +318,7 @@ def test_groups_share_a_budget_within_one_row(labels, size, seed):
 
 
 def test_the_table_says_what_it_should():
-    assert len({entry.name for entry in METHODS}) == len(METHODS) == len(NAMES) + 1 == 17
+    assert len({entry.name for entry in METHODS}) == len(METHODS) == len(NAMES) + 1 == 18
     for entry in METHODS:
         assert entry.method.__dataclass_params__.frozen
         assert entry.limit >= 100_000

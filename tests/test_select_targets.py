@@ -3,7 +3,8 @@
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import rankdata
+from scipy.optimize import linprog
+from scipy.stats import rankdata, spearmanr
 
 from siftline.selectors.method import select
 from siftline.selectors.nearest import RdsPlus, SimCore, by_turns
@@ -143,6 +144,60 @@ def test_the_pool_as_its_own_target_has_nearly_level_gradients():
     far = select(GotD(epsilon=0.05), vectors(x), Budget(2), vectors(x + 3, ids(80, "t")))
     spread = [s.decisions["value"].std() for s in (near, far)]
     assert spread[0] < 0.05 * spread[1]
+
+
+def on_a_sphere(seed=0, n=300, d=64, kinds=8):
+    """Embeddings as sentence models give them: unit length, kinds far apart, spread within."""
+    g = np.random.default_rng(seed)
+    kind = g.integers(0, kinds, n)
+    x = g.normal(size=(kinds, d))[kind] + 0.9 * g.normal(size=(n, d))
+    return (x / np.linalg.norm(x, axis=1)[:, None]).astype(np.float32), kind
+
+
+def test_epsilon_means_the_same_at_any_length_of_the_vectors():
+    x, _ = on_a_sphere()
+    pool, target = x[20:], x[:20]
+    found = [
+        select(GotD(), vectors(c * pool), Budget(40), vectors(c * target, ids(20, "t")))
+        for c in (1.0, 16.0, 0.125)
+    ]
+    assert places(found[0]) == places(found[1]) == places(found[2])
+    costs = ((pool[:, None].astype(float) - target) ** 2).sum(axis=2)
+    facts = found[0].facts
+    assert facts["mean_cost"] == pytest.approx(costs.mean(), rel=1e-5)
+    assert facts["epsilon"] == pytest.approx(0.02 * costs.mean(), rel=1e-5)
+    assert found[1].facts["epsilon"] == pytest.approx(256 * facts["epsilon"], rel=1e-5)
+
+
+def test_on_vectors_of_unit_length_the_duals_are_not_a_mean_distance():
+    """Beside exact duals by linear programming, and the ranking that large epsilons end in."""
+    x, _ = on_a_sphere(n=90)
+    pool, target = x[15:], x[:15]
+    costs = ((pool[:, None].astype(float) - target) ** 2).sum(axis=2)
+    n, m = costs.shape
+    sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    weights = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    exact = linprog(costs.ravel(), A_eq=sums, b_eq=weights, method="highs").eqlin.marginals[:n]
+
+    def value(epsilon):
+        method = GotD(epsilon=epsilon, tolerance=1e-3)
+        found = select(method, vectors(pool), Budget(5), vectors(target, ids(15, "t")))
+        ours = found.decisions.sort("id")["value"].to_numpy()
+        told = found.facts["mean_cost_correlation"]
+        assert told == pytest.approx(spearmanr(ours, costs.mean(axis=1)).statistic, abs=1e-3)
+        return spearmanr(ours, exact).statistic, told
+
+    (near, told), (far, blurred) = value(GotD().epsilon), value(20.0)
+    assert near > 0.95
+    assert blurred > 0.99  # the mean distance, whatever the plan
+    assert told < blurred - 0.05
+    assert far < near
+
+
+def test_one_place_and_level_duals_are_no_error():
+    same = vectors(np.ones((6, 3)))
+    found = select(GotD(), same, Budget(2), vectors(np.ones((2, 3)), ids(2, "t")))
+    assert (places(found), found.facts["mean_cost_correlation"]) == ([0, 1], None)
 
 
 # ---- SimCore ---------------------------------------------------------------------------------

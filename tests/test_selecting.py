@@ -1,5 +1,6 @@
 """The select stage: registered methods inside a recipe."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import yaml
 
 from siftline.assets import step as keys
 from siftline.assets.stages import stage_asset
-from siftline.ingest.pool import Pool
+from siftline.ingest.pool import Pool, PoolSpec, build_pool
+from siftline.ingest.readers import Source
 from siftline.recipe.parse import parse
 from siftline.rows import schema
 from siftline.rows.ledger import KEPT, REMOVED
@@ -21,6 +23,8 @@ from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
 from siftline.selectors.registry import METHODS, find
 from siftline.selectors.spending import Budget
+from siftline.stages.context import Context
+from siftline.stages.models import engines
 from siftline.stages.run import models_used, run_stage, sets_used
 from siftline.stages.select import run as selecting
 from siftline.stages.select.options import Select
@@ -77,6 +81,98 @@ def test_a_method_spends_the_budget_on_the_rows_in_play(method, root, recipe_of)
     again, computed = run_stage(workspace, recipe, "select", quiet)
     assert not computed
     assert again.manifest.version == output.manifest.version
+
+
+@pytest.fixture
+def small(tmp_path, tiny_model):
+    """`small(method, …)` runs the stage on 20 rows with six target rows and a tiny model."""
+
+    def sums(name, numbers):
+        lines = [{"q": f"{i}+{i}?", "r": f"It is {2 * i}"} for i in numbers]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        source = Source(path=str(path), columns={"question": "q", "response": "r"})
+        build_pool(workspace.pool(name), PoolSpec(name=name, inputs=(source,), buckets=2))
+
+    workspace = Workspace(tmp_path / "root")
+    sums("p", range(20))
+    sums("t", range(30, 36))
+
+    def run(method, target=True, **options):
+        inputs = [{"path": "x.jsonl"}]
+        sets = {"target": [{"name": "t", "inputs": inputs, "buckets": 2}]} if target else {}
+        recipe = parse(
+            {
+                "name": "r",
+                "pool": {"name": "p", "inputs": inputs, "buckets": 2},
+                "sets": sets,
+                "models": {"m": {"path": str(tiny_model), "max_length": 100, "device": "cpu"}},
+                "stages": [{"select": {"method": method, "options": options}}],
+                "budget": {"size": 5, "unit": "rows"},
+            }
+        )
+        stage, pool = recipe.stage("select"), Pool(workspace.pool("p"))
+        with engines() as opened:
+            return selecting.run(Context(workspace, recipe, stage, pool, [], opened, quiet)), stage
+
+    run.workspace = workspace
+    return run
+
+
+def test_the_loss_drop_is_that_of_a_model_trained_on_the_target_alone(small, tiny_model):
+    """Beside plain transformers: the share of a row's loss that the warmed-up model takes away."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from siftline.scoring.spans import response_span
+    from siftline.scoring.templates import load_tokenizer
+
+    ran, stage = small("loss_drop", learning_rate=3e-3, epochs=2, batch_rows=3)
+    facts = ran.facts
+    assert (facts["target_rows"], facts["warmup_steps"], facts["warmup_skipped"]) == (6, 4, 0)
+    assert facts["warmup_loss"][1] < facts["warmup_loss"][0]
+    assert sets_used(stage) == ("target",)
+    (warm,) = (small.workspace.root / "models").glob("warmup-*/config.json")
+    tokenizer = load_tokenizer(ModelSpec(str(tiny_model)))
+    models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (tiny_model, warm.parent)]
+    drops = {}
+    for row in Pool(small.workspace.pool("p")).all_rows().to_pylist():
+        tokens, (start, end) = response_span(tokenizer, row["messages"])
+        losses = []
+        for model in models:
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+            losses.append(-np.mean([float(logs[i - 1, tokens[i]]) for i in range(start, end)]))
+        drops[row["id"]] = (losses[0] - losses[1]) / losses[0]
+    decided = pl.concat([result.decisions for result in ran.results])
+    removed = decided.filter(~pl.col("kept"))
+    for identity, value in removed.select("id", "value").iter_rows():
+        assert value == pytest.approx(drops[identity], abs=1e-4)
+    kept = set(decided.filter("kept")["id"])
+    assert len(kept) == 5
+    assert min(drops[i] for i in kept) >= max(removed["value"]) - 1e-4
+    again, _ = small("loss_drop", learning_rate=3e-3, epochs=2, batch_rows=3)
+    pairs = zip(again.results, ran.results, strict=True)
+    assert all(one.decisions.equals(other.decisions) for one, other in pairs)
+    with pytest.raises(ValueError, match=r"warms up on a target.*add sets\.target"):
+        small("loss_drop", target=False)
+
+
+def test_rds_plus_is_given_conversations_and_other_methods_texts(small, monkeypatch):
+    seen = []
+    for name in ("embed_texts", "embed_conversations"):
+        real = getattr(selecting, name)
+
+        def noted(recorder, bucket, asked, name=name, real=real):
+            seen.append(name)
+            return real(recorder, bucket, asked)
+
+        monkeypatch.setattr(selecting, name, noted)
+    for method, wanted in (("rds_plus", "embed_conversations"), ("got_d", "embed_texts")):
+        seen.clear()
+        ran, _ = small(method)
+        assert set(seen) == {wanted}
+        assert sum(int(result.decisions["kept"].sum()) for result in ran.results) == 5
 
 
 def test_options_seed_and_oversampling_count(root, recipe_of):

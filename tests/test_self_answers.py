@@ -14,7 +14,8 @@ from siftline.rows.schema import make_row, message
 from siftline.scoring.engines.base import Failed, Generation, ModelSpec
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.templates import load_tokenizer
-from siftline.scoring.verifiers import get_verifier
+from siftline.stages.rejection_sampling.options import JUDGE
+from siftline.stages.rejection_sampling.problems import grader
 from siftline.stages.s3ft.options import SelfAnswers
 from siftline.stages.s3ft.run import ROUTES, _answers, _result
 
@@ -59,13 +60,14 @@ def tokenizer(tiny_model):
     return load_tokenizer(ModelSpec(path=str(tiny_model)))
 
 
-def answered(rows, tokenizer, root, **options):
+def answered(rows, tokenizer, root, judge=None, **options):
     engine = Scripted(tokenizer)
     spec = ModelSpec(path="x", max_length=2000)
     rows = sorted(rows, key=lambda r: r["id"])
     chosen = SelfAnswers(max_new_tokens=8, **options)
     recorder = Recorder(engine, spec, root)
-    return _answers(recorder, 0, rows, chosen, get_verifier("math")), engine, rows
+    grade = grader(chosen.verifier, lambda: judge or pytest.fail("no judge is asked"))
+    return _answers(recorder, 0, rows, chosen, grade), engine, rows
 
 
 def decided(rows, found, before=()):
@@ -193,3 +195,80 @@ def test_gates_judge_what_the_stage_wrote():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="draws is 0"):
         SelfAnswers(draws=0)
+
+
+# ---- a judge ---------------------------------------------------------------------------------
+
+
+def same_word(scripted, asked):
+    """A judge for whom two answers are the same that name the same metal."""
+
+    def votes(prompt, options):
+        asked.append(prompt)
+        first, _, second = prompt.partition("Answer 1:")[2].partition("Answer 2:")
+        names = [{m for m in ("iron", "gold", "tin") if m in part} for part in (first, second)]
+        return scripted.logs(*((0.9, 0.1) if names[0] == names[1] else (0.1, 0.9)))
+
+    return votes
+
+
+class Metals(Scripted):
+    """Says a metal where `Scripted` says a number: free text that no rule can read."""
+
+    def one(self, tokens, i):
+        said = super().one(tokens, i)
+        return Generation(said.text.replace("#### ", "It's "), 5, "stop")
+
+
+def metal(own, para, gold, answer=None):
+    turns = [message("user", f"Which own {own} para {para} for {gold}?")]
+    turns.append(message("assistant", f"One takes {gold} here."))
+    return {**make_row(turns, answer=answer, source="book"), "parent_id": None, "origin": None}
+
+
+def test_a_judge_serves_rows_that_have_no_answer_to_a_rule(tokenizer, scripted, tmp_path):
+    asked: list[str] = []
+    engine = scripted.Scripted("judge", tokenizer, votes=same_word(scripted, asked))
+    judge = Recorder(engine, ModelSpec("nowhere", max_length=2048), tmp_path / "judge")
+    rows = [
+        metal("iron", "tin", "iron"),  # says it itself
+        metal("tin", "gold", "gold"),  # can only say it again
+        metal("tin", "tin", "iron"),  # neither
+        metal("gold", "gold", "iron", answer="gold"),  # right by its answer, not by its response
+    ]
+    chosen = SelfAnswers(max_new_tokens=8, verifier=JUDGE)
+    drawn = Recorder(Metals(tokenizer), ModelSpec(path="x", max_length=2000), tmp_path / "draws")
+    ordered = sorted(rows, key=lambda r: r["id"])
+    found = _answers(drawn, 0, ordered, chosen, grader(JUDGE, lambda: judge))
+    routes = [found.route[r["id"]] for r in rows]
+    assert routes == ["own_answer", "paraphrase", "reference", "own_answer"]
+    assert "iron" in found.text[rows[0]["id"]]
+    assert "gold" in found.text[rows[1]["id"]]
+    assert found.verdicts["match"] == 3
+    assert found.verdicts["wrong_answer"] == 2 + 4  # two draws of one, four of the other
+    result = decided(ordered, found)
+    added = {r["parent_id"]: r for r in result.added.to_pylist()}
+    assert added.keys() == found.text.keys()
+    assert added[rows[0]["id"]]["answer"] is None
+    assert added[rows[3]["id"]]["answer_from"] == "independent"
+    # Each pair is asked once in both orders, and none of a row that is already served.
+    assert len(asked) == len(set(asked)) <= 2 * sum(found.verdicts.values())
+
+
+def test_a_judge_that_can_not_tell_replaces_nothing(tokenizer, scripted, tmp_path):
+    engine = scripted.Scripted("place", tokenizer, votes=lambda p, o: scripted.logs(0.5, 0.5))
+    judge = Recorder(engine, ModelSpec("nowhere", max_length=2048), tmp_path / "judge")
+    rows = [metal("iron", "iron", "iron")]
+    drawn = Recorder(Metals(tokenizer), ModelSpec(path="x", max_length=2000), tmp_path / "draws")
+    chosen = SelfAnswers(max_new_tokens=8, verifier=JUDGE)
+    found = _answers(drawn, 0, rows, chosen, grader(JUDGE, lambda: judge))
+    assert (list(found.route.values()), found.text) == (["reference"], {})
+    assert found.verdicts["verifier_error"] == 4
+    assert decided(rows, found).decisions["kept"].all()
+
+
+def test_a_recipe_with_a_judge_asks_for_its_model():
+    from siftline.recipe.kinds import kind_of
+
+    assert kind_of("s3ft").models(SelfAnswers(), None) == ("target",)
+    assert kind_of("s3ft").models(SelfAnswers(verifier="judge"), None) == ("target", "judge")

@@ -107,6 +107,10 @@ class Differ(Exception):
         self.path, self.left, self.right = path, left, right
 
 
+class NoTableError(ValueError):
+    """Values that no column of one type holds."""
+
+
 def said(kind: pa.DataType) -> str:
     """What values of a type are called."""
     named: tuple[tuple[Callable[[pa.DataType], bool], str], ...] = (
@@ -237,7 +241,7 @@ def one_schema(tables: Iterable[tuple[str, pa.Schema]]) -> pa.Schema:
             try:
                 both = joined(known, field.type)
             except Differ as error:
-                raise ValueError(
+                raise NoTableError(
                     f"{first} and {name} differ in column {field.name + error.path!r}: "
                     f"{said(error.left)} ({error.left}) in one and {said(error.right)} "
                     f"({error.right}) in the other; write one kind"
@@ -256,7 +260,7 @@ def check_storable(name: str, column: str, kind: pa.DataType) -> None:
     """
     if pa.types.is_struct(kind):
         if not kind.num_fields:
-            raise ValueError(
+            raise NoTableError(
                 f"{name} has a column of empty objects alone ({column}), which no table can hold: "
                 "drop it"
             )

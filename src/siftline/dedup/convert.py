@@ -5,7 +5,7 @@ recipe. The first line that can't be read, or that holds another kind of value t
 it, is an error that names it: rows leave as they came in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import Differ, conformed_batch, joined, narrowed, one_schema, said
+from siftline.dedup.arrow import (
+    Differ,
+    NoTableError,
+    conformed_batch,
+    joined,
+    narrowed,
+    one_schema,
+    said,
+)
 from siftline.ingest.files import InputFile
 from siftline.ingest.records import BINARY, Fault, Record, batches_of, read_records
 
@@ -49,12 +57,13 @@ class _Exact(Exception):
         self.column = column
 
 
-def to_chunks(file: InputFile, folder: Path) -> Chunks:
+def to_chunks(file: InputFile, folder: Path, skip: Collection[int] = ()) -> Chunks:
     """Converts a file.
 
     Args:
         file: Where it is and how it is written.
         folder: Where the chunks go; made here.
+        skip: Lines that are left out, of a text format.
 
     Raises:
         ValueError: naming the line that can't be read, or two that differ in kind.
@@ -65,7 +74,7 @@ def to_chunks(file: InputFile, folder: Path) -> Chunks:
     decimals: frozenset[str] = frozenset()
     while True:
         try:
-            return _converted(file, folder, decimals)
+            return _converted(file, folder, decimals, skip)
         except _Exact as found:
             decimals |= {found.column}
 
@@ -96,7 +105,7 @@ def check_whole_numbers(
             try:
                 conformed_batch(batch.select([column]), part)
             except pa.ArrowInvalid as error:
-                raise ValueError(
+                raise NoTableError(
                     f"{name} has whole numbers above 2^53 in column {column!r}, which holds "
                     "fractions in another file: write them as text"
                 ) from error
@@ -125,11 +134,13 @@ def _writer(path: Path, schema: pa.Schema) -> pa.RecordBatchFileWriter:
     return pa.ipc.new_file(str(path), schema, options=options)
 
 
-def _converted(file: InputFile, folder: Path, decimals: frozenset[str]) -> Chunks:
+def _converted(
+    file: InputFile, folder: Path, decimals: frozenset[str], skip: Collection[int]
+) -> Chunks:
     paths: list[Path] = []
     schemas: list[tuple[str, pa.Schema]] = []
     rows = repeated = 0
-    items = read_records(file)
+    items = (item for item in read_records(file) if item.line not in skip)
     while records := [_sound(file, item) for item in islice(items, _ROWS)]:
         batch = _batch(file, records, decimals)
         path = folder / f"{len(paths)}.arrow"
@@ -139,7 +150,7 @@ def _converted(file: InputFile, folder: Path, decimals: frozenset[str]) -> Chunk
         schemas.append((f"{file.path} from line {records[0].line}", batch.schema))
         rows += len(records)
         repeated += sum(record.repeated for record in records)
-    schema = one_schema(schemas)
+    schema = one_schema(schemas)  # of no columns where every line is skipped
     for path, (_, found) in zip(paths, schemas, strict=True):
         try:
             check_whole_numbers(file.path, read_chunks([path]), found, schema)
@@ -171,7 +182,7 @@ def _batch(file: InputFile, records: Sequence[Record], decimals: frozenset[str])
             arrays.append(_array(values))
         except (pa.ArrowException, OverflowError) as error:
             _explain(file, name, values, records)
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} column {name!r} fits no table ({error}): write one kind of value"
             ) from error
     if not names:
@@ -217,13 +228,13 @@ def _explain(file: InputFile, name: str, values: Sequence[Any], records: Sequenc
         try:
             both = joined(kind, _kind_of(value))
         except OverflowError:
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} line {record.line} has a whole number of more than 64 bits in column "
                 f"{name!r}: write such numbers as text"
             ) from None
         except Differ as error:
             lines = "" if first == record.line else f"line {first} and "
-            raise ValueError(
+            raise NoTableError(
                 f"{file.path} {lines}line {record.line}: {said(error.left)} and "
                 f"{said(error.right)} in column {name + error.path!r}, and values there differ in "
                 "kind; correct the line, or write one kind"
@@ -234,7 +245,7 @@ def _explain(file: InputFile, name: str, values: Sequence[Any], records: Sequenc
         raise _Exact(name)
     wide = next((r.line for v, r in zip(values, records, strict=True) if _is_wide(v)), None)
     if wide is not None:
-        raise ValueError(
+        raise NoTableError(
             f"{file.path} line {wide} has a whole number above 2^53 in column {name!r}, beside "
             "fractions: write them as text"
         )

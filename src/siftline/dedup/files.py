@@ -1,7 +1,7 @@
 """Tables on disk, read in pieces that fit into memory and written in pieces that read well."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,9 @@ ADDED = (
     "sift_weight",
     "sift_prompt_group",
     "sift_reason",
+    "sift_value",
+    "sift_threshold",
+    "sift_matched_id",
     "sift_matched_row",
     "sift_similarity",
 )
@@ -73,6 +76,42 @@ def open_tables(names: Sequence[str], columns: Sequence[str], scratch: Path) -> 
     found = [_table(n, file, scratch / f"{k:05d}") for k, (n, file) in enumerate(places)]
     for table in found:
         _check(table, columns)
+    return _of_one_schema(found)
+
+
+def open_read(
+    files: Sequence[Any],
+    unread: Sequence[Collection[int]],
+    scratch: Path,
+    added: Collection[str] = ADDED,
+) -> list[Table]:
+    """Opens files that ingestion has read, to give their rows back.
+
+    Args:
+        files: As ingestion knows them (`ingest.files.InputFile`).
+        unread: Of each file, lines that were no rows; those of text formats are left out.
+        scratch: As in `open_tables`.
+        added: Columns that will be added, so may not be there.
+
+    Raises:
+        ValueError: as `open_tables`.
+    """
+    found = []
+    for k, (file, skip) in enumerate(zip(files, unread, strict=True)):
+        local = file.format == "parquet" and Path(file.path).is_file()
+        there = Path(file.path) if local else file
+        found.append(_table(shown(file), there, scratch / f"{k:05d}", skip))
+        _check(found[-1], (), added)
+    return _of_one_schema(found)
+
+
+def shown(file: Any) -> str:
+    """What a file that ingestion knows is called: as the user gave it, or its path."""
+    given = str(file.source.path)
+    return given if Path(given).is_file() else str(file.path)
+
+
+def _of_one_schema(found: list[Table]) -> list[Table]:
     if all(t.path and t.own.equals(found[0].own, check_metadata=True) for t in found):
         return [replace(table, schema=table.own) for table in found]
     from siftline.dedup.arrow import check_storable, one_schema
@@ -115,11 +154,11 @@ def _files(names: Sequence[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def _table(name: str, file: Any, folder: Path) -> Table:
+def _table(name: str, file: Any, folder: Path, skip: Collection[int] = ()) -> Table:
     if not isinstance(file, Path):
         from siftline.dedup.convert import to_chunks
 
-        made = to_chunks(file, folder)
+        made = to_chunks(file, folder, skip)
         return Table(name, made.rows, made.schema, chunks=made.paths, repeated=made.repeated)
     confirm_inputs([file])
     try:
@@ -132,12 +171,12 @@ def _table(name: str, file: Any, folder: Path) -> Table:
     return Table(name, rows, schema, path=file)
 
 
-def _check(table: Table, columns: Sequence[str]) -> None:
+def _check(table: Table, columns: Sequence[str], added: Collection[str] = ADDED) -> None:
     names = table.own.names
     if len(set(names)) < len(names):
         raise ValueError(f"{table.name} has two columns of one name: rename one")
     _check_columns(table.name, names, columns)
-    for column in ADDED:
+    for column in added:
         if column in names:
             raise ValueError(f"{table.name} already has a column {column}: drop or rename it")
 

@@ -149,10 +149,10 @@ class Index:
         return np.array([known[os.path.abspath(table.name)] for table in tables], np.int64)
 
     def named(self, rows: np.ndarray) -> list[str]:
-        """Names rows by file and 0-based row number."""
+        """Names rows by file and number; the first of a file is 1."""
         starts = np.array([file.first for file in self.files], np.int64)
         where = np.searchsorted(starts, rows, side="right") - 1
-        numbers = rows - starts[where]
+        numbers = rows - starts[where] + 1
         pairs = zip(where.tolist(), numbers.tolist(), strict=True)
         # Two files may go by one name, added from different folders: then the path tells them.
         count = Counter(file.name for file in self.files)

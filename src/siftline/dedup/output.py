@@ -1,6 +1,8 @@
 """What a run of deduplication leaves: kept rows in `data/`, others, with reasons, in `removed/`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,16 @@ def fitted(rates: Sequence[float], overall: float, most: int) -> np.ndarray:
 
 
 DATA, REMOVED = "data", "removed"
+FACTS = (
+    pa.field("sift_reason", pa.string()),
+    pa.field("sift_value", pa.float64()),
+    pa.field("sift_threshold", pa.float64()),
+    pa.field("sift_matched_id", pa.string()),
+    pa.field("sift_matched_row", pa.string()),
+    pa.field("sift_similarity", pa.float64()),
+)
+"""Columns of removed rows."""
 MakeTracker = Callable[[str, int, str], Tracker]
-NO_COLUMNS: Mapping[str, pa.Array] = {}
 
 
 def claim(out: Path) -> None:
@@ -107,106 +117,123 @@ def first_rows(tables: Sequence[Table]) -> np.ndarray:
 
 
 def row_names(tables: Sequence[Table], starts: np.ndarray) -> Callable[[np.ndarray], list[str]]:
-    """Names rows by file and 0-based row number."""
+    """Names rows by file and number; the first of a file is 1."""
 
     def named(rows: np.ndarray) -> list[str]:
         where = np.searchsorted(starts, rows, side="right") - 1
-        numbers = rows - starts[where]
+        numbers = rows - starts[where] + 1
         pairs = zip(where.tolist(), numbers.tolist(), strict=True)
         return [f"{tables[t].name}:{number}" for t, number in pairs]
 
     return named
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of all tables, and what is said of them.
+
+    Attributes:
+        name: The folder that they are written to.
+        rows: bool, one value a row of all tables.
+        fields: Columns that are added.
+        values: Their values of some of the rows, given by number.
+    """
+
+    name: str
+    rows: np.ndarray
+    fields: tuple[pa.Field, ...] = ()
+    values: Callable[[np.ndarray], Sequence[Any]] = lambda rows: ()
+
+
+def parts_of(
+    result: Deduplicated,
+    threshold: float,
+    named: Callable[[np.ndarray], list[str]],
+    rehydrate: bool = False,
+) -> list[Part]:
+    """Kept and removed texts.
+
+    Args:
+        result: Decisions.
+        threshold: Similarity from which rows went.
+        named: Names rows of `result`.
+        rehydrate: Also say how often to repeat a row.
+    """
+
+    def sizes(rows: np.ndarray) -> list[Any]:
+        found = result.cluster_size[rows]
+        return [found, published(found)] if rehydrate else [found]
+
+    def reasons(rows: np.ndarray) -> list[Any]:
+        exact, similar = result.exact[rows], result.similarity[rows]
+        reason = np.where(exact, "exact_duplicate", result.reason).tolist()
+        limit = np.where(exact, 1.0, threshold)
+        return [reason, similar, limit, named(result.matched[rows]), similar]
+
+    names = ["sift_cluster_size", *(["sift_weight"] if rehydrate else [])]
+    clusters = tuple(pa.field(name, pa.int64()) for name in names)
+    facts = tuple(field for field in FACTS if field.name != "sift_matched_id")
+    return [Part(DATA, result.kept, clusters, sizes), Part(REMOVED, ~result.kept, facts, reasons)]
+
+
 def write_out(
     folder: Path,
     tables: Sequence[Table],
     starts: np.ndarray,
-    result: Deduplicated,
-    named: Callable[[np.ndarray], list[str]],
+    parts: Sequence[Part],
     make_tracker: MakeTracker,
-    rehydrate: bool = False,
-    more: Mapping[str, pa.Array] = NO_COLUMNS,
     read: Callable[[Table], Iterator[pa.RecordBatch]] = read_pieces,
 ) -> None:
-    """Writes `data/` and `removed/`, one file of each for every table.
+    """Writes the rows of each part to a folder, one file for every table.
 
     Args:
         folder: Where to.
         tables: Input files.
-        starts: Number of each one's first row in `result`.
-        result: Decisions.
-        named: Names rows of `result`.
+        starts: Number of each one's first row in the parts.
+        parts: Which rows go where.
         make_tracker: Takes label, total and unit of a step.
-        rehydrate: Also write how often to repeat a row.
-        more: Columns to add, of all rows of `result`.
         read: Gives the rows of a table.
     """
     tracker = make_tracker("write", sum(table.rows for table in tables), "rows")
-    names = ["sift_cluster_size", *(["sift_weight"] if rehydrate else [])]
-    both = [pa.field(name, values.type) for name, values in more.items()]
-    clusters = [*both, *(pa.field(name, pa.int64()) for name in names)]
-    facts = [
-        *both,
-        pa.field("sift_reason", pa.string()),
-        pa.field("sift_matched_row", pa.string()),
-        pa.field("sift_similarity", pa.float64()),
-    ]
-    for name in (DATA, REMOVED):
-        (folder / name).mkdir()
+    for part in parts:
+        (folder / part.name).mkdir()
     try:
         for k, table in enumerate(tables):
-            file = f"part-{k:05d}.parquet"
-            kept_schema = with_columns(table.schema, clusters)
-            gone_schema = with_columns(table.schema, facts)
-            with (
-                PieceWriter(folder / DATA / file, kept_schema) as kept,
-                PieceWriter(folder / REMOVED / file, gone_schema) as gone,
-            ):
+            with ExitStack() as opened:
+                writers = [
+                    opened.enter_context(
+                        PieceWriter(
+                            folder / part.name / f"part-{k:05d}.parquet",
+                            with_columns(table.schema, part.fields),
+                        )
+                    )
+                    for part in parts
+                ]
                 at = int(starts[k])
                 for batch in ahead(read(table)):
                     rows = np.arange(at, at + batch.num_rows)
-                    mine = [values.slice(at, batch.num_rows) for values in more.values()]
                     at += batch.num_rows
-                    stays = result.kept[rows]
-                    sizes = result.cluster_size[rows[stays]]
-                    added = [sizes, *([published(sizes)] if rehydrate else [])]
-                    kept.add(_extended(batch, stays, mine, added, kept.schema))
-                    lost = rows[~stays]
-                    if len(lost):
-                        why = _reasons(result, lost, named)
-                        gone.add(_extended(batch, ~stays, mine, why, gone.schema))
+                    for part, writer in zip(parts, writers, strict=True):
+                        wanted = part.rows[rows]
+                        if wanted.any():
+                            more = part.values(rows[wanted])
+                            writer.add(_extended(batch, wanted, more, writer.schema))
                     tracker.advance(batch.num_rows)
     finally:
         tracker.close()
 
 
 def _extended(
-    batch: pa.RecordBatch,
-    rows: np.ndarray,
-    more: Sequence[pa.Array],
-    added: Sequence[Any],
-    schema: pa.Schema,
+    batch: pa.RecordBatch, rows: np.ndarray, added: Sequence[Any], schema: pa.Schema
 ) -> pa.RecordBatch:
-    """Some rows of a batch with more columns, as `schema` has them.
-
-    `more` has a value for every row of the batch, `added` for those that are wanted.
-    """
+    """Some rows of a batch with more columns, as `schema` has them; `added` is of those rows."""
     if rows.all():
-        arrays = [*batch.columns, *more]
+        arrays = list(batch.columns)
     else:
-        wanted = arrow_of(rows)
-        arrays = [*without_views(batch).filter(wanted).columns, *(c.filter(wanted) for c in more)]
-    arrays += map(arrow_of, added)
+        arrays = list(without_views(batch).filter(arrow_of(rows)).columns)
+    arrays += [values if isinstance(values, pa.Array) else arrow_of(values) for values in added]
     typed = [
         values if values.type == kind else values.cast(kind)
         for values, kind in zip(arrays, schema.types, strict=True)
     ]
     return pa.RecordBatch.from_arrays(typed, schema=schema)
-
-
-def _reasons(
-    result: Deduplicated, lost: np.ndarray, named: Callable[[np.ndarray], list[str]]
-) -> list[Any]:
-    reason = np.where(result.exact[lost], "exact_duplicate", result.reason).tolist()
-    return [reason, named(result.matched[lost]), result.similarity[lost]]

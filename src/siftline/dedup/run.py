@@ -18,7 +18,15 @@ from siftline.dedup.arrow import texts_of
 from siftline.dedup.engine import Clock, Deduplicated, Engine, Settings, gathered, ranks, spread
 from siftline.dedup.files import Reader, Table, ahead, open_tables, read_pieces
 from siftline.dedup.index import opened
-from siftline.dedup.output import MakeTracker, claim, first_rows, row_names, summary, write_out
+from siftline.dedup.output import (
+    MakeTracker,
+    claim,
+    first_rows,
+    parts_of,
+    row_names,
+    summary,
+    write_out,
+)
 from siftline.disk import need
 from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.sets.spill import Keys, values_room
@@ -116,9 +124,8 @@ def dedup_files(job: Job, make_tracker: MakeTracker) -> dict[str, Any]:
             with clock.phase("write"):
                 starts = first_rows(tables)
                 named = row_names(tables, starts)
-                write_out(
-                    folder, tables, starts, result, named, make_tracker, job.rehydrate, read=read
-                )
+                parts = parts_of(result, threshold, named, job.rehydrate)
+                write_out(folder, tables, starts, parts, make_tracker, read)
         rmtree(scratch, ignore_errors=True)
     seconds = {name: round(value, 4) for name, value in clock.seconds.items()}
     repeated = sum(table.repeated for table in tables)
@@ -171,7 +178,8 @@ def _with_index(
         changes = index.changed(tables)
         with clock.phase("write"):
             starts = index.firsts(tables)
-            write_out(folder, tables, starts, result, index.named, make_tracker, job.rehydrate)
+            parts = parts_of(result, job.settings.threshold, index.named, job.rehydrate)
+            write_out(folder, tables, starts, parts, make_tracker)
             write_parquet(changes, folder / CHANGED)
         spans = zip(starts, tables, strict=True)
         rows = np.concatenate([np.arange(first, first + table.rows) for first, table in spans])

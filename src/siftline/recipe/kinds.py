@@ -106,8 +106,10 @@ class StageKind:
         planted: Kinds of canaries that are planted before it; see `stages.canaries`.
         prompts: What it does with prompts that have no response: it "passes" or "answers" them, or
             None: it judges responses.
+        from_budget: Options that are the recipe's budget, and are not stated again.
         complete: Fills options that the recipe decides, by what was given, the stages before and
             the recipe's budget.
+        methods: Dataclasses of the options' `options` by their `method`, of a kind that has both.
         check: Refuses a stage at its place, by the stage and those before it.
         settle: Fills what only the whole recipe decides, as the models of roles, or refuses it.
         notes: Sentences for the report, by the stage and its facts.
@@ -129,7 +131,9 @@ class StageKind:
     repeats: tuple[str, ...] = ()
     planted: tuple[str, ...] = ()
     prompts: Literal["passes", "answers"] | None = None
+    from_budget: tuple[str, ...] = ()
     complete: Callable[[dict[str, Any], Sequence[Stage], Any], dict[str, Any]] = _as_given
+    methods: Callable[[], Mapping[str, type]] = dict
     check: Callable[[Stage, Sequence[Stage]], None] = _anywhere
     settle: Callable[[Stage, Any], Stage] = _settled
     notes: Callable[[Stage, Mapping[str, Any]], list[str]] = _no_notes

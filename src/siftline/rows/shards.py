@@ -107,12 +107,12 @@ def _built(final: Path, temporary: Path) -> Iterator[None]:
     sync(final.parent)
 
 
-def point_latest(folder: Path, target: str) -> None:
-    """Points the relative symlink `folder/latest` at `target` by one rename; a no-op if it does."""
-    link = folder / "latest"
+def point_latest(folder: Path, target: str, name: str = "latest") -> None:
+    """Points the relative symlink `folder/name` at `target` by one rename; a no-op if it does."""
+    link = folder / name
     if link.is_symlink() and os.readlink(link) == target:
         return
-    temporary = folder / unfinished("latest")
+    temporary = folder / unfinished(name)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)

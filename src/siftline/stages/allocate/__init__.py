@@ -1,7 +1,6 @@
 """Allocate: the budget by cluster, difficulty and fit; the last stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from siftline.recipe.kinds import Stage, StageKind
@@ -16,14 +15,11 @@ _RULES = {"vanilla": "uniform"}
 
 
 def _completed(options: dict[str, Any], before: Sequence[Stage], budget: Any) -> dict[str, Any]:
-    """Options with the recipe's budget and, where draws came before, what was drawn for.
+    """Options with, where draws came before, what was drawn for.
 
     Several sampling stages add their answers to the same prompts: as many are kept as all of them
     aim at, by the targets of the last.
     """
-    for key in ("unit", "size", "on_shortfall"):
-        if key in options:
-            raise ValueError(f"stages.allocate: {key!r} belongs to the recipe's budget: move it")
     drawn = _sampling(before)
     taken: dict[str, Any] = {}
     if drawn:
@@ -34,7 +30,7 @@ def _completed(options: dict[str, Any], before: Sequence[Stage], budget: Any) ->
             "max_quantile": last.max_quantile,
             "own_samples": True,
         }
-    return {**taken, **options, **asdict(budget)}
+    return {**taken, **options}
 
 
 def _sampling(before: Sequence[Stage]) -> list[Stage]:
@@ -104,7 +100,7 @@ def _notes(stage: Stage, facts: Mapping[str, Any]) -> list[str]:
     if not draws:
         return []
     lost = ", ".join(f"{n} {reason}" for reason, n in draws["removed"].items())
-    said = f"{stage.name}: kept {draws['kept']} of {draws['offered']} verified draws"
+    said = f"{stage.name}: kept {draws['kept']} of {draws['offered']} draws"
     return [f"{said} ({lost})." if lost else f"{said}."]
 
 
@@ -116,6 +112,7 @@ KIND = StageKind(
     models=lambda options, budget: ("target",),
     likelihoods=lambda options, budget: True,
     found=True,
+    from_budget=("size", "unit", "on_shortfall"),
     complete=_completed,
     check=_check,
     settle=_settled,

@@ -11,6 +11,8 @@ SOURCE = "sampler"
 """Source of the rows that are added."""
 JUDGE = "judge"
 """Verifier that asks the recipe's judge whether draw and reference come to the same answer."""
+NONE = "none"
+"""No verifier: every whole and sound draw counts, of prompts without an answer too."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class RejectionSampling:
         max_new_tokens: Most tokens of a draw.
         verifier: Checks a draw against the prompt's independent answer. By default that of the
             verify stage before it, or math. "judge" asks the recipe's judge in both orders; a
-            judge errs, so such draws make no set of verifiable prompts.
+            judge errs, so such draws make no set of verifiable prompts. "none" verifies nothing,
+            and takes prompts without an answer too: OpenThoughts (arXiv 2506.04178) found sixteen
+            answers a prompt to help, and verifying them to bring little. It measures no difficulty,
+            so the target is then vanilla or uniform.
         seed: The recipe's seed.
     """
 
@@ -97,7 +102,12 @@ class RejectionSampling:
             raise ValueError(
                 f"max_similarity is {self.max_similarity}: give a number above 0, at most 1"
             )
-        check_verifier(self.verifier, JUDGE)
+        check_verifier(self.verifier, JUDGE, NONE)
+        if self.verifier == NONE and self.target not in ("uniform", "vanilla"):
+            raise ValueError(
+                f"target is {self.target!r}, and verifier none measures no difficulty and proves "
+                "no answer: set target to vanilla or uniform"
+            )
         if self.negatives < 0:
             raise ValueError(f"negatives is {self.negatives}: it must be 0 or more")
         self.sampling  # noqa: B018  its own checks
