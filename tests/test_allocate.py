@@ -1,5 +1,8 @@
-"""The budget stage: exact budgets, best fit, quotas, shortfall, stability."""
+"""The budget stage: exact budgets, best fit, quotas, shortfall, stability, and what was drawn."""
 
+import dataclasses
+import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -8,10 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siftline.assets.shared import build
+from siftline.ingest.pool import Pool
 from siftline.kernels.draws import largest_remainder, uniforms
+from siftline.recipe.parse import parse
+from siftline.rows.ledger import KEPT
 from siftline.rows.schema import digest
 from siftline.rows.selection import select
-from siftline.stages.allocate.decide import COLUMNS, Allocate
+from siftline.scoring.measures.samples import seed_of
+from siftline.stages import models
+from siftline.stages.allocate import run as spend
+from siftline.stages.allocate.decide import AIMED, COLUMNS, Allocate
+from siftline.stages.rejection_sampling.difficulty import prop2diff
+from siftline.stages.rejection_sampling.options import RejectionSampling
+from siftline.stages.reporting import _notes
+from siftline.stages.run import run_stage
+from siftline.workspace import Workspace
 
 
 def pool(n=300, answers=4, seed=0, clusters=6):
@@ -325,3 +340,200 @@ def test_every_row_is_decided_once_and_budget_and_targets_hold(data, size, unit,
     matched = result.removed["matched_id"].drop_nulls()
     assert set(matched) <= set(result.kept)
     assert result.tables["levels"]["chosen"].sum() == kept.height
+
+
+# ---- what a sampling stage drew ----------------------------------------------------------------
+
+
+def drawing(*stages, roles=None, folder="x", size=1000, pool="x.jsonl"):
+    columns = {"question": "question", "response": "response", "answer": "answer"}
+    source = {"path": str(pool), "layout": "question_answer", "columns": columns}
+    model = {"path": str(folder), "max_length": 512, "device": "cpu"}
+    return parse(
+        {
+            "name": "r",
+            "pool": {"name": "p", "buckets": 2, "inputs": [source]},
+            "models": {"base": model, "big": {**model, "path": f"{folder}/big"}},
+            "roles": {"target": "base", **(roles or {})},
+            "stages": list(stages),
+            "budget": {"size": size, "unit": "rows", "on_shortfall": "smaller"},
+        }
+    )
+
+
+SAMPLE = "rejection_sampling"
+
+
+def taken(*stages, **more):
+    o = drawing(*stages, **more).stages[-1].options
+    return o.targets, o.answers, o.max_quantile, o.own_samples
+
+
+def test_the_budget_takes_targets_answers_and_quantile_from_the_draws():
+    drawn = RejectionSampling()
+    assert taken(SAMPLE, "allocate") == ("prop2diff", drawn.k, drawn.max_quantile, True)
+    default = {f.name: f.default for f in dataclasses.fields(Allocate)}
+    assert default["max_quantile"] == drawn.max_quantile  # one default, wherever targets are set
+    rs = {SAMPLE: {"target": "uniform", "k": 7, "max_quantile": 0.9}}
+    assert taken(rs, "allocate") == ("uniform", 7, 0.9, True)
+    assert taken(rs, {"allocate": {"targets": "prop2diff", "answers": 9}})[:2] == ("prop2diff", 9)
+    assert taken({SAMPLE: {"target": "vanilla", "k": 6}}, "allocate")[:2] == ("uniform", 6)
+    more = {SAMPLE: {"name": "more", "k": 2}}
+    assert taken(SAMPLE, more, "allocate")[:2] == ("prop2diff", 6)
+    assert taken("duplicates", "allocate") == ("uniform", 1, drawn.max_quantile, False)
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ((SAMPLE, {"allocate": {"own_samples": False}}), r"own_samples is off.*leave own_samples"),
+        (
+            (SAMPLE, {"allocate": {"answers": 1}}),
+            r"answers is 1.*leave answers out, or set.*k to 1",
+        ),
+        ((SAMPLE, {"allocate": {"mixture": {"web": 1}}}), "mixture leaves out 'sampler'"),
+        ((SAMPLE, {"allocate": {"mixture": {"*": 1, "sampler": 0}}}), "mixture leaves out"),
+        (("s3ft", {"allocate": {"mixture": {"web": 1}}}), "mixture leaves out 'self'"),
+        (
+            ("confidence", "correct", {"allocate": {"mixture": {"web": 1}}}),
+            "mixture leaves out 'corrected'",
+        ),
+        (
+            ({SAMPLE: {"target": "uniform"}}, {"allocate": {"answers": 2, "fit": "random"}}),
+            "answers is 2 of the 4",
+        ),
+        (({"allocate": {"targets": "scores"}},), "none comes before"),
+        ((SAMPLE, {"allocate": {"max_quantile": 0}}), "max_quantile is 0.0"),
+        (({SAMPLE: {"max_quantile": 1.5}}, "allocate"), "max_quantile is 1.5"),
+    ],
+)
+def test_draws_that_no_stage_can_use_are_refused_when_the_recipe_is_read(stages, says):
+    with pytest.raises(ValueError, match=rf"^stages\.[^\n]*{says}[^\n]*$"):
+        drawing(*stages)
+
+
+def test_draws_that_can_be_used_are_not_refused():
+    # Another model's draws are no own samples; k draws may compete for fewer places (GRAPE).
+    assert not taken(SAMPLE, {"allocate": {"own_samples": False}}, roles={"sampler": "big"})[3]
+    best = {"allocate": {"answers": 1}}
+    assert taken({SAMPLE: {"target": "uniform"}}, best)[:2] == ("uniform", 1)
+    assert taken(SAMPLE, {"allocate": {"mixture": {"web": 1, "*": 1}}})[1] == 4
+
+
+@pytest.fixture
+def chain(scripted, tokenizer, tiny_model, tmp_path, monkeypatch):
+    """`chain(*stages)`: 24 sums that the model gets right with three probabilities."""
+    rates = (1.0, 0.6, 0.25)
+    sums = [(3 + 7 * i, 5 + 11 * i) for i in range(24)]
+
+    def solves(value, seed):
+        return float(uniforms(seed, "draw", [str(value)])[0]) < rates[value // 18 % 3]
+
+    def says(prompt, seed):
+        value = scripted.truth(prompt)
+        right = solves(value, seed)
+        return f"By way {seed % 9973} it is {value + (not right)}.\n#### {value + (not right)}"
+
+    def scored(context):
+        """Draws are likelier than the pool's rows, as a model's own are."""
+        frames = []
+        for bucket in context.buckets:
+            rows = context.rows(bucket).select(["id", "origin"]).to_pylist()
+            lines = [
+                {"id": r["id"], "n_tokens": 5, "logprob_mean": -0.1 if r["origin"] else -2.0}
+                for r in rows
+            ]
+            frames.append(pl.DataFrame(lines))
+        return frames, {}
+
+    engine = scripted.Scripted("base", tokenizer, says)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+    monkeypatch.setattr(spend, "likelihoods", scored)
+    pool = tmp_path / "pool.jsonl"
+    lines = [
+        {"question": f"What is {a} + {b}?", "response": f"#### {a + b}", "answer": str(a + b)}
+        for a, b in sums
+    ]
+    pool.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    def made(*stages, **more):
+        recipe = drawing(*stages, folder=tiny_model, pool=pool, **more)
+        workspace = Workspace(tmp_path / "root")
+        build(workspace, recipe, "p", lambda line: None)
+        done = [run_stage(workspace, recipe, s.name, lambda line: None)[0] for s in recipe.stages]
+        return recipe, done[-1], done[0].table("difficulty")
+
+    def darts(k):
+        """Targets by prompt id: the formula on four pilot draws, apart from the stage."""
+        rows = Pool(Workspace(tmp_path / "root").pool("p")).all_rows(["prompt_id", "answer"])
+        fails = {
+            row["prompt_id"]: sum(
+                not solves(int(row["answer"]), seed_of(0, row["prompt_id"], j)) for j in range(4)
+            )
+            for row in rows.to_pylist()
+        }
+        hardest = max(n for n in fails.values() if n < 4)
+        return {p: max(1, min(k, math.ceil(k * n / hardest))) for p, n in fails.items()}
+
+    made.darts = darts
+    return made
+
+
+def kept_of(output):
+    kept = output.all_decisions().filter(outcome=KEPT)
+    return dict(kept.group_by(pl.col("id").str.slice(0, 20)).agg(pl.len()).iter_rows())
+
+
+def test_the_default_chain_keeps_the_verified_draws_in_darts_proportions(chain):
+    recipe, output, difficulty = chain({SAMPLE: {"max_new_tokens": 40}}, "allocate")
+    kept, drawn = kept_of(output), dict(difficulty.select("prompt_id", "n_distinct").iter_rows())
+    target = dict(difficulty.select("prompt_id", "target").iter_rows())
+    assert target == chain.darts(4)
+    assert len(set(target.values())) >= 3
+    # Every prompt has what was drawn for it, as far as it was found; its pool row fills a gap.
+    assert kept == {p: min(t, drawn[p] + 1) for p, t in target.items()}
+    draws = output.facts["draws"]
+    assert draws["kept"] == sum(min(t, drawn[p]) for p, t in target.items())
+    assert draws["kept"] == draws["offered"] > 24
+    said = " ".join(_notes([(recipe.stage("allocate"), output)], None))
+    assert f"allocate: kept {draws['kept']} of {draws['offered']} draws." in said
+
+
+def test_who_says_otherwise_gets_otherwise(chain):
+    sampling = {SAMPLE: {"max_new_tokens": 40, "target": "uniform"}}
+    _, output, _ = chain(sampling, {"allocate": {"answers": 1}})
+    assert set(kept_of(output).values()) == {1}
+    draws = output.facts["draws"]
+    assert draws["removed"] == {"not_best_fit": draws["offered"] - draws["kept"]}
+    recipe, output, _ = chain(sampling, "allocate", size=30)
+    assert (output.accounting.kept, output.facts["spent"]) == (30, 30)
+    assert "over_budget" in " ".join(_notes([(recipe.stage("allocate"), output)], None))
+
+
+def test_what_was_drawn_for_is_the_target_whatever_difficulty_says():
+    table = pool(40, answers=6)
+    targets = {p: i % 4 for i, p in enumerate(sorted(table["prompt_id"].unique()))}
+    aimed = pl.col("prompt_id").replace_strict(targets, return_dtype=pl.Int64)
+    drawn = table.with_columns(pl.when(aimed < 3).then(aimed).alias(AIMED))
+    config = Allocate(1000, unit="rows", targets="prop2diff", answers=6, on_shortfall="smaller")
+    kept = Counter(i[:20] for i in select(config, drawn).kept)
+    have = dict(table.group_by("prompt_id").agg(pl.len()).iter_rows())
+    of = dict(table.select("prompt_id", "difficulty").iter_rows())
+    rule = dict(zip(of, prop2diff(np.array(list(of.values())), 6), strict=True))
+    for prompt, t in targets.items():
+        wanted = max(t, 1) if t < 3 else rule[prompt]
+        assert kept[prompt] == min(wanted, have[prompt]), (t, prompt)
+    # Split and shuffled input gives the same, as without.
+    low = pl.col("prompt_id") < "8"
+    parts = [drawn.reverse().filter(low), drawn.filter(~low)]
+    plan = config.decide([config.summarise(part) for part in parts])
+    again = pl.concat([config.apply(part, plan).decisions for part in parts]).sort("id")
+    assert again.equals(select(config, drawn).decisions)
+
+
+def test_a_higher_quantile_is_a_lower_target():
+    table = pool(400, answers=6)
+    asked = {"unit": "rows", "targets": "prop2diff", "answers": 6, "on_shortfall": "smaller"}
+    wide, narrow = (Allocate(5000, max_quantile=q, **asked) for q in (1.0, 0.5))
+    more, fewer = (select(c, table).kept.len() for c in (narrow, wide))
+    assert more > fewer

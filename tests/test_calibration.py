@@ -6,18 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from siftline.report import plots
 from siftline.report.page import CALIBRATION, Report, render
 from siftline.stages.confidence.calibration import (
     SHOWN_GROUPS,
+    Joint,
     calibration,
     calibration_error,
+    cross_fitted,
     kept_by,
     ranking,
     reliability,
     shown,
+    too_few,
 )
 
 pairs = st.lists(
@@ -140,3 +146,150 @@ def test_the_report_shows_a_reliability_diagram_where_rows_are_known():
     assert len(picture) < 100_000
     moved = plots.reliability(*arrays[:3], 1 - arrays[3], arrays[4])
     assert moved != picture
+
+
+# ---- parts joined into a probability -----------------------------------------------------------
+
+PARTS = ("agreement", "reflection")
+
+
+def planted(n, seed, missing=0.0, prompts=None):
+    """Answers whose chance of being right follows a logistic law of two parts."""
+    g = np.random.default_rng(seed)
+    values = np.stack([g.integers(0, 6, n) / 5, g.random(n)], axis=1)
+    truth = 1 / (1 + np.exp(-(-2.0 + 3.0 * values[:, 0] + 1.5 * values[:, 1])))
+    lost = g.random((n, 2)) < missing
+    frame = pl.DataFrame(
+        {
+            "prompt_id": [f"p{i % (prompts or n):04d}" for i in range(n)],
+            "right": g.random(n) < truth,
+            **{
+                name: [
+                    None if gone else v for v, gone in zip(values[:, j], lost[:, j], strict=True)
+                ]
+                for j, name in enumerate(PARTS)
+            },
+        }
+    )
+    return frame, truth
+
+
+def test_the_probability_is_scikit_learns_on_the_rows_that_have_the_parts():
+    known, _ = planted(300, 0, missing=0.2)
+    rows, _ = planted(50, 1, missing=0.3)
+    found = Joint(known, PARTS, 0, resamples=2).probability(rows)
+    for names in ((*PARTS,), ("agreement",), ("reflection",)):
+        has = [known[p].is_not_null() for p in names]
+        mine = known.filter(*has)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-10))
+        model.fit(mine.select(names).to_numpy(), mine["right"].to_numpy())
+        there = np.stack([rows[p].is_not_null().to_numpy() for p in PARTS], axis=1)
+        at = (there == [p in names for p in PARTS]).all(axis=1)
+        assert at.any()
+        expected = model.predict_proba(rows.filter(at).select(names).to_numpy())[:, 1]
+        np.testing.assert_allclose(found[at], expected, atol=1e-4)
+    neither = np.isnan(found)
+    assert neither.sum() == rows.filter(*(pl.col(p).is_null() for p in PARTS)).height > 0
+
+
+def test_the_true_probability_lies_in_its_interval():
+    rows, truth = planted(200, 99)
+    covered, means = [], []
+    for seed in range(12):
+        known, _ = planted(240, seed)
+        joint = Joint(known, PARTS, seed, resamples=100)
+        low, high = joint.interval(rows)
+        covered.append(((low <= truth) & (truth <= high)).mean())
+        means.append(joint.probability(rows))
+        assert (low <= means[-1]).all()
+        assert (means[-1] <= high).all()
+    assert 0.88 <= np.mean(covered) <= 0.99
+    assert np.abs(np.mean(means, axis=0) - truth).max() < 0.08
+
+
+def test_equal_draws_of_a_prompt_widen_the_interval_and_not_the_number_of_prompts():
+    known, _ = planted(200, 3)
+    rows, _ = planted(20, 4)
+    thrice = pl.concat([known] * 3)
+    one, many = (Joint(k, PARTS, 0, resamples=60) for k in (known, thrice))
+    width = [np.subtract(*reversed(joint.interval(rows))).mean() for joint in (one, many)]
+    # Copies say nothing new; taken for new rows they would narrow it by sqrt(3) to 0.58.
+    assert width[1] > 0.9 * width[0]
+    assert too_few(known[:30]) == too_few(pl.concat([known[:30]] * 3))
+
+
+def test_expected_shares_are_those_of_the_planted_truth():
+    known, _ = planted(2000, 5)
+    rows, _ = planted(20_000, 6)
+    joint = Joint(known, PARTS, 0, resamples=40)
+    found = joint.expected(rows, 0.4)
+    kept, right = joint.probability(rows) >= 0.4, rows["right"].to_numpy()
+    told = {
+        "wrong_before": (~right).mean(),
+        "wrong_kept": (~right[kept]).mean(),
+        "right_lost": right[~kept].sum() / right.sum(),
+    }
+    for name, value in told.items():
+        line = found[name]
+        assert line["low"] <= line["value"] <= line["high"]
+        assert line["low"] - 0.01 <= value <= line["high"] + 0.01, name
+    assert found["wrong_kept"]["value"] < found["wrong_before"]["value"]
+    nothing = joint.expected(rows, 1.1)
+    assert nothing["wrong_kept"] is None
+    assert nothing["right_lost"]["value"] == 1.0
+
+
+def test_order_and_cut_of_the_rows_change_no_digit():
+    known, _ = planted(160, 7, missing=0.1, prompts=60)
+    rows, _ = planted(90, 8, missing=0.2)
+    joint, turned = (Joint(k, PARTS, 1, resamples=20) for k in (known, known.reverse()))
+    whole = joint.probability(rows)
+    parts = [turned.probability(rows[:31]), turned.probability(rows[31:])]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert joint.expected(rows, 0.5) == turned.expected(rows, 0.5)
+    crossed = cross_fitted(known, PARTS, 1)
+    np.testing.assert_array_equal(cross_fitted(known.reverse(), PARTS, 1)[::-1], crossed)
+
+
+def test_a_prompt_is_judged_by_a_model_that_has_not_seen_it():
+    known, _ = planted(200, 9)
+    found = cross_fitted(known, PARTS, 0)
+    # Turning one prompt's label moves the others' probabilities and never its own.
+    for i in (0, 50, 199):
+        right = known["right"].to_list()
+        right[i] = not right[i]
+        moved = cross_fitted(known.with_columns(pl.Series("right", right)), PARTS, 0)
+        assert moved[i] == found[i]
+        assert (moved != found).any()
+    told = calibration(known.with_columns(confidence=found), PARTS)
+    assert told["error"] < 0.1
+
+
+def test_parts_that_too_few_known_rows_have_are_left_out_and_counted():
+    known, _ = planted(200, 10)
+    rare = known.with_columns(
+        reflection=pl.when(pl.int_range(pl.len()) < 12).then("reflection").otherwise(None)
+    )
+    rows = pl.DataFrame({"agreement": [0.2, 0.2, None], "reflection": [None, 0.9, 0.9]})
+    joint = Joint(rare, PARTS, 0, resamples=5)
+    found = joint.probability(rows)
+    assert found[0] == found[1]  # reflection says nothing here
+    assert found[2] == pytest.approx((known["right"].sum() + 1) / (known.height + 2))
+    assert joint.reduced == 2
+    assert too_few(known) is None
+    only = known.filter(pl.col("right") | (pl.int_range(pl.len()) < 9))
+    assert "wrong answers, where 10 of each are needed" in too_few(only)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 0.6), st.integers(20, 120))
+def test_a_probability_is_one_and_lies_in_its_interval_whatever_is_missing(seed, missing, n):
+    known, _ = planted(n, seed, missing)
+    rows, _ = planted(30, seed + 1, missing)
+    joint = Joint(known, PARTS, seed, resamples=8)
+    found, (low, high) = joint.probability(rows), joint.interval(rows)
+    bare = rows.select(pl.all_horizontal(pl.col(p).is_null() for p in PARTS)).to_series().to_numpy()
+    np.testing.assert_array_equal(np.isnan(found), bare)
+    there = ~bare
+    assert ((low[there] >= 0) & (low[there] <= found[there])).all()
+    assert ((found[there] <= high[there]) & (high[there] <= 1)).all()

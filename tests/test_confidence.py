@@ -155,7 +155,10 @@ def test_weighted_mean_matches_tlm_arithmetic():
 
 def test_consistency():
     assert consistency(["4", "5", None, "4"], "4") == 0.5
-    assert consistency([None, None], None) == 0.0
+    # What can't be read disagrees with nothing: it is missing.
+    assert consistency([None, None], None) is None
+    assert consistency(["4", "5"], None) is None
+    assert consistency([None, None], "4") is None
     assert consistency([], "4") is None
 
 

@@ -19,8 +19,10 @@ from siftline.scoring.engines.base import ModelSpec
 from siftline.scoring.measures.consistency import AGAIN, reflections
 from siftline.scoring.recorder import Recorder
 from siftline.stages import models
+from siftline.stages.confidence.decide import BSDETECTOR
 from siftline.stages.confidence.options import Confidence
-from siftline.stages.confidence.run import _calibrate, _likelihoods
+from siftline.stages.confidence.parts import _likelihoods
+from siftline.stages.confidence.run import _from_dev
 from siftline.stages.context import StageRun
 from siftline.stages.reporting import _notes
 from siftline.stages.run import models_used, run_stage
@@ -230,11 +232,18 @@ def test_weights_say_which_models_are_asked(tmp_path):
         recipe = recipe_of(tmp_path / "x.jsonl", tmp_path, roles, **gate)
         return models_used(recipe, recipe.stage("confidence"))
 
-    assert of() == ("sampler", "judge")
+    # Rows without a final answer are held against their samples by an embedder or a cross-encoder.
+    assert of() == ("sampler", "judge", "embedder")
+    assert of({"nli": "cross"}) == ("sampler", "judge", "nli")
+    assert of({"nli": "cross"}, similarity="off") == ("sampler", "judge")
+    assert of({"nli": "cross"}, similarity="embedding") == ("sampler", "judge", "embedder")
+    assert of(answers="exact") == ("sampler", "judge")
+    assert of(weights={"agreement": 1}) == ("sampler", "judge")
     assert of(weights={"agreement": 1, "embedding": 1}) == ("sampler", "judge", "embedder")
     assert of({"nli": "cross"}, weights={"nli": 1, "embedding": 0}) == ("sampler", "judge", "nli")
-    with pytest.raises(ValueError, match="roles have no nli: name the model"):
-        of(weights={"nli": 1})
+    for nli in ({"weights": {"nli": 1}}, {"similarity": "nli"}):
+        with pytest.raises(ValueError, match="roles have no nli: name the model"):
+            of(**nli)
     with pytest.raises(ValueError, match=r"stages\.confidence: weights: no part 'jacard'"):
         of(weights={"jacard": 1})
     with pytest.raises(ValueError, match=r"stages\.confidence\.weights\.jaccard: expected float"):
@@ -268,9 +277,12 @@ def test_perplexity_needs_the_likelihood_stage_before_it(tmp_path):
 def test_reflection_of_no_weight_needs_no_dev_set(options):
     recipe = SimpleNamespace(sets=SimpleNamespace(dev=()))
     context = SimpleNamespace(recipe=recipe, stage=SimpleNamespace(name="confidence"), emit=quiet)
-    assert _calibrate(context, options) == (options.weighing, {})
-    with pytest.raises(ValueError, match="no dev set"):
-        _calibrate(context, Confidence())
+    settled = _from_dev(context, options)
+    assert settled.weights == options.weighing
+    assert settled.facts["why_no_probability"] == "the recipe has no dev set"
+    # Without dev the documented weights are used.
+    told = _from_dev(context, Confidence()).weights
+    assert told == BSDETECTOR | {"reflection": pytest.approx(0.3)}
 
 
 # ---- instances for added rows ------------------------------------------------------------------
@@ -483,3 +495,143 @@ def test_reflection_off_leaves_the_other_parts():
     assert more.weighing == {"jaccard": 0.25, "agreement": 0.75}
     with pytest.raises(ValueError, match="reflection is the only part"):
         Confidence(reflection="off", weights={"reflection": 1})
+
+
+# ---- confidence as a probability ---------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(scripted, tokenizer, tiny_model, tmp_path, monkeypatch):
+    """`judged(pool, dev, **gate)` is the output of the gate, and the recipe."""
+    engine = scripted.Scripted("base", tokenizer, scripted.noisy_sampler(0.6), scripted.noisy_judge)
+    monkeypatch.setattr(models, "_opened", lambda spec, head: engine)
+
+    def made(pool, dev=None, **gate):
+        sets = None
+        if dev is not None:
+            spec = {"path": str(dev.write(tmp_path / "dev")), "layout": "question_answer"}
+            sets = {"dev": [{"name": "held", "inputs": [{**spec, "columns": COLUMNS}]}]}
+        stages = [{"confidence": gate}]
+        recipe = recipe_of(pool.write(tmp_path / "in"), tiny_model, stages=stages, sets=sets)
+        workspace = Workspace(tmp_path)
+        for name in ("sums", *(["held"] if dev is not None else [])):
+            build(workspace, recipe, name, quiet)
+        return run_stage(workspace, recipe, "confidence", quiet)[0], recipe
+
+    return made
+
+
+def split_world(scripted, pool, dev):
+    """Rows of one world, the first for the pool and the others for dev."""
+    world = scripted.make_world(pool + dev, referenced=1.0)
+    kind = type(world)
+    return kind(world.rows[:pool], world.swapped), kind(world.rows[pool:], world.swapped)
+
+
+def notes_of(output, recipe):
+    return _notes([(recipe.stage("confidence"), output)], None)
+
+
+def test_a_cut_is_a_probability_where_dev_tells_right_from_wrong(judged, scripted):
+    pool, dev = split_world(scripted, 60, 60)  # of 60 dev responses 12 belong to another question
+    output, recipe = judged(pool, dev, cut=0.5)
+    facts, table = output.facts, output.table("confidence")
+    assert facts["confidence_is"] == "probability"
+    assert (facts["dev"]["of"], facts["dev"]["known"]) == ("dev responses", 60)
+    assert (facts["threshold"], facts["cut_as_quantile"], facts["vacuous"]) == (0.5, 0, False)
+    # Another formula of the same parts: the model is scikit-learn's, not BSDetector's weights.
+    mean = 0.7 * table["agreement"] + 0.3 * table["reflection"]
+    assert (table["confidence"] - mean).abs().max() > 0.05
+    assert (table["confidence_low"] <= table["confidence"]).all()
+    assert (table["confidence"] <= table["confidence_high"]).all()
+    by_prompt = {i[:20]: row["question"] for i, row in rows_by_id(pool).items()}
+    wrong = np.array([by_prompt[i[:20]] in pool.swapped for i in table["id"]])
+    kept = (table["confidence"] >= 0.5).to_numpy()
+    decided = output.all_decisions()
+    assert decided.filter(outcome=KEPT)["id"].to_list() == table["id"].filter(kept).to_list()
+    expected = facts["expected"]
+    for name, share in (
+        ("wrong_before", wrong.mean()),
+        ("wrong_kept", wrong[kept].mean()),
+        ("right_lost", (~wrong & ~kept).sum() / (~wrong).sum()),
+    ):
+        line = expected[name]
+        assert line["low"] - 0.05 <= share <= line["high"] + 0.05, name
+    assert expected["wrong_kept"]["high"] < expected["wrong_before"]["value"]
+    said = " ".join(notes_of(output, recipe))
+    assert "learnt from 48 right and 12 wrong dev responses" in said
+    assert "expected share of wrong rows" in said
+
+
+@pytest.mark.parametrize("weights", [{}, {"agreement": 1.0}, {"jaccard": 1.0, "reflection": 3.0}])
+def test_a_cut_means_the_same_whatever_parts_take_part(judged, scripted, weights):
+    pool, dev = split_world(scripted, 60, 120)
+    output, _ = judged(pool, dev, cut=0.5, weights=weights)
+    table = output.table("confidence")
+    by_prompt = {i[:20]: row["question"] for i, row in rows_by_id(pool).items()}
+    right = np.array([by_prompt[i[:20]] not in pool.swapped for i in table["id"]])
+    # On average a probability is the share that is right, whatever it is made of.
+    assert table["confidence"].mean() == pytest.approx(right.mean(), abs=0.08)
+    assert output.facts["dev"]["error"] < 0.15
+
+
+def test_a_cut_that_dev_cannot_tell_is_a_quantile_and_counted(judged, scripted):
+    pool, dev = split_world(scripted, 40, 20)
+    output, recipe = judged(pool, dev, cut=0.25)
+    # Of dev's own responses 4 are wrong, of 40 draws for its 20 prompts enough are both.
+    assert output.facts["dev"]["of"] == "draws for dev prompts"
+    few = type(dev)(dev.rows[:10], dev.swapped)
+    for given, why in ((few, "where 10 of each are needed"), (None, "the recipe has no dev set")):
+        output, recipe = judged(pool, given, cut=0.25, reflection="on")
+        facts, table = output.facts, output.table("confidence")
+        assert why in facts["why_no_probability"]
+        assert (facts["confidence_is"], facts["vacuous"]) == ("weighted mean", False)
+        mean = 0.7 * table["agreement"] + 0.3 * table["reflection"]
+        np.testing.assert_allclose(table["confidence"], mean)
+        assert output.accounting.removed == 10  # the lowest quarter of 40
+        assert facts["cut_as_quantile"] == 40
+        said = " ".join(notes_of(output, recipe))
+        assert "the cut of 0.25 can't be told as a probability" in said
+        assert f"because {facts['why_no_probability']}: it was the quantile" in said
+        assert "for 40 rows" in said
+
+
+def test_who_insists_on_the_weighted_mean_gets_it(judged, scripted):
+    pool, dev = split_world(scripted, 20, 60)
+    gate = {"join": "weights", "reflection": "off"}
+    output, _ = judged(pool, dev, cut=0.5, **gate)
+    assert output.facts["cut_as_quantile"] == 0
+    table = output.table("confidence")
+    assert table["confidence"].equals(table["agreement"].rename("confidence"))
+    assert output.accounting.kept == table.filter(pl.col("agreement") >= 0.5).height
+    clear, _ = judged(pool, dev, threshold="median", **gate)
+    assert clear.facts["threshold"] == np.sort(table["agreement"])[10]
+
+
+def test_a_response_without_a_final_answer_is_no_disagreement(judged, scripted):
+    world = scripted.make_world(40, referenced=1.0)
+    free = [{**r, "response": r["response"].split("\n")[0]} for r in world.rows[:6]]
+    output, _ = judged(type(world)([*free, *world.rows[6:]], world.swapped), reflection="on")
+    table, facts = output.table("confidence"), output.facts
+    assert table.columns == ["id", "agreement", "embedding", "reflection", "confidence"]
+    bare = table.filter(pl.col("agreement").is_null())
+    assert bare.height == facts["missing"]["agreement"] == 6
+    assert facts["missing"] == {"agreement": 6, "embedding": 0, "reflection": 0}
+    assert facts["weights"]["embedding"] == facts["weights"]["agreement"] == 0.7
+    expected = 0.7 * bare["embedding"] + 0.3 * bare["reflection"]
+    np.testing.assert_allclose(bare["confidence"], expected)
+    assert table.filter(pl.col("agreement").is_not_null())["embedding"].null_count() == 34
+    # A cross-encoder that is not asked to stand in is not opened, and reflection is left alone.
+    alone, _ = judged(
+        type(world)([*free, *world.rows[6:]], world.swapped), reflection="on", similarity="off"
+    )
+    bare = alone.table("confidence").filter(pl.col("agreement").is_null())
+    assert bare["confidence"].equals(bare["reflection"].rename("confidence"))
+
+
+def test_a_gate_that_removes_nothing_says_so_and_is_not_vacuous(judged, scripted):
+    pool, dev = split_world(scripted, 20, 60)
+    output, recipe = judged(pool, dev, cut=0.0)
+    assert (output.accounting.removed, output.facts["vacuous"]) == (0, False)
+    said = " ".join(notes_of(output, recipe))
+    assert "all 20 rows stay: none has a confidence below 0." in said

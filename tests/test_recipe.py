@@ -424,15 +424,15 @@ PUBLIC = {
     "Verify": "verifier no_final_answer open",
     "LikelihoodOutliers": "max_drop tail cut min_group",
     "Shortlist": "size oversampling keep_rate clusters quota weight seed",
-    "Confidence": "samples temperature top_p max_new_tokens answers reflection questions "
-    "weight_consistency weights threshold cut seed",
+    "Confidence": "samples temperature top_p max_new_tokens answers similarity reflection "
+    "questions weight_consistency weights join threshold cut seed",
     "Correct": "folds confidence training max_new_tokens verifier seed",
     "RejectionSampling": "target k target_scores difficulty pilot cap unsolved_cap max_quantile "
     "max_similarity screen negatives max_draws max_tokens temperature top_p max_new_tokens "
     "verifier seed",
     "SelfAnswers": "draws paraphrases temperature top_p max_new_tokens verifier screen seed",
-    "Allocate": "size unit on_shortfall quota targets answers fit own_samples mixture temperature "
-    "caps levels seed",
+    "Allocate": "size unit on_shortfall quota targets answers max_quantile fit own_samples "
+    "mixture temperature caps levels seed",
     "Select": "method options oversampling gradients seed",
 }
 CLASSES = (

@@ -1,7 +1,9 @@
 """When a prompt's draws stop, which are made next, and what they will cost."""
 
 import random
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from siftline.kernels.draws import hash64
 from siftline.stages.rejection_sampling.preview import NODES, _cost, preview
+from siftline.stages.rejection_sampling.run import _room
 from siftline.stages.rejection_sampling.trials import (
     Beta,
     Campaign,
@@ -370,6 +373,26 @@ def test_a_preview_of_nothing_is_nothing():
     said = preview(done.trials, {"a": (1, 5)})
     assert (said.prompts, said.draws.mean, said.met.mean) == (0, 0, 1)
     assert said.seconds is None
+
+
+def test_a_plan_says_how_many_answers_the_budget_can_keep():
+    campaign = Campaign.of({"a": 2, "b": 2}, Rule(cap=48, pilot=4))
+    for prompt in "ab":
+        for j in range(4):
+            campaign.feed(prompt, j, Outcome(False, ""))
+    said = preview(campaign.trials, {"a": (4, 40), "b": (4, 40)})
+    assert said.answers == 4
+
+    def room(unit, size, role="budget"):
+        last = SimpleNamespace(of=SimpleNamespace(role=role))
+        budget = SimpleNamespace(unit=unit, size=size)
+        return _room(SimpleNamespace(stages=[last], budget=budget), said)
+
+    assert (room("rows", 3), room("loss_tokens", 25), room("rows", 3, "gate")) == (3, 2, None)
+    small = str(replace(said, room=3))
+    assert "but the budget keeps about 3 of 4 answers: raise it, or lower k" in small
+    assert "budget" not in str(replace(said, room=4))
+    assert "budget" not in str(said)
 
 
 def test_a_preview_of_a_long_trial_takes_the_answers_missing_times_the_cap():

@@ -197,13 +197,12 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
     _check_scores(stages, scorers)
-    _check_nli(stages, raw.get("roles"))
     chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
     _check_retained(sets, chosen.get("evaluation"))
     _check_prompts(pool, sets, stages, chosen.get("training"))
     if "training" in chosen:
         chosen["training"].check_models(models)
-    return Recipe(
+    recipe = Recipe(
         name=name,
         seed=seed,
         pool=pool,
@@ -219,6 +218,9 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         schedule=convert(str, raw.get("schedule", Recipe.schedule), "recipe.schedule"),
         **chosen,
     )
+    settled = tuple(stage.of.settle(stage, recipe) for stage in recipe.stages)
+    _check_nli(settled, raw.get("roles"))
+    return replace(recipe, stages=settled)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

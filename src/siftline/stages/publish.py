@@ -253,7 +253,8 @@ COLUMNS = {
     "sift_n_tokens": "loss tokens of the response under the target model's tokenizer",
     "sift_logprob_mean": "mean log-probability of the response under the target model, nats",
     "sift_perplexity": "exp(-sift_logprob_mean)",
-    "sift_confidence": "weighted mean of the parts of confidence; null for corrected rows",
+    "sift_confidence": "probability of a right answer, or the weighted mean of the parts of "
+    "confidence where dev could not tell it; null for corrected rows",
     "sift_cluster": "cluster of the prompt",
     "sift_difficulty": "1 - pass rate on the prompt, of the model that set its target",
 }

@@ -254,12 +254,13 @@ def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
 
 
 def _calibration(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
-    """Bins of the confidence gates that judged rows known to be right or wrong."""
+    """Bins of the confidence gates: of dev, cross-fitted, and of rows whose truth is known."""
     lines = [
-        {"stage": stage.name, **bin_}
+        {"stage": f"{stage.name}{of}", **bin_}
         for stage, output in done
-        for bin_ in output.facts.get("calibration", {}).get("bins", [])
-        if output.facts["calibration"]["rows"]
+        for name, of in (("dev", " on dev, cross-fitted"), ("calibration", ""))
+        if output.facts.get(name, {}).get("rows")
+        for bin_ in output.facts[name]["bins"]
     ]
     return pl.DataFrame(lines, schema=CALIBRATION) if lines else None
 

@@ -16,11 +16,14 @@ import polars as pl
 from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.rows.selection import Selection, decisions
 from siftline.selectors.spending import cap_of, check_evened, check_mixture, group_of, split
-from siftline.stages.rejection_sampling.difficulty import level_of, prop2diff, uniform
+from siftline.stages.rejection_sampling.difficulty import HARDEST, level_of, targets_of
 
 MAX_ROWS = 100_000_000
 """Rows one machine allocates over, at about 150 bytes each."""
 ORIGINS = ("pool", "sampler", "target")
+TARGETS = ("uniform", "prop2diff", "scores")
+AIMED = "aimed"
+"""Optional column: the target that a sampling stage drew for, of the prompt; null without one."""
 COLUMNS = {
     "id": pl.String,
     "prompt_id": pl.String,
@@ -45,11 +48,17 @@ class Allocate:
             fits; "rows" meets it exactly.
         on_shortfall: When there is too little on offer: "error", or a "smaller" selection.
         quota: Budget per cluster: "proportional" to the answers its prompts should get, or "equal".
-        targets: Answers per prompt: "uniform", or "prop2diff", in proportion to difficulty.
-        answers: Most answers per prompt. 1 is GRAPE's one per instruction.
+        targets: Answers per prompt: "uniform", "prop2diff", in proportion to difficulty, or
+            "scores", those that a sampling stage took from a scorer. By default what the recipe's
+            rejection_sampling stage drew for, prompt by prompt; "uniform" without one.
+        answers: Most answers per prompt. By default the k of the recipe's rejection_sampling stage;
+            without one 1, GRAPE's one per instruction.
+        max_quantile: Quantile of the difficulties that counts as the hardest under "prop2diff". By
+            default that of the recipe's rejection_sampling stage.
         fit: Which answers of a prompt win: the most likely ("likelihood", GRAPE), or "random" ones,
             its control.
-        own_samples: Whether samples of the target model compete. GRAPE lost 4 to 7 points by it.
+        own_samples: Whether samples of the target model compete. By default they do behind a
+            rejection_sampling stage, which verified them; GRAPE lost 4 to 7 points by others.
         mixture: Budget by source, as weights; `*` is every source not named, and a source without a
             weight is not asked. Empty asks all alike. What a source lacks goes to the others.
         temperature: Evens the weights of sources out: each counts to the power of 1 over it. 1
@@ -64,8 +73,9 @@ class Allocate:
     unit: Literal["loss_tokens", "rows"] = "loss_tokens"
     on_shortfall: Literal["error", "smaller"] = "error"
     quota: Literal["proportional", "equal"] = "proportional"
-    targets: Literal["uniform", "prop2diff"] = "uniform"
+    targets: Literal["uniform", "prop2diff", "scores"] = "uniform"
     answers: int = 1
+    max_quantile: float = HARDEST
     fit: Literal["likelihood", "random"] = "likelihood"
     own_samples: bool = False
     mixture: dict[str, float] = field(default_factory=dict)
@@ -82,11 +92,15 @@ class Allocate:
             ("unit", ("loss_tokens", "rows")),
             ("on_shortfall", ("error", "smaller")),
             ("quota", ("proportional", "equal")),
-            ("targets", ("uniform", "prop2diff")),
+            ("targets", TARGETS),
             ("fit", ("likelihood", "random")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {choices}")
+        if not 0 < self.max_quantile <= 1:
+            raise ValueError(
+                f"max_quantile is {self.max_quantile}: give a number above 0, at most 1"
+            )
         if self.mixture:
             check_mixture(self.mixture, "mixture")
         check_evened(self.temperature, self.caps, self.mixture)
@@ -99,14 +113,16 @@ class Allocate:
     def summarise(self, bucket: pl.DataFrame) -> pl.DataFrame:
         """The narrow columns of one bucket, checked, with what bars a row from competing.
 
-        With a mixture, a temperature or caps it reads the column `source` too.
+        With a mixture, a temperature or caps it reads the column `source` too; what was drawn for
+        stands in `AIMED`.
         """
         part = pl.lit(None, pl.String)
         if self.by_source:
             named = pl.col("source").cast(pl.String).fill_null("")
             part = group_of(self.mixture) if self.mixture else named
         narrow = [pl.col(name).cast(dtype) for name, dtype in COLUMNS.items()]
-        rows = bucket.select(*narrow, part.alias("part"))
+        aimed = pl.col(AIMED) if AIMED in bucket.columns else pl.lit(None)
+        rows = bucket.select(*narrow, part.alias("part"), aimed.cast(pl.Int64).alias(AIMED))
         rows = rows.with_columns(pl.col("cluster").fill_null(-1), bar=self._bar())
         score = pl.col("logprob_mean")
         if self.fit == "random":
@@ -191,7 +207,7 @@ class Allocate:
 
     def _prompts(self, rows: pl.DataFrame) -> pl.DataFrame:
         """One line per prompt: cluster, difficulty, level and how many answers it should get."""
-        facts = ("cluster", "difficulty")
+        facts = ("cluster", "difficulty", AIMED)
         prompts = (
             rows.group_by("prompt_id")
             .agg(
@@ -208,13 +224,8 @@ class Allocate:
                     "join it by prompt_id"
                 )
         d = prompts["difficulty"].to_numpy().astype(np.float64)
-        if self.targets == "uniform":
-            target = uniform(len(d), self.answers)
-        elif len(d) and np.isnan(d).all():
-            raise ValueError("no difficulty was measured: sample first, or set targets: uniform")
-        else:
-            target = prop2diff(d, self.answers)
-        return prompts.select("prompt_id", *facts).with_columns(
+        target = targets_of(self.targets, d, self.answers, self.max_quantile, prompts[AIMED])
+        return prompts.select("prompt_id", "cluster", "difficulty").with_columns(
             pl.Series("level", level_of(d, self.levels), dtype=pl.Int32),
             pl.Series("target", target, dtype=pl.Int64),
             pl.Series("u", uniforms(self.seed, "allocate", prompts["prompt_id"].to_list())),
@@ -352,7 +363,7 @@ class Plan:
 
 def _rank(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Ranks the competing answers of each prompt from 1, best score first, ties by id."""
-    competing = rows.filter(pl.col("bar").is_null()).drop("cluster", "difficulty")
+    competing = rows.filter(pl.col("bar").is_null()).drop("cluster", "difficulty", AIMED)
     competing = competing.sort("prompt_id", "score", "id", descending=[False, True, False])
     competing = competing.with_columns(rank=pl.int_range(1, pl.len() + 1).over("prompt_id"))
     return competing.join(prompts, on="prompt_id", how="left", maintain_order="left")

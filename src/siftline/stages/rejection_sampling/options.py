@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from siftline.scoring.engines.base import Sampling
+from siftline.stages.rejection_sampling.difficulty import HARDEST
 from siftline.stages.verify.decide import check_verifier
 
+SOURCE = "sampler"
+"""Source of the rows that are added."""
 JUDGE = "judge"
 """Verifier that asks the recipe's judge whether draw and reference come to the same answer."""
 NONE = "none"
@@ -21,7 +24,8 @@ class RejectionSampling:
             (DART-Math, arXiv 2407.13690), "vanilla" all that k draws of every prompt give, and
             "scores" what the scorer `target_scores` says of the prompt, at most k.
         k: Answers of a prompt, of the hardest one under prop2diff (DART-Math 40 and 192; smaller
-            here because the budget decides what is used); draws of a prompt under vanilla.
+            here, where few can pay for so many draws); draws of a prompt under vanilla. The budget
+            stage keeps as many.
         target_scores: Scorer of the recipe whose highest score among a prompt's rows, rounded, is
             its target under "scores". A prompt without a score, or with one below 1, gets none.
         difficulty: Whose pass rate sets the targets: the "target" model's, which learns from the
@@ -32,7 +36,8 @@ class RejectionSampling:
             draws and those that its target is still expected to cost pass it.
         unsolved_cap: Most draws of a prompt never solved, whatever they are expected to cost; null
             goes by the expected cost there too.
-        max_quantile: Quantile of the difficulties that counts as the hardest.
+        max_quantile: Quantile of the difficulties that counts as the hardest; of fewer than 100
+            prompts the default is the maximum.
         max_similarity: Jaccard similarity of words from which an answer counts as a copy of one
             that the prompt has already; 1 takes only the same text for a copy.
         screen: Also refuse cut, repetitive and wrong-language answers.
@@ -62,7 +67,7 @@ class RejectionSampling:
     pilot: int = 4
     cap: int = 64
     unsolved_cap: int | None = None
-    max_quantile: float = 1.0
+    max_quantile: float = HARDEST
     max_similarity: float = 1.0
     screen: bool = True
     negatives: int = 4
@@ -88,6 +93,10 @@ class RejectionSampling:
         if (self.target == "scores") != (self.target_scores is not None):
             raise ValueError(
                 "target scores needs target_scores, a scorer of the recipe; other targets take none"
+            )
+        if not 0 < self.max_quantile <= 1:
+            raise ValueError(
+                f"max_quantile is {self.max_quantile}: give a number above 0, at most 1"
             )
         if not 0 < self.max_similarity <= 1:
             raise ValueError(

@@ -19,7 +19,7 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict, get_verifier
 from siftline.stages.rejection_sampling.difficulty import DRAWS
 from siftline.stages.rejection_sampling.drawing import Prompt
-from siftline.stages.rejection_sampling.options import JUDGE, NONE
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, SOURCE
 
 JUDGED = {
     **DRAWS,
@@ -152,7 +152,7 @@ def added_rows(
             # What was read off the parent's response says nothing about another one.
             answer=parent["answer"] if parent["answer_from"] == "independent" else None,
             answer_from="independent",
-            source="sampler",
+            source=SOURCE,
             tools=parent["tools"],
         )
         origin = f"rejection_sampling draw {line['draw']}"

@@ -318,7 +318,19 @@ def plan_stage(
     before = outputs(workspace, recipe, until=name)
     pool = Pool(workspace.pool(recipe.pool.name))
     with engines() as opened:
-        return preview_of(Context(workspace, recipe, stage, pool, before, opened, emit))
+        found = preview_of(Context(workspace, recipe, stage, pool, before, opened, emit))
+    return replace(found, room=_room(recipe, found))
+
+
+def _room(recipe: Recipe, found: Preview) -> int | None:
+    """Answers that the budget can keep: rows, or loss tokens at the draws' mean length."""
+    if recipe.stages[-1].of.role != "budget":
+        return None
+    if recipe.budget.unit == "rows":
+        return recipe.budget.size
+    if not found.draws.mean:
+        return None  # nothing left to draw, and no length to go by
+    return int(recipe.budget.size * found.draws.mean / found.tokens.mean)
 
 
 def sampling_stages(recipe: Recipe) -> list[str]:
