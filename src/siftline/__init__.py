@@ -22,8 +22,6 @@ _PLACES = {"load": "siftline.rows.loading"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'siftline' has no attribute {name!r}")
-    if name == "dedup":
-        return import_module("siftline.dedup")  # the package itself, which can be called
     found = getattr(import_module(_PLACES.get(name, "siftline.api")), name)
     globals()[name] = found
     return found

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.dedup.files import open_tables, read_pieces
+from siftline.deduplication.files import open_tables, read_pieces
 from siftline.ingest.parse import Unparsable, parse_record
 from siftline.ingest.readers import Source, read_sources
 
@@ -148,7 +148,7 @@ def test_parts_of_one_folder_have_one_schema(tmp_path, pair):
     import polars as pl
     from datasets import load_dataset
 
-    from siftline.dedup.run import Job, dedup_files
+    from siftline.deduplication.run import Job, dedup_files
     from siftline.progress import Progress
 
     names = [str(CASES / f"{name}.parquet") for name in pair]

@@ -13,7 +13,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from siftline.dedup.engine import deduplicate
+from siftline.deduplication.engine import deduplicate
 from siftline.kernels.sets.shingles import word_grams_reference
 from siftline.kernels.text.codepoints import (
     EXPANDS,

@@ -541,7 +541,7 @@ def read_by_train(version):
 
 
 def read_by_dedup(version):
-    from siftline.dedup.files import open_tables
+    from siftline.deduplication.files import open_tables
 
     files = [str(path) for path in sorted((version / "data").iterdir())]
     open_tables(files, ["id"], version.parent / "scratch")

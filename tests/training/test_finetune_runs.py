@@ -625,9 +625,9 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from siftline.training import card
+from siftline.training import finetune as module
 from siftline.training.finetune import FineTune, finetune
-card.draw_curve = lambda *_: None
+module.draw_curve = lambda *_: None
 base, data, dev, out, *objectives = sys.argv[1:]
 for objective in objectives:
     config = FineTune(

@@ -19,9 +19,9 @@ from siftline.api.judge import LINES, QUARANTINED, UNREAD, Judged, Read, judge
 from siftline.api.output import FACT_NAMES, Decided, in_tables, unread_lines
 from siftline.api.result import Result
 from siftline.config import nearest
-from siftline.dedup.engine import Deduplicated, Settings, deduplicate
-from siftline.dedup.files import open_read
-from siftline.dedup.output import summary
+from siftline.deduplication.engine import Deduplicated, Settings, deduplicate
+from siftline.deduplication.files import open_read
+from siftline.deduplication.output import summary
 from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.plans import answer_columns, plan_for, text_column
 from siftline.ingest.records import Fault, columns_of, read_records

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from siftline.api.judge import Read
 from siftline.api.output import FACT_NAMES, file_records, in_tables, unread_lines
-from siftline.dedup.arrow import NoTableError
-from siftline.dedup.files import Table, open_read, read_pieces, shown
+from siftline.deduplication.arrow import NoTableError
+from siftline.deduplication.files import Table, open_read, read_pieces, shown
 from siftline.ingest.files import input_files
 from siftline.ingest.source import Source
 

@@ -12,8 +12,16 @@ import polars as pl
 import pyarrow as pa
 
 from siftline.api.judge import UNREAD, Judged, Read
-from siftline.dedup.files import Table
-from siftline.dedup.output import DATA, FACTS, MakeTracker, Part, first_rows, published, write_out
+from siftline.deduplication.files import Table
+from siftline.deduplication.output import (
+    DATA,
+    FACTS,
+    MakeTracker,
+    Part,
+    first_rows,
+    published,
+    write_out,
+)
 from siftline.ingest.records import BINARY, Record, read_records
 from siftline.rows.ledger import FAILED, KEPT, REMOVED
 from siftline.rows.schema import HALF_ID

@@ -14,8 +14,8 @@ import polars as pl
 from siftline.api.frames import Given
 from siftline.api.judge import UNREAD
 from siftline.api.output import FACT_NAMES, Decided, write_decided, write_records
-from siftline.dedup.arrow import NoTableError
-from siftline.dedup.output import claim
+from siftline.deduplication.arrow import NoTableError
+from siftline.deduplication.output import claim
 from siftline.rows.ledger import FAILED, KEPT, REMOVED
 from siftline.rows.shards import building
 

@@ -136,8 +136,8 @@ def _stated(name: str) -> bool:
 
 
 def _texts(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
-    from siftline.dedup.engine import Settings
-    from siftline.dedup.run import Job, dedup_files
+    from siftline.deduplication.engine import Settings
+    from siftline.deduplication.run import Job, dedup_files
     from siftline.kernels.sets.keepers import Keep
 
     threshold = given["threshold"]
@@ -194,7 +194,7 @@ def _parquet_columns(path: Path) -> list[str]:
 
 def _conversations(files: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     from siftline.cli.judge import judge_files
-    from siftline.dedup.engine import Clock
+    from siftline.deduplication.engine import Clock
     from siftline.ingest.source import Source
 
     for name in _OF_TEXTS:

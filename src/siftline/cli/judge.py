@@ -197,9 +197,9 @@ def judge_files(
         write_decided,
         write_records,
     )
-    from siftline.dedup.arrow import NoTableError
-    from siftline.dedup.files import ADDED, open_read
-    from siftline.dedup.output import claim
+    from siftline.deduplication.arrow import NoTableError
+    from siftline.deduplication.files import ADDED, open_read
+    from siftline.deduplication.output import claim
     from siftline.rows.shards import building
 
     claim(out)
@@ -224,7 +224,7 @@ def judge_files(
 def named(kind: str, judged: Any) -> "Decided":
     """Decisions with the names of the files."""
     from siftline.api.output import Decided
-    from siftline.dedup.files import shown
+    from siftline.deduplication.files import shown
 
     names = tuple(map(shown, judged.files))
     others = tuple(shown(file) for read in judged.sets for file in read.files)

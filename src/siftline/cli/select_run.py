@@ -23,7 +23,7 @@ from siftline.cli.select_columns import (
     row_columns,
 )
 from siftline.config import build, override
-from siftline.dedup.arrow import without_views
+from siftline.deduplication.arrow import without_views
 from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, REJECTED, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files

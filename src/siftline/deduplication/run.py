@@ -14,11 +14,19 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Clock, Deduplicated, Engine, Settings, gathered, ranks, spread
-from siftline.dedup.files import Reader, Table, ahead, open_tables, read_pieces
-from siftline.dedup.index import opened
-from siftline.dedup.output import (
+from siftline.deduplication.arrow import texts_of
+from siftline.deduplication.engine import (
+    Clock,
+    Deduplicated,
+    Engine,
+    Settings,
+    gathered,
+    ranks,
+    spread,
+)
+from siftline.deduplication.files import Reader, Table, ahead, open_tables, read_pieces
+from siftline.deduplication.index import opened
+from siftline.deduplication.output import (
     MakeTracker,
     claim,
     first_rows,
@@ -273,7 +281,7 @@ def by_meaning(job: Job, tables: Sequence[Table], clock: Clock) -> tuple[Dedupli
     Raises:
         ValueError: if they are not there, or do not fit the rows.
     """
-    from siftline.dedup.semantic import check_rows, semantic_duplicates, vectors_of
+    from siftline.deduplication.semantic import check_rows, semantic_duplicates, vectors_of
 
     asked = job.embeddings
     assert asked is not None

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from siftline.cli import main
-from siftline.dedup import run
-from siftline.dedup.engine import deduplicate
+from siftline.deduplication import run
+from siftline.deduplication.engine import deduplicate
 from siftline.kernels.sets.keepers import Keep
 from siftline.kernels.sets.spill import Keys
 

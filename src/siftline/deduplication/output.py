@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import arrow_of, without_views
-from siftline.dedup.engine import Deduplicated
-from siftline.dedup.files import PieceWriter, Table, ahead, read_pieces, with_columns
+from siftline.deduplication.arrow import arrow_of, without_views
+from siftline.deduplication.engine import Deduplicated
+from siftline.deduplication.files import PieceWriter, Table, ahead, read_pieces, with_columns
 from siftline.progress import Tracker
 
 _FROM = np.array([1, 2, 3, 5, 100, 1000])

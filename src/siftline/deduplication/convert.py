@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from siftline.dedup.arrow import (
+from siftline.deduplication.arrow import (
     Differ,
     NoTableError,
     conformed_batch,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.dedup.arrow import one_schema
-from siftline.dedup.files import open_tables, read_pieces
+from siftline.deduplication.arrow import one_schema
+from siftline.deduplication.files import open_tables, read_pieces
 
 
 def files(folder, *contents):

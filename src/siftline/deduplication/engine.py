@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from siftline.dedup.arrow import TextColumn, cuts, pieces
+from siftline.deduplication.arrow import TextColumn, cuts, pieces
 from siftline.kernels.sets.groups import Groups, grouped
 from siftline.kernels.sets.keepers import KEPT, NEW, Candidates, Decisions, drop_all, keep_first
 from siftline.kernels.sets.lsh import Banding, banding_for, recall

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from siftline.dedup.engine import Clock, Deduplicated, ranks
+from siftline.deduplication.engine import Clock, Deduplicated, ranks
 from siftline.kernels.draws import hash64, uniforms
 from siftline.kernels.vectors.blocks import pooled
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from siftline.dedup import engine as engines
-from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Engine, Settings, deduplicate
+from siftline.deduplication import engine as engines
+from siftline.deduplication.arrow import texts_of
+from siftline.deduplication.engine import Engine, Settings, deduplicate
 from siftline.kernels.sets.rows import least
 from siftline.kernels.sets.shingles import write_distinct
 from siftline.kernels.text import bits

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from siftline.cli import main
-from siftline.dedup import index as index_module
+from siftline.deduplication import index as index_module
 from siftline.kernels.sets import keepers
 
 
@@ -143,7 +143,7 @@ def test_a_kill_leaves_the_index_as_it_was(call, parts, tmp_path, monkeypatch, w
 KILLED = """
 import os, signal, sys
 from siftline.cli import main
-from siftline.dedup import index
+from siftline.deduplication import index
 index.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """

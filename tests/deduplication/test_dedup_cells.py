@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.dedup import semantic as cells
-from siftline.dedup.run import Job
-from siftline.dedup.semantic import MAX_ROWS_FAISS, Cells, semantic_duplicates
+from siftline.deduplication import semantic as cells
+from siftline.deduplication.run import Job
+from siftline.deduplication.semantic import MAX_ROWS_FAISS, Cells, semantic_duplicates
 
 
 def planted(rows, width, cosine, seed=0, topics=50):
@@ -162,7 +162,7 @@ THREADS = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[1])
 from test_dedup_cells import planted
-from siftline.dedup.semantic import semantic_duplicates
+from siftline.deduplication.semantic import semantic_duplicates
 x, _ = planted(2500, 48, 0.72, topics=2500)
 found = semantic_duplicates(x, 0.7, nearest="faiss")
 np.save(sys.argv[2], np.stack([found.matched, found.similarity, np.full(2500, found.pairs)]))

@@ -114,7 +114,7 @@ def shown(file: Any) -> str:
 def _of_one_schema(found: list[Table]) -> list[Table]:
     if all(t.path and t.own.equals(found[0].own, check_metadata=True) for t in found):
         return [replace(table, schema=table.own) for table in found]
-    from siftline.dedup.arrow import check_storable, one_schema
+    from siftline.deduplication.arrow import check_storable, one_schema
 
     schema = one_schema((table.name, table.own) for table in found)
     for column in schema:
@@ -156,7 +156,7 @@ def _files(names: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _table(name: str, file: Any, folder: Path, skip: Collection[int] = ()) -> Table:
     if not isinstance(file, Path):
-        from siftline.dedup.convert import to_chunks
+        from siftline.deduplication.convert import to_chunks
 
         made = to_chunks(file, folder, skip)
         return Table(name, made.rows, made.schema, chunks=made.paths, repeated=made.repeated)
@@ -183,8 +183,8 @@ def _check(table: Table, columns: Sequence[str], added: Collection[str] = ADDED)
 
 def _check_numbers(table: Table) -> None:
     """Refuses whole numbers that another table's floats would change."""
-    from siftline.dedup.arrow import narrowed
-    from siftline.dedup.convert import check_whole_numbers
+    from siftline.deduplication.arrow import narrowed
+    from siftline.deduplication.convert import check_whole_numbers
 
     columns = narrowed(table.own, table.schema)
     if columns:
@@ -262,8 +262,8 @@ def _decoded_bytes(table: Table) -> int:
 def _pieces(table: Table, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     names = None if columns is None else list(columns)
     if table.path is None:
-        from siftline.dedup.arrow import conformed_batch
-        from siftline.dedup.convert import read_chunks
+        from siftline.deduplication.arrow import conformed_batch
+        from siftline.deduplication.convert import read_chunks
 
         wanted = table.own if names is None else pa.schema([table.own.field(n) for n in names])
         batches: Iterator[pa.RecordBatch] = (
@@ -274,7 +274,7 @@ def _pieces(table: Table, columns: Sequence[str] | None) -> Iterator[pa.RecordBa
     if names is not None or table.own.equals(table.schema):
         yield from batches
         return
-    from siftline.dedup.arrow import conformed_batch
+    from siftline.deduplication.arrow import conformed_batch
 
     for batch in batches:
         yield conformed_batch(batch, table.schema)

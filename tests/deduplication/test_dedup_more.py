@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftline.cli import main
-from siftline.dedup.output import fitted, published
-from siftline.dedup.semantic import MAX_ROWS, semantic_duplicates, semantic_reference, vectors_of
+from siftline.deduplication.output import fitted, published
+from siftline.deduplication.semantic import (
+    MAX_ROWS,
+    semantic_duplicates,
+    semantic_reference,
+    vectors_of,
+)
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_many_copies_cost_as_many_comparisons():
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_meaning_across_chunks(drop, monkeypatch):
-    monkeypatch.setattr("siftline.dedup.semantic.CHUNK", 7)
+    monkeypatch.setattr("siftline.deduplication.semantic.CHUNK", 7)
     x = clustered(150, 6, 3)
     assert not (whole := semantic_duplicates(x, 0.9, drop_all=drop, block=4)).kept.all()
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)

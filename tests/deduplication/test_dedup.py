@@ -10,8 +10,8 @@ from datasketch import MinHash, MinHashLSH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftline.dedup.arrow import texts_of
-from siftline.dedup.engine import Engine, Settings, deduplicate
+from siftline.deduplication.arrow import texts_of
+from siftline.deduplication.engine import Engine, Settings, deduplicate
 from siftline.kernels.sets import keepers
 from siftline.kernels.sets.groups import shared, shared_reference
 from siftline.kernels.sets.jaccard import jaccard_reference

@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from siftline.dedup.arrow import arrow_of
-from siftline.dedup.engine import Deduplicated, Engine, Sets, Settings, ranks, spread
-from siftline.dedup.files import Table
+from siftline.deduplication.arrow import arrow_of
+from siftline.deduplication.engine import Deduplicated, Engine, Sets, Settings, ranks, spread
+from siftline.deduplication.files import Table
 from siftline.disk import writing
 from siftline.kernels.sets.groups import Groups
 from siftline.kernels.sets.keepers import KEPT, NEW, Decisions, Keep
