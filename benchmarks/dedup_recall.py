@@ -46,7 +46,7 @@ def main() -> None:
     asked = parser.parse_args()
     from bench_dedup import documents, near_pairs, own_words, pieces_of
 
-    from siftline.dedup.engine import Settings, deduplicate
+    from siftline.deduplication.engine import Settings, deduplicate
 
     texts = documents(pieces_of(asked.texts), asked.rows)
     column = pa.array(texts)

@@ -172,7 +172,7 @@ def variants(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "filtered and corrected": followed(filtered, "confidence", correct),
         "filtered, self-answers": followed(filtered, "confidence", own),
         "chain, random fit": with_options(data, "allocate", fit="random"),
-        "chain, answers by difficulty": with_options(data, "allocate", targets="prop2diff"),
+        "chain, answers alike": with_options(data, "allocate", targets="uniform"),
     }
 
 

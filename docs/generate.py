@@ -1,25 +1,29 @@
-"""Writes the parts of these pages that follow from the code: commands and options.
+"""Writes what follows from the code: parts of these pages, and the JSON Schema of recipes.
 
     make docs
 
 A page marks such a part by two comments, `<!-- generated NAME -->` and `<!-- end -->`; what stands
 between them is replaced. NAME is `commands`, a stage's kind (its options as a recipe without any
-gives them), or one of `SECTIONS`. A test holds the pages to what this writes.
+gives them), or one of `SECTIONS`. The schema beside the shipped recipes is written whole. A test
+holds all of them to what this writes.
 """
 
 import re
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from inspect import cleandoc, getdoc
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
 from siftline.cli import cli
+from siftline.config import field_texts
 from siftline.ingest.pool import PoolSpec
-from siftline.recipe.parse import parse
+from siftline.recipe.kinds import kind_of as stage_kind
+from siftline.recipe.parse import SHIPPED, parse
+from siftline.recipe.schema import FILE, schema_text
 from siftline.recipe.sections import Bounds, Budget, Canaries, Card, Inputs, Training
 from siftline.scoring.engines.base import ModelSpec
 from siftline.selectors.less import Gradients
@@ -47,16 +51,12 @@ _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "tex
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """The `Attributes:` section of a Google docstring: text by name.
+    """Text by field of a dataclass.
 
     Raises:
         ValueError: if the class has no text on one of its fields.
     """
-    _, _, section = (getdoc(cls) or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=\S)", cleandoc(section.split("\n\n")[0])):
-        name, _, text = entry.partition(":")
-        found[name] = re.sub(r"\bNone\b", "null", " ".join(text.split()))
+    found = field_texts(cls)
     missing = [field.name for field in fields(cls) if not found.get(field.name)]
     if missing:
         raise ValueError(f"{cls.__qualname__}: no text on {', '.join(missing)}: add to Attributes")
@@ -163,8 +163,8 @@ def stage_options(kind: str) -> str:
         value = getattr(one, field.name)
         from_recipe = value != getattr(other, field.name)
         defaults[field.name] = "the recipe's" if from_recipe else f"`{shown(value)}`"
-    if kind == "allocate":  # a recipe states the budget once, and refuses it here
-        defaults = {k: v for k, v in defaults.items() if k not in Budget.__annotations__}
+    for name in stage_kind(kind).from_budget:  # a recipe states the budget once
+        del defaults[name]
     return options(type(one), defaults)
 
 
@@ -184,7 +184,8 @@ def commands(group: click.Group, path: str = "siftline", level: str = "##") -> I
         yield f"    {' '.join([full, *command.collect_usage_pieces(inner)])}"
         yield prose(command)
         records = [p.get_help_record(inner) for p in command.params if isinstance(p, click.Option)]
-        yield table(("option", "what it says"), [(f"`{r[0]}`", r[1]) for r in records if r])
+        if records:
+            yield table(("option", "what it says"), [(f"`{r[0]}`", r[1]) for r in records if r])
 
 
 def prose(command: click.Command) -> str:
@@ -219,3 +220,4 @@ def pages() -> list[Path]:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(rewritten(page), encoding="utf-8")
+    (SHIPPED / FILE).write_text(schema_text(), encoding="utf-8")

@@ -270,7 +270,7 @@ def test_long_work_does_not_begin_without_room(full, tmp_path, capsys, monkeypat
 
 
 def test_an_output_of_dedup_on_a_full_disk_is_told(full):
-    from siftline.dedup.files import PieceWriter
+    from siftline.deduplication.files import PieceWriter
 
     def write():
         with (

@@ -99,7 +99,7 @@ def test_an_index_in_use_names_its_user(tmp_path, other, capsys):
 
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     (tmp_path / "index").mkdir()
-    from siftline.dedup.index import LOCK
+    from siftline.deduplication.index import LOCK
 
     child = other(tmp_path / "index" / LOCK)
     with pytest.raises(SystemExit):

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from siftline.recipe.kinds import BUILT_IN
 from siftline.recipe.parse import parse
+from siftline.recipe.schema import recipe_schema
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -50,6 +52,8 @@ def test_pages_hold_what_the_code_says_now(generate):
     assert {DOCS / "cli.md", *(DOCS / "stages" / f"{kind}.md" for kind in BUILT_IN)} <= set(found)
     stale = [name_of(p) for p in found if generate.rewritten(p) != p.read_text(encoding="utf-8")]
     assert not stale, f"run `make docs`: {stale}"
+    shipped = (generate.SHIPPED / generate.FILE).read_text(encoding="utf-8")
+    assert generate.schema_text() == shipped, "run `make docs`: the schema of recipes is stale"
 
 
 def test_every_stage_has_a_page_with_its_own_options(generate):
@@ -218,6 +222,7 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
 
 # Recipes
 
+SCHEMA = jsonschema.Draft202012Validator(recipe_schema())
 RECIPE_PAGES = [page for page in PAGES if re.search(r"^    stages:$", page.read_text(), re.M)]
 
 
@@ -242,6 +247,7 @@ def test_recipes_on_pages_are_valid(page):
             "budget": {"size": 1000},
         }
         kinds = [entry if isinstance(entry, str) else next(iter(entry)) for entry in data["stages"]]
+        SCHEMA.validate(base | data)
         parsed = [stage.kind for stage in parse(base | data).stages if stage.scope == "all"]
         assert parsed == kinds
 

@@ -1,17 +1,50 @@
 """Plain mappings into frozen dataclasses, with errors that say where and what instead.
 
-One function, `build`, covers what recipes need: nested dataclasses, optional fields, literals,
-tuples and string-keyed mappings. It knows nothing about recipes.
+Pydantic checks them; it is loaded when something is checked. The dataclasses themselves know
+nothing of it: `accepted` gives the type that it checks for one of their hints. It takes a value for
+what it is (3 is no text "3" read as a number, and true is no 1), except for what YAML itself blurs:
+1e-4 is a string to YAML 1.1, off is false, a name may look like a number, and a key without a value
+is a mapping without keys.
 """
 
-import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from inspect import cleandoc, getdoc
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""What can be a folder and an asset."""
+_WORDS = {"on", "off"}
+_NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
+_EXPECTED = {
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "string": "str",
+    "dict": "a mapping",
+    "tuple": "a list",
+    "list": "a list",
+}
+"""How an error calls what was expected, by the first word of pydantic's error type."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -32,85 +65,207 @@ def build(cls: type[T], data: Any, where: str) -> T:
         ValueError: on an unknown key (naming the nearest one), a missing one, a wrong type, or
             whatever the dataclass's own validation says; always with the path.
     """
-    if data is None:
-        data = {}
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: expected a mapping, found {data!r}")
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}: {nearest(str(key), list(fields))}")
-    values = {key: convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise ValueError(f"{where}: {name!r} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    if data is None or data == {}:  # all defaults: nothing to check, and no pydantic to load
+        missing = [f.name for f in fields(cls) if f.init and required(f)]  # type: ignore[arg-type]
+        if not missing:
+            try:
+                return cls()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+    found: T = convert(cls, data, where)
+    return found
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
     """Converts one value to a field's type; see `build`."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_told(error, value, where)) from error
+
+
+@cache
+def _adapter(hint: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(accepted(hint))
+
+
+def accepted(hint: Any) -> Any:
+    """The type that pydantic checks for a hint; it gives values of the hint's own type."""
+    from pydantic import BeforeValidator
+
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(args, value, where)
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _as_dataclass(hint)
     if origin is Literal:
-        return _convert_literal(args, value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: expected a list, found {value!r}")
-        return tuple(convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected a mapping, found {value!r}")
-        return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
-    return _convert_scalar(hint, value, where)
+        shown = hint | bool if set(args) >= _WORDS else hint
+        return Annotated[hint, BeforeValidator(_one_of(args), json_schema_input_type=shown)]
+    if origin is Annotated:
+        return Annotated[(accepted(args[0]), *args[1:])]
+    if origin is tuple and len(set(args)) == 1:  # how many, the class says, and why
+        args = (*args[:1], ...)
+    members = tuple(accepted(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return Union[members]  # noqa: UP007  of a number known here only
+    return origin[members] if members else _scalars().get(hint, hint)
 
 
-def _convert_literal(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if isinstance(value, bool) and {"on", "off"} <= set(args):  # YAML 1.1 reads off as false
-        return "on" if value else "off"
-    if value not in args:
-        raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+@cache
+def _scalars() -> dict[Any, Any]:
+    from pydantic import BeforeValidator, Field, StrictBool, StrictInt, WithJsonSchema
+
+    number = WithJsonSchema({"type": ["number", "string"], "pattern": _NUMBER})
+    text = WithJsonSchema({"type": ["string", "number"]})
+    return {
+        int: StrictInt,
+        bool: StrictBool,
+        float: Annotated[float, BeforeValidator(_number), number],
+        str: Annotated[str, Field(coerce_numbers_to_str=True), text],
+    }
+
+
+def _number(value: Any) -> Any:
+    """Refuses what `float` would take and nobody means: true, text that is no number, nan."""
+    from pydantic_core import PydanticCustomError
+
+    text = isinstance(value, str) and not re.fullmatch(_NUMBER, value)
+    if text or isinstance(value, bool) or value != value:
+        raise PydanticCustomError("float_type", "a number")
     return value
 
 
-def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    errors = []
-    for option in options:
-        if option is type(None):
+def _one_of(choices: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """A check that a value is one of some, and of the same type: true is no 1."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) and set(choices) >= _WORDS:  # YAML 1.1 reads off as false
+            return "on" if value else "off"
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+@cache
+def _as_dataclass(cls: type) -> Any:
+    """A mapping of a dataclass's fields, made into one."""
+    from pydantic import AfterValidator, BeforeValidator
+
+    typed = mapping_type(cls.__name__, checked_fields(cls), summary(cls))
+    known = [f.name for f in fields(cls) if f.init]
+    optional = not any(required(f) for f in fields(cls) if f.init)
+
+    def keys(data: Any) -> Any:
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}: {nearest(str(key), known)}")
+        return {} if data is None else data
+
+    shown = typed | None if optional else typed
+    before = BeforeValidator(keys, json_schema_input_type=shown)
+    return Annotated[typed, before, AfterValidator(lambda values: cls(**values))]
+
+
+def mapping_type(name: str, items: Mapping[str, Any], text: str, **extra: Any) -> Any:
+    """A mapping of these keys alone.
+
+    Args:
+        name: Of the type, as JSON Schema calls it.
+        items: Type by key, `NotRequired` where it may be left out.
+        text: Its description.
+        extra: More that its JSON Schema says.
+    """
+    from pydantic import ConfigDict, with_config
+    from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+    made: Any = TypedDict(name, dict(items))  # type: ignore[misc]
+    made.__doc__ = text
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    if extra:
+        config["json_schema_extra"] = extra
+    return with_config(config)(made)
+
+
+def checked_fields(cls: type) -> dict[str, Any]:
+    """Type by field of a dataclass, as `mapping_type` takes them, with text and default."""
+    from pydantic import Field
+    from pydantic_core import to_jsonable_python
+
+    hints, texts = get_type_hints(cls, include_extras=True), field_texts(cls)
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        if not f.init:
             continue
-        try:
-            return convert(option, value, where)
-        except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(errors[-1] if len(errors) == 1 else "; or ".join(errors))
+        extra = {}
+        value = f.default if f.default_factory is MISSING else f.default_factory()
+        if value is not MISSING and not is_dataclass(value):
+            extra = {"default": to_jsonable_python(value)}
+        shown = Field(description=texts.get(f.name), json_schema_extra=extra or None)
+        typed: Any = Annotated[accepted(hints[f.name]), shown]
+        found[f.name] = typed if required(f) else NotRequired[typed]
+    return found
 
 
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            if isinstance(value, int | float | str):
-                return float(value)
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    name = getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where}: expected {name}, found {value!r}")
+def required(f: Any) -> bool:
+    """Whether a dataclass's field has no default."""
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def summary(cls: type) -> str:
+    """What a docstring says before its sections, in one line."""
+    text = (getdoc(cls) or "").split("\n\nAttributes:\n")[0]
+    return " ".join(text.split())
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """The `Attributes:` section of a Google docstring: text by name, in words of YAML."""
+    _, _, section = (getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", cleandoc(section.split("\n\n")[0])):
+        name, _, text = entry.partition(":")
+        found[name] = re.sub(r"\bNone\b", "null", " ".join(text.split()))
+    return found
+
+
+def _told(error: "ValidationError", data: Any, where: str) -> str:
+    """The first fault in one line; of a union, what each of its members says."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, AssertionError):  # an invariant, no fault of the input
+            raise cause
+        lines.append((_place(fault["loc"], data, where), _what(fault)))
+    at = lines[0][0]
+    return "; or ".join(dict.fromkeys(f"{path}: {what}" for path, what in lines if path == at))
+
+
+def _place(steps: Sequence[int | str], data: Any, where: str) -> str:
+    """The dotted path of a fault; names of missing keys and of a union's members lead nowhere."""
+    for step in steps:
+        if isinstance(data, Mapping) and step in data:
+            where, data = f"{where}.{step}", data[step]
+        elif isinstance(data, list | tuple) and isinstance(step, int) and step < len(data):
+            where, data = f"{where}[{step}]", data[step]
+    return where
+
+
+def _what(fault: Any) -> str:
+    """What pydantic found, in the words of all our errors."""
+    kind, value = fault["type"], fault["input"]
+    if kind == "missing":
+        return f"{fault['loc'][-1]!r} is missing"
+    if kind == "value_error":
+        return str(fault["ctx"]["error"])
+    expected = _EXPECTED.get(kind.partition("_")[0])
+    if expected and kind.endswith(("_type", "_parsing")):
+        return f"expected {expected}, found {value!r}"
+    said = " ".join(fault["msg"].split())
+    return f"{said[:1].lower()}{said[1:]}, found {value!r}"
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -120,7 +275,7 @@ def check_names(names: Sequence[str], where: str) -> None:
         ValueError: naming the first such name.
     """
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        if not re.fullmatch(NAME, name):
             raise ValueError(f"{where}: name {name!r}: use letters, digits and _ - .")
         if names.count(name) > 1:
             raise ValueError(f"{where}: {name!r} occurs twice: give one of them another name")

@@ -1,6 +1,6 @@
 """What Dagster loads: every recipe, composed; the code location that workspace.yaml names."""
 
-from siftline.pipelines.compose import compose
-from siftline.recipe.parse import all_recipes
+from siftline.pipelines.compose import compose_all
+from siftline.recipe.parse import read_all
 
-defs = compose(all_recipes())
+defs = compose_all(*read_all())

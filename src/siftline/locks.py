@@ -8,6 +8,8 @@ other network file systems; see `warn_if_shared`.
 import errno
 import fcntl
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +24,7 @@ SHARED = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "beegfs", "ceph",
 # fmt: on
 """Types of file systems that other machines may write to at the same time."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+LOOK_SECONDS = 1.0
 
 
 class Held(ValueError):
@@ -74,6 +77,60 @@ def take(
             f"{path} is on a file system without locks ({file_system(path)}): put it on a local "
             "disk, or mount that with locks (for Lustre -o flock)"
         ) from error
+
+
+_whole: set[tuple[Path, int]] = set()
+"""Locks of `alone` that a thread of this process holds."""
+
+
+@contextmanager
+def alone(
+    path: Path,
+    what: str,
+    who: str,
+    *,
+    say: Callable[[str], None],
+    look: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Holds a lock for long, under a name; waits for it, and says for whom.
+
+    Who holds it already in this thread goes on at once, under the new name.
+
+    Args:
+        path: The file; made where it is not there.
+        what: What it stands for, as the message names it.
+        who: Name of the holder, for those that wait.
+        say: Takes a line where somebody else holds it.
+        look: Called once a second while it waits; it may raise to give up.
+
+    Raises:
+        ValueError: if the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = (path.resolve(), threading.get_ident())
+    if mine in _whole:
+        path.write_text(who, encoding="utf-8")
+        yield
+        return
+    with path.open("a") as handle:
+        told = False
+        while True:
+            try:
+                take(handle, path, what, wait=False)
+                break
+            except Held:
+                if not told:
+                    say(f"waits for {path.read_text(encoding='utf-8') or holder(path)}: {what}")
+                told = True
+                look()
+                time.sleep(LOOK_SECONDS)
+        path.write_text(who, encoding="utf-8")
+        _whole.add(mine)
+        try:
+            yield
+        finally:
+            _whole.remove(mine)
+            path.write_text("", encoding="utf-8")
 
 
 def holder(path: Path) -> str:

@@ -4,6 +4,7 @@ Everything Siftline writes is below one root: copy it, mount it, or delete it as
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,22 @@ DEFAULT_ROOT = "siftline-data"
 
 @dataclass(frozen=True)
 class Workspace:
-    """Paths below a root; building one creates nothing."""
+    """Paths below a root; building one creates nothing.
+
+    Raises:
+        ValueError: if the root is the address of an object store.
+    """
 
     root: Path
+
+    def __post_init__(self) -> None:
+        for k, part in enumerate(self.root.parts):
+            if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", part):  # s3://bucket, as a path
+                address = f"{part}//{'/'.join(self.root.parts[k + 1 :])}"
+                raise ValueError(
+                    f"root {address} is an address: give a folder of this machine, and copy what "
+                    "others read (curated/, reports/) there after a run"
+                )
 
     @classmethod
     def from_environment(cls) -> "Workspace":
@@ -58,6 +72,10 @@ class Workspace:
     def report(self, recipe: str) -> Path:
         """HTML report and its numbers."""
         return self.root / "reports" / recipe
+
+    def recipe_lock(self, recipe: str) -> Path:
+        """Held by the run of a recipe: there is one at a time."""
+        return self.dagster_home / f".{recipe}.lock"
 
     @property
     def dagster_home(self) -> Path:

@@ -1,5 +1,6 @@
 """What a materialization shows: numbers that plot over time, reasons, a small picture."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -123,50 +124,101 @@ def check_results(
 ) -> list[dg.AssetCheckResult]:
     """Whether the numbers close and stay within the recipe's bounds."""
     counts = output.accounting
-    total = max(1, counts.rows_in + counts.added)
+    total = counts.rows_in + counts.added
     removable = 1.0 if stage.of.role != "gate" else bounds.max_removed
-    failed, removed = counts.failed / total, counts.removed / total
     why: dict[str, int] = {}
     if counts.failed:
         why = reasons(output.all_decisions().filter(pl.col("outcome") == FAILED))
-    verdicts: dict[str, tuple[bool, dict[str, Any]]] = {
-        "accounting": (counts.closes, counts.as_json()),
-        "failed_rows": (
-            failed <= bounds.max_failed,
-            {
-                "share": failed,
-                "bound": bounds.max_failed,
-                "reasons": why,
-            },
-        ),
-        "removed_rows": (removed <= removable, {"share": removed, "bound": removable}),
-    }
+    sums = (
+        f"{counts.rows_in:,} in + {counts.added:,} added = {counts.kept:,} kept + "
+        f"{counts.removed:,} removed + {counts.failed:,} failed"
+    )
     return [
-        dg.AssetCheckResult(
-            check_name=name,
-            asset_key=key,
-            passed=bool(passed),
-            severity=dg.AssetCheckSeverity.ERROR,
-            metadata={
-                "numbers": dg.MetadataValue.json(shown),
-                "said": _said(name, shown, counts, total),
-            },
-        )
-        for name, (passed, shown) in verdicts.items()
+        check_result(
+            key,
+            "accounting",
+            counts.closes,
+            sums if counts.closes else f"{sums} does not close",
+            f"nothing can be trusted that comes after {key.to_user_string()}: run it again with "
+            "its folder under stages/ moved away, and report these numbers if they stay",
+            {f"rows_{name}": value for name, value in counts.as_json().items()},
+        ),
+        bounded(
+            key,
+            "failed_rows",
+            counts.failed,
+            total,
+            "bounds.max_failed",
+            bounds.max_failed,
+            "see one with siftline explain, mend what its reason names and run again, or raise the "
+            "bound",
+            why,
+        ),
+        bounded(
+            key,
+            "removed_rows",
+            counts.removed,
+            total,
+            "bounds.max_removed",
+            removable,
+            "look at the reasons above; loosen the gate, or raise the bound if that many are bad",
+        ),
     ]
 
 
-def _said(check: str, shown: dict[str, Any], counts: Accounting, total: int) -> str:
-    """The numbers of a check in one line, with what can be done."""
-    if check == "accounting":
-        return f"{counts.as_json()} does not close: this is a fault of Siftline's, report it"
-    if check == "failed_rows":
-        why = ", ".join(f"{reason} {n:,}" for reason, n in shown["reasons"].items()) or "no reason"
-        return (
-            f"{counts.failed:,} of {total:,} rows failed ({why}), bounds.max_failed is "
-            f"{shown['bound']:g}: see one with siftline explain, mend it, or raise the bound"
-        )
-    return (
-        f"{counts.removed:,} of {total:,} rows removed, bounds.max_removed is "
-        f"{shown['bound']:g}: loosen the gate, or raise the bound"
+def bounded(
+    key: dg.AssetKey,
+    name: str,
+    rows: int,
+    total: int,
+    option: str,
+    bound: float,
+    remedy: str,
+    why: Mapping[str, int] | None = None,
+    *,
+    what: str = "",
+) -> dg.AssetCheckResult:
+    """Whether a share of rows stays within an option of the recipe.
+
+    Args:
+        key: The asset.
+        name: The check.
+        rows: How many rows it is about, of `total`.
+        total: All rows.
+        option: What the recipe calls the bound.
+        bound: Largest share.
+        remedy: What can be done where it does not.
+        why: Reasons, by rows.
+        what: What happened to the rows; by default the check's name says it.
+    """
+    share, what = rows / max(1, total), what or name.removesuffix("_rows")
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in (why or {}).items())
+    found = f"{rows:,} of {total:,} rows {what}" + (f" ({reasons})" if reasons else "")
+    return check_result(
+        key,
+        name,
+        share <= bound,
+        f"{found}, {option} is {bound:g}",
+        remedy,
+        {f"rows_{what}": rows, "share": share, "bound": float(bound)},
+    )
+
+
+def check_result(
+    key: dg.AssetKey,
+    name: str,
+    passed: bool,
+    found: str,
+    remedy: str,
+    numbers: Mapping[str, int | float],
+) -> dg.AssetCheckResult:
+    """A check's outcome: what was found, what can be done where it failed, numbers that plot."""
+    said = found if passed else f"{found}: {remedy}"
+    return dg.AssetCheckResult(
+        check_name=name,
+        asset_key=key,
+        passed=bool(passed),
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=said,
+        metadata={"said": said, **numbers},
     )

@@ -1,22 +1,37 @@
 """What comes after the stages: the published version, models, their evaluation, the report."""
 
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import numpy as np
 import polars as pl
+from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 
 from siftline.assets import step as asking
 from siftline.assets import step as keys
-from siftline.assets.metadata import picture, shown_before
-from siftline.assets.step import Siftline
+from siftline.assets.metadata import check_result, picture, shown_before
+from siftline.assets.step import Siftline, stop_if_cancelled
 from siftline.recipe.parse import Recipe
 from siftline.report import plots
+from siftline.rows.curated import FORMAT, Published
+from siftline.rows.shards import write_text
 from siftline.rows.verified import content_hash
 from siftline.stages.arms import Arm, arms_pending, train_arms
 from siftline.stages.evaluation import evaluate_arms, evaluation_pending
-from siftline.stages.publish import publish_curated
+from siftline.stages.publish import (
+    as_read,
+    came_and_went,
+    keeps_latest,
+    parent_of,
+    publish_curated,
+    published_columns,
+)
 from siftline.stages.reporting import write_report
+from siftline.stages.run import outputs
+from siftline.workspace import Workspace
 
 
 def outcomes(recipe: Recipe) -> list[str]:
@@ -40,33 +55,127 @@ def outcome_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     return [make[name](recipe) for name in outcomes(recipe)]
 
 
+def _code(options: Any) -> str:
+    """A code version: what the recipe says, in 12 hex digits."""
+    return content_hash(asdict(options))[:12]
+
+
 def curated_asset(recipe: Recipe) -> dg.AssetsDefinition:
     """The published version."""
+    key = keys.outcome(recipe, "curated")
 
     @dg.asset(
-        key=keys.outcome(recipe, "curated"),
+        key=key,
         deps=[
             keys.stage(recipe, recipe.stages[-1]),
             *(keys.scorer(recipe, name) for name in recipe.scorers),
         ],
         group_name=recipe.name,
         kinds=keys.KINDS,
+        op_tags=asking.owned(recipe),
+        check_specs=_published_checks(key),
+        code_version=content_hash([FORMAT, recipe.hash])[:12],
     )
     def curated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Immutable versioned Parquet with a dataset card, removed rows and a manifest."""
-        published = publish_curated(siftline.workspace, siftline.recipe(recipe.name))
+        workspace, loaded = siftline.workspace, siftline.recipe(recipe.name)
+        trial = siftline.is_trial(recipe.name) and keeps_latest(workspace, loaded)
+        parent = parent_of(workspace, loaded)
+        published = publish_curated(
+            workspace,
+            loaded,
+            partial(stop_if_cancelled, context.instance, context.run_id),
+            trial=trial,
+        )
+        changed = ", ".join(siftline.overrides)
+        if trial:
+            context.log.info(
+                f"{recipe.name}/curated: version {published.version} lies beside `latest`, which "
+                f"stays: this run changed {changed}"
+            )
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": published.rows,
                 "dagster/uri": str(published.path),
+                "dagster/column_schema": _columns(published, loaded),
                 "version": published.version,
+                "path": dg.MetadataValue.path(str(published.path)),
+                **_changes(context, published, parent),
                 "files": dg.MetadataValue.json(list(published.files)),
                 "computed": published.new,
+                "is_latest": not trial,
+                **({"changed_by_overrides": changed} if trial else {}),
             },
             data_version=dg.DataVersion(published.version),
+            check_results=_published_verdicts(key, workspace, loaded, published),
         )
 
     return curated
+
+
+def _columns(published: Published, recipe: Recipe) -> dg.TableSchema:
+    """The version's columns, each with what it means."""
+    means = published_columns(recipe)
+    return dg.TableSchema(
+        [
+            dg.TableColumn(line["name"], line["type"], description=means.get(line["name"]))
+            for line in published.manifest["schema"]
+        ]
+    )
+
+
+def _changes(
+    context: dg.AssetExecutionContext, published: Published, parent: Path | None
+) -> dict[str, Any]:
+    """The version before, and how many rows came and went against it."""
+    if parent is not None and parent.name != published.version:
+        came, went = came_and_went(parent, published.path)
+        return {
+            "parent_version": parent.name,
+            "parent": dg.MetadataValue.path(str(parent)),
+            "rows_came": came,
+            "rows_went": went,
+        }
+    names = ("parent_version", "parent", "rows_came", "rows_went")
+    return shown_before(context, published.version, *names) or {}
+
+
+def _published_checks(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    described = {
+        "all_rows": "the version holds every row that the last stage kept, once",
+        "columns": "every file has the version's columns",
+    }
+    return [
+        dg.AssetCheckSpec(name, asset=key, blocking=True, description=text)
+        for name, text in described.items()
+    ]
+
+
+def _published_verdicts(
+    key: dg.AssetKey, workspace: Workspace, recipe: Recipe, published: Published
+) -> list[dg.AssetCheckResult]:
+    """Looks at the files as a reader does."""
+    kept = outputs(workspace, recipe)[-1][1].accounting.kept
+    rows, distinct, odd = as_read(published)
+    remedy = f"move {published.path} away, and run the recipe again"
+    return [
+        check_result(
+            key,
+            "all_rows",
+            rows == distinct == kept,
+            f"{rows:,} rows, {distinct:,} distinct, {kept:,} kept by the last stage",
+            remedy,
+            {"rows": rows, "rows_distinct": distinct, "rows_kept": kept},
+        ),
+        check_result(
+            key,
+            "columns",
+            not odd,
+            f"{', '.join(odd)}: other columns than the version's" if odd else "all files agree",
+            remedy,
+            {"files_odd": len(odd)},
+        ),
+    ]
 
 
 def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
@@ -83,7 +192,8 @@ def fine_tuned_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
         pool="gpu",
-        op_tags=asking.tags(recipe, "arms", "training"),
+        op_tags=asking.owned(recipe) | asking.tags(recipe, "arms", "training"),
+        code_version=_code(recipe.training),
     )
     def model(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Models trained on the curated rows and on random rows at equal cost."""
@@ -135,7 +245,8 @@ def evaluation_asset(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.name,
         kinds={"python"},
         pool="gpu",
-        op_tags=asking.tags(recipe, "evaluation", "evaluation"),
+        op_tags=asking.owned(recipe) | asking.tags(recipe, "evaluation", "evaluation"),
+        code_version=_code(recipe.evaluation),
     )
     def evaluation(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Accuracy by level with intervals, base and arms, on questions nothing else has read."""
@@ -181,7 +292,7 @@ def report_asset(recipe: Recipe) -> dg.AssetsDefinition:
         deps=[keys.outcome(recipe, last)],
         group_name=recipe.name,
         kinds={"html"},
-        op_tags=asking.tags(recipe, part, "report") if part else None,
+        op_tags=asking.owned(recipe) | (asking.tags(recipe, part, "report") if part else {}),
     )
     def report(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """One self-contained page: funnel, scores, clusters, difficulty, curves, accuracy."""
@@ -195,6 +306,7 @@ def report_asset(recipe: Recipe) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             metadata={
                 "page": dg.MetadataValue.path(str(page)),
+                **_link(context, recipe.name, page),
                 "rows": dg.MetadataValue.json(numbers["rows"]),
                 "notes": dg.MetadataValue.json(numbers["notes"]),
             },
@@ -202,3 +314,18 @@ def report_asset(recipe: Recipe) -> dg.AssetsDefinition:
         )
 
     return report
+
+
+def _link(context: dg.AssetExecutionContext, recipe: str, page: Path) -> dict[str, Any]:
+    """A link to the report through Dagster's web server, which serves what lies among its logs.
+
+    Left out where logs are kept in a store of their own.
+    """
+    manager = context.instance.compute_log_manager
+    if not isinstance(manager, LocalComputeLogManager):
+        return {}
+    key = ["reports", recipe, page.stem]
+    served = Path(manager.get_captured_local_path(key, "html"))
+    served.parent.mkdir(parents=True, exist_ok=True)
+    write_text(served, page.read_text(encoding="utf-8"))
+    return {"report": dg.MetadataValue.url(f"/logs/{'/'.join(key)}/html")}

@@ -2,16 +2,20 @@
 
 import importlib
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from siftline.assets import step as asking
 from siftline.assets import step as keys
-from siftline.assets.metadata import column_schema
+from siftline.assets.metadata import bounded, column_schema
 from siftline.assets.step import Siftline
+from siftline.ingest.files import file_states
 from siftline.ingest.pool import Pool, PoolSpec, build_pool, notes_of
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe, expand, expand_pool
@@ -59,8 +63,14 @@ def generate_inputs(workspace: Workspace, recipe: Recipe) -> tuple[Path, bool]:
 
 def inputs_asset(recipe: Recipe) -> dg.AssetsDefinition:
     """The files of a recipe's generator."""
+    assert recipe.inputs is not None
 
-    @dg.asset(key=keys.inputs(recipe), group_name=recipe.name, kinds={"json", "python"})
+    @dg.asset(
+        key=keys.inputs(recipe),
+        group_name=recipe.name,
+        kinds={"json", "python"},
+        code_version=_short([recipe.inputs.generator, recipe.inputs.args, recipe.seed]),
+    )
     def generated(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Raw input files, written by the recipe's generator."""
         out, fresh = generate_inputs(siftline.workspace, siftline.recipe(recipe.name))
@@ -74,10 +84,88 @@ def inputs_asset(recipe: Recipe) -> dg.AssetsDefinition:
     return generated
 
 
+def _short(plain: Any) -> str:
+    """A code version: what the recipe says, in 12 hex digits."""
+    return content_hash(plain)[:12]
+
+
+def _from_outside(recipe: Recipe, spec: PoolSpec) -> bool:
+    """Whether a pool reads files that no asset of the recipe writes."""
+    return recipe.inputs is None or any("{inputs}" not in s.path for s in spec.inputs)
+
+
+def files_state(workspace: Workspace, recipe: Recipe, name: str) -> tuple[str, int, int]:
+    """What a pool's or set's files are now, by their paths, sizes and times.
+
+    Returns:
+        Hash, number of files, bytes.
+
+    Raises:
+        ValueError: if a source matches no file.
+    """
+    states = file_states(expand_pool(recipe.pool_named(name), workspace.inputs(recipe.name)).inputs)
+    return content_hash(states), len(states), sum(size or 0 for _, size, _ in states)
+
+
+def files_asset(recipe: Recipe, spec: PoolSpec) -> dg.SourceAsset | None:
+    """The files that a pool is read from, to be observed; None where an asset writes them."""
+    if not _from_outside(recipe, spec):
+        return None
+    paths = "\n".join(f"- `{source.path}`" for source in spec.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # one for each pool at every load
+        observable = dg.observable_source_asset(
+            key=keys.files(spec),
+            group_name=recipe.name,
+            description=f"What {spec.name} is read from:\n\n{paths}",
+        )
+
+    def files(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.ObserveResult:
+        """Paths, sizes and times of the files."""
+        state, count, size = files_state(
+            siftline.workspace, siftline.shared(recipe.name, spec.name), spec.name
+        )
+        return dg.ObserveResult(
+            data_version=dg.DataVersion(state), metadata={"files": count, "bytes": size}
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        made = observable(files)
+    assert isinstance(made, dg.SourceAsset)
+    return made
+
+
+def observe_files(
+    instance: dg.DagsterInstance, workspace: Workspace, recipe: Recipe, name: str
+) -> None:
+    """Records what a pool's files are now, unless that was the last thing seen.
+
+    A source that matches no file is left to the pool's own step, which says so.
+    """
+    spec = recipe.pool_named(name)
+    if not _from_outside(recipe, spec):
+        return
+    try:
+        state, count, size = files_state(workspace, recipe, name)
+    except ValueError:
+        return
+    seen = instance.fetch_observations(keys.files(spec), limit=1).records
+    last = seen[0].asset_observation if seen else None
+    if last is not None and (last.tags or {}).get(DATA_VERSION_TAG) == state:
+        return
+    instance.report_runless_asset_event(
+        dg.AssetObservation(
+            keys.files(spec),
+            metadata={"files": count, "bytes": size},
+            tags={DATA_VERSION_TAG: state},
+        )
+    )
+
+
 def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str], None]) -> Pool:
     """Builds the pool or evaluation set of a name."""
-    specs = {spec.name: spec for spec in (recipe.pool, *(s for _, s in recipe.sets.items()))}
-    spec = expand_pool(specs[name], workspace.inputs(recipe.name))
+    spec = expand_pool(recipe.pool_named(name), workspace.inputs(recipe.name))
     progress = Progress(f"pool {name}", 0, emit)
     read = recipe.columns_read(name)
     build_pool(workspace.pool(name), spec, progress.advance, read=read)
@@ -91,7 +179,11 @@ def build(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[str],
 def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition:
     """A pool (role train) or an evaluation set."""
     deps = [keys.inputs(recipe)] if recipe.inputs else []
+    outside = _from_outside(recipe, spec)
+    if outside:
+        deps.append(keys.files(spec))
     key = keys.pool(spec)
+    plain = {k: v for k, v in asdict(spec).items() if k != "buckets"}
     checks = [dg.AssetCheckSpec("readable", asset=key, blocking=True)]
 
     @dg.asset(
@@ -101,14 +193,15 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
         kinds=keys.KINDS,
         tags={"siftline/role": role},
         check_specs=checks,
+        op_tags=asking.reading(recipe, spec.name) if outside else None,
+        code_version=_short([plain, sorted(recipe.columns_read(spec.name))]),
     )
     def pool(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Rows by id: read, validated, canonical, identical ones collapsed."""
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name, spec.name)
         built = build(siftline.workspace, loaded, spec.name, context.log.info)
         info, reading = built.manifest.info, built.reading(loaded.columns_read(spec.name))
         read = info["provenance"] + info["quarantine"]
-        share = info["quarantine"] / max(1, read)
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": info["rows"],
@@ -126,11 +219,17 @@ def pool_asset(recipe: Recipe, spec: PoolSpec, role: str) -> dg.AssetsDefinition
             },
             data_version=dg.DataVersion(built.version),
             check_results=[
-                dg.AssetCheckResult(
-                    check_name="readable",
-                    asset_key=key,
-                    passed=share <= spec.max_quarantine,
-                    metadata={"share": share, "bound": spec.max_quarantine},
+                bounded(
+                    key,
+                    "readable",
+                    info["quarantine"],
+                    read,
+                    f"max_quarantine of {spec.name}",
+                    spec.max_quarantine,
+                    f"the table quarantine under {built.folder} has files, lines and reasons: mend "
+                    "them, or raise the bound",
+                    info["reasons"],
+                    what="quarantined",
                 )
             ],
         )
@@ -158,9 +257,11 @@ def train_base(workspace: Workspace, recipe: Recipe, name: str, emit: Callable[[
 def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
     """A model that is trained here from text."""
     deps = [keys.inputs(recipe)] if recipe.inputs else []
+    model = recipe.models[name]
 
     @dg.asset(
         key=keys.model(name),
+        code_version=_short([asdict(model), recipe.seed]),
         deps=deps,
         group_name=recipe.name,
         kinds={"torch", "safetensors"},
@@ -171,7 +272,7 @@ def model_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         """A small causal model trained from the recipe's corpus."""
         from siftline.scoring.fingerprint import directory_digest
 
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name, name)
         folder = train_base(siftline.workspace, loaded, name, context.log.info)
         return dg.MaterializeResult(
             metadata={"path": dg.MetadataValue.path(str(folder))},
@@ -210,12 +311,16 @@ def observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Observe:
 
 
 def result(
-    key: dg.AssetKey, recipe: Recipe, manifest: Manifest, fresh: bool, shown: dict[str, Any]
+    key: dg.AssetKey,
+    recipe: Recipe,
+    folder: Path,
+    manifest: Manifest,
+    fresh: bool,
+    shown: dict[str, Any],
 ) -> dg.MaterializeResult:
     """The materialization of a score table."""
     info = manifest.info
     rows = info["scored"] + info["failed"]
-    share = info["failed"] / max(1, rows)
     return dg.MaterializeResult(
         metadata={
             "dagster/row_count": info["scored"],
@@ -225,16 +330,21 @@ def result(
             "forward_rows_found": info["found"],
             "tokens_computed": info["tokens"] if fresh else 0,
             "computed": fresh,
+            "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
             **shown,
         },
         data_version=dg.DataVersion(manifest.version),
         check_results=[
-            dg.AssetCheckResult(
-                check_name="failed_rows",
-                asset_key=key,
-                passed=share <= recipe.bounds.max_failed,
-                severity=dg.AssetCheckSeverity.ERROR,
-                metadata={"share": share, "bound": recipe.bounds.max_failed},
+            bounded(
+                key,
+                "failed_rows",
+                info["failed"],
+                rows,
+                "bounds.max_failed",
+                recipe.bounds.max_failed,
+                "they are asked again at the next run; mend what their reasons name, or raise the "
+                "bound",
+                reasons_of(folder, manifest),
             )
         ],
     )
@@ -271,20 +381,20 @@ def likelihood_asset(recipe: Recipe) -> dg.AssetsDefinition:
         pool="gpu",
         op_tags=asking.tags(recipe, "likelihood", recipe.pool.name),
         check_specs=[failed_check(key)],
+        code_version=content_hash([asdict(recipe.model("target")), asdict(recipe.likelihood)])[:12],
     )
     def likelihood(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         """Mean log-probability of every response, with and without its prompt."""
-        loaded = siftline.recipe(recipe.name)
+        loaded = siftline.shared(recipe.name)
         observe = observer(context, key)
         manifest, fresh = score(siftline.workspace, loaded, context.log.info, observe)
         folder = siftline.workspace.scores(loaded.pool.name, loaded.roles["target"], "likelihood")
         shown = {
             "dagster/column_schema": column_schema(TABLE),
             "engine": engine,
-            "failed_reasons": dg.MetadataValue.json(reasons_of(folder, manifest)),
             "trimmed": manifest.info.get("trimmed", 0),
         }
-        return result(key, loaded, manifest, fresh, shown)
+        return result(key, loaded, folder, manifest, fresh, shown)
 
     return likelihood
 
@@ -294,6 +404,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
     config, key = recipe.scorers[name], keys.scorer(recipe, name)
     models = models_of(config)
     trained = [m for m in models if recipe.models[m].pretrain is not None]
+    said = content_hash([asdict(config), [asdict(recipe.models[m]) for m in models]])
 
     @dg.asset(
         key=key,
@@ -304,9 +415,10 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
         pool="gpu" if models else None,
         op_tags=asking.tags(recipe, "scorer", name) if models else None,
         check_specs=[failed_check(key)],
+        code_version=said[:12],
     )
     def quality(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
-        loaded, workspace = siftline.recipe(recipe.name), siftline.workspace
+        loaded, workspace = siftline.shared(recipe.name), siftline.workspace
         with engines() as opened:
             found = score_quality(
                 workspace, loaded, name, opened, context.log.info, observer(context, key)
@@ -316,8 +428,7 @@ def scorer_asset(recipe: Recipe, name: str) -> dg.AssetsDefinition:
             "dagster/column_schema": column_schema(table.schema),
             "scorer": type(config).__name__,
             "model": scorer_model(loaded, name),
-            "failed_reasons": dg.MetadataValue.json(reasons_of(table.folder, found.manifest)),
         }
-        return result(key, loaded, found.manifest, found.fresh, shown)
+        return result(key, loaded, table.folder, found.manifest, found.fresh, shown)
 
     return quality

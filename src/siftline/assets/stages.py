@@ -8,7 +8,8 @@ from siftline.assets.metadata import check_results, check_specs, stage_metadata
 from siftline.assets.step import Siftline
 from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe, scorers_read
-from siftline.stages.run import models_used, reads_likelihood, run_stage, sets_used
+from siftline.rows.verified import content_hash
+from siftline.stages.run import models_used, reads_likelihood, run_stage, sets_used, settings
 
 
 def _deps(recipe: Recipe, stage: Stage) -> list[dg.AssetKey]:
@@ -35,8 +36,9 @@ def stage_asset(recipe: Recipe, stage: Stage) -> dg.AssetsDefinition:
         kinds=keys.KINDS,
         description=(type(stage.options).__doc__ or "").split("\n")[0],
         pool="gpu" if uses else None,
-        op_tags=asking.tags(recipe, "stage", stage.name) if uses else None,
+        op_tags=asking.owned(recipe) | (asking.tags(recipe, "stage", stage.name) if uses else {}),
         check_specs=check_specs(key),
+        code_version=content_hash(settings(recipe, stage))[:12],
     )
     def decided(context: dg.AssetExecutionContext, siftline: Siftline) -> dg.MaterializeResult:
         loaded = siftline.recipe(recipe.name)

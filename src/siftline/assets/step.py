@@ -1,13 +1,14 @@
 """What every asset needs: its names, its resources, whether its step asks a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import dagster as dg
+from dagster._config.errors import PostProcessingError
 
 from siftline.ingest.pool import Pool, PoolSpec
 from siftline.recipe.kinds import Stage
-from siftline.recipe.parse import Recipe, find
+from siftline.recipe.parse import Recipe, find, read_all
 from siftline.stages.arms import arms_pending
 from siftline.stages.evaluation import evaluation_pending
 from siftline.stages.models import model_spec, trained_folder
@@ -18,11 +19,22 @@ from siftline.workspace import Workspace
 
 SHARED = "shared"
 KINDS = {"parquet", "python"}
+_SHARED_PARTS = ("inputs", "files", "pool", "models", "scores")
+
+
+def recipes_of(assets: Iterable[dg.AssetKey]) -> list[str]:
+    """Recipes whose own assets these are, shared ones aside; sorted."""
+    return sorted({key.path[0] for key in assets if key.path[0] not in _SHARED_PARTS})
 
 
 def inputs(recipe: Recipe) -> dg.AssetKey:
     """Raw files that a recipe's generator writes."""
     return dg.AssetKey(["inputs", recipe.name])
+
+
+def files(spec: PoolSpec) -> dg.AssetKey:
+    """What a pool or an evaluation set is read from, where it comes from outside."""
+    return dg.AssetKey(["files", f"{spec.name}_files"])
 
 
 def pool(spec: PoolSpec) -> dg.AssetKey:
@@ -75,8 +87,105 @@ class Siftline(dg.ConfigurableResource):
         """A recipe with this run's changes."""
         return find(name, self.overrides)
 
+    def shared(self, name: str, part: str | None = None) -> Recipe:
+        """The recipe of a shared asset: that of its name, or one that takes this run's changes.
+
+        Recipes share pools and models, and a run's changes are meant for one of them.
+
+        Args:
+            name: The recipe that the asset was made of.
+            part: Pool, set or model that the asset is about; by default the recipe's pool.
+
+        Raises:
+            ValueError: if none takes them.
+        """
+        own = find(name)
+        try:
+            return self.recipe(name)
+        except ValueError:
+            for other in read_all()[0]:
+                if (part or own.pool.name) in other.shared_names:
+                    try:
+                        return self.recipe(other.name)
+                    except ValueError:
+                        continue
+            raise
+
+    def is_trial(self, name: str) -> bool:
+        """Whether this run's changes make another recipe of it than the file holds."""
+        return bool(self.overrides) and self.recipe(name).hash != find(name).hash
+
+
+class Overrides(dg.Array):
+    """Changes to a recipe, read where a run is asked for: a typing error launches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(str)
+        self.key = "siftline.Overrides"
+
+    def post_process(self, value: list[str]) -> list[str]:
+        """The same, once some recipe takes them all.
+
+        Raises:
+            PostProcessingError: with what the recipe that comes nearest says.
+        """
+        if not value:
+            return value
+        recipes, _ = read_all()
+        said: list[str] = []
+        for recipe in recipes:
+            try:
+                find(recipe.name, value)
+            except ValueError as error:
+                said.append(str(error))
+            else:
+                return value
+        raise PostProcessingError(_nearest(said))
+
+
+def _nearest(said: list[str]) -> str:
+    """Of what all recipes say, the line that names a near key; else what most of them say."""
+    lines = [line.partition(": ")[2] or line for line in said]  # without the file's name
+    near = [line for line in lines if "did you mean" in line] or lines
+    return max(near, key=near.count) if near else "no recipe is valid: mend one"
+
+
+@dg.resource(
+    config_schema={
+        "root": dg.Field(
+            str, default_value="", description="Root folder; empty: $SIFTLINE_ROOT, or the default."
+        ),
+        "overrides": dg.Field(
+            Overrides(),
+            default_value=[],
+            description='Changes to the recipe for this run, e.g. ["budget.size=1000"]; the run '
+            "publishes beside `latest`.",
+        ),
+    },
+    description="The root folder and the recipe changes of a run.",
+)
+def siftline_resource(context: dg.InitResourceContext) -> Siftline:
+    """`Siftline` of a run's configuration, which is checked before the run is launched."""
+    return Siftline(**context.resource_config)
+
+
+CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+def stop_if_cancelled(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Ends what a run is doing, once somebody has cancelled it.
+
+    Raises:
+        DagsterExecutionInterruptedError: if the run is being cancelled, or marked as cancelled.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is not None and run.status in CANCELLED:
+        raise dg.DagsterExecutionInterruptedError(f"run {run_id[:8]} was cancelled")
+
 
 RECIPE, PART, OF = "siftline/recipe", "siftline/part", "siftline/of"
+OWNER = "siftline/owner"
+"""Tag of steps that decide for one recipe, and of runs: one run of a recipe at a time."""
 
 
 def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
@@ -91,6 +200,20 @@ def tags(recipe: Recipe, part: str, of: str) -> dict[str, str]:
     return {RECIPE: recipe.name, PART: part, OF: of}
 
 
+FILES = "siftline/files_of"
+"""Tag of steps that read files from outside: name of the pool or set."""
+
+
+def reading(recipe: Recipe, pool: str) -> dict[str, str]:
+    """Tags of an asset that reads files from outside."""
+    return {RECIPE: recipe.name, FILES: pool}
+
+
+def owned(recipe: Recipe) -> dict[str, str]:
+    """Tags of an asset that is one recipe's own."""
+    return {OWNER: recipe.name}
+
+
 def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:
     """Whether a step with these tags is going to ask a model.
 
@@ -100,7 +223,12 @@ def asks_a_model(siftline: Siftline, step: Mapping[str, str]) -> bool:
     if PART not in step:
         return False
     try:
-        return _ASKS[step[PART]](siftline.workspace, siftline.recipe(step[RECIPE]), step[OF])
+        name, of = step[RECIPE], step[OF]
+        if step[PART] in _SHARED:
+            recipe = siftline.shared(name, of if step[PART] == "base" else None)
+        else:
+            recipe = siftline.recipe(name)
+        return _ASKS[step[PART]](siftline.workspace, recipe, of)
     except (ValueError, OSError):
         return False
 
@@ -136,3 +264,5 @@ _ASKS: dict[str, Callable[[Workspace, Recipe, str], bool]] = {
     "arms": _arms,
     "evaluation": _evaluation,
 }
+_SHARED = ("likelihood", "scorer", "base")
+"""Those that recipes have in common."""

@@ -37,6 +37,11 @@ VERBS: dict[str, Verb] = {
     "cache": Verb(
         "cache", "cache", "List or clean the store, where every answer of a model is kept."
     ),
+    "decontaminate": Verb(
+        "judge",
+        "decontaminate",
+        "Remove rows of FILE... that overlap rows of other files, such as a test set.",
+    ),
     "dedup": Verb(
         "dedup", "dedup", "Remove near duplicates from files of any format a recipe's pool reads."
     ),
@@ -56,9 +61,16 @@ VERBS: dict[str, Verb] = {
         "export",
         "Write the version in FOLDER for another trainer, with the configuration it wants.",
     ),
+    "filter": Verb(
+        "judge",
+        "filter_rows",
+        "Remove rows of FILE... whose text repeats itself, is of another language, or breaks a "
+        "rule.",
+    ),
     "plan": Verb(
         "recipes", "plan", "Say what RECIPE's rejection sampling will cost, from its pilot."
     ),
+    "recipe": Verb("recipes", "recipe", "Say what a recipe may hold."),
     "report": Verb(
         "recipes",
         "report",
@@ -85,6 +97,11 @@ VERBS: dict[str, Verb] = {
     ),
     "train": Verb("train", "train", "Fine-tune a model on CURATED and write a model directory."),
     "ui": Verb("recipes", "ui", "Serve the Dagster UI on ROOT."),
+    "verify": Verb(
+        "judge",
+        "verify",
+        "Remove rows of FILE... whose response contradicts, or never reaches, their answer.",
+    ),
 }
 
 

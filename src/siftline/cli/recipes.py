@@ -1,4 +1,4 @@
-"""Verbs on recipes: run, demo, plan, report, status, explain, ui."""
+"""Verbs on recipes: run, demo, plan, report, status, explain, ui, recipe."""
 
 import json
 import os
@@ -39,10 +39,10 @@ def start(workspace: Workspace, recipe: "Recipe", overrides: Sequence[str], **op
 
 def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     """Paths and numbers of the newest version of a recipe."""
-    from siftline.rows.curated import resolve_latest
     from siftline.rows.verified import AlteredError, read_hashed
+    from siftline.stages.publish import newest
 
-    folder = resolve_latest(workspace.curated(recipe.name))
+    folder = newest(workspace, recipe)
     rewrite = f"`siftline run {recipe.name}` writes it again"
     page = workspace.report(recipe.name) / f"{folder.name}.html"
     path = page.with_suffix(".json")
@@ -58,6 +58,7 @@ def summary(workspace: Workspace, recipe: "Recipe") -> dict[str, Any]:
     }
     return {
         "curated": str(folder),
+        "is_latest": (folder.parent / "latest").resolve() == folder,
         "report": str(page),
         "inputs": numbers["inputs"],
         "rows": {stage.name: numbers["rows"][stage.name] for stage in recipe.stages},
@@ -79,7 +80,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"planted {defect:<22} {shown}")
     for note in result["notes"]:
         click.echo(f"note: {note}")
-    click.echo(f"curated: {result['curated']}")
+    beside = "" if result["is_latest"] else " (beside `latest`: the recipe was changed for it)"
+    click.echo(f"curated: {result['curated']}{beside}")
     click.echo(f"report:  {result['report']}")
 
 
@@ -218,18 +220,14 @@ def report(
 @json_option
 def status(root: Path, as_json: bool) -> None:
     """Show what is under ROOT: pools, stages, score coverage, published versions."""
-    from siftline.stages.status import coverage_text, describe
+    from siftline.stages.status import coverage_text, describe, pool_lines
 
     said = describe(Workspace(root.absolute()))
     if as_json:
         click.echo(json.dumps(said))
         return
-    for pool in said["pools"]:
-        click.echo(
-            f"pool {pool['name']}: {pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
-        )
-        for line in pool["notes"]:
-            click.echo(f"  {line}")
+    for line in pool_lines(said):
+        click.echo(line)
     for line in coverage_text(said):
         click.echo(line)
     for recipe in said["recipes"]:
@@ -238,7 +236,9 @@ def status(root: Path, as_json: bool) -> None:
             click.echo(funnel_text(recipe["rows"]))
         for version in recipe["versions"]:
             click.echo(f"curated {version}")
-    known = {recipe["name"] for recipe in said["recipes"]}
+    for name, error in said["broken_recipes"].items():
+        say(f"recipe {name} is not loaded: {error}")
+    known = {recipe["name"] for recipe in said["recipes"]} | set(said["broken_recipes"])
     for folder in sorted(Workspace(root.absolute()).root.glob("curated/*")):
         if folder.name not in known:
             say(f"curated/{folder.name}: set SIFTLINE_RECIPES to its recipe's folder to see more")
@@ -307,3 +307,20 @@ def ui(root: Path, port: int, host: str) -> None:
     target = ["-w", str(here)] if here.exists() else ["-m", "siftline.definitions"]
     command = [sys.executable, "-m", "dagster", "dev", *target, "-h", host, "-p", str(port)]
     os.execve(sys.executable, command, environment)
+
+
+@click.group()
+def recipe() -> None:
+    """Say what a recipe may hold."""
+
+
+@recipe.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of a recipe, stages and methods of installed packages included.
+
+    Beside a recipe, as recipe.schema.json, it makes editors complete and check the recipe's keys,
+    if the recipe begins with the line `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    from siftline.recipe.schema import schema_text
+
+    click.echo(schema_text(), nl=False)

@@ -281,8 +281,18 @@ def _vectors(path: Path, keys: list[str], column: str) -> pl.DataFrame:
     return frame.with_columns(pl.col("embedding").cast(pl.Array(inner, width)), *keyed)
 
 
-def embedded(model: str, pools: Sequence[Pool], make_tracker: MakeTracker) -> Embeddings:
-    """Embeds the whole text of every row, float16, with the model in a directory."""
+def embedded(
+    model: str, pools: Sequence[Pool], make_tracker: MakeTracker, *, conversations: bool = False
+) -> Embeddings:
+    """Embeds every row, float16, with the model in a directory.
+
+    Args:
+        model: The directory.
+        pools: The rows.
+        make_tracker: Makes what tells progress.
+        conversations: Whether a row is its conversation with roles, as its model templates it, or
+            the text of prompt and response. A row that can't be templated has no vector.
+    """
     from siftline.scoring.engines.base import ModelSpec, check_directory
     from siftline.scoring.measures.embed import open_embedder
 
@@ -297,7 +307,14 @@ def embedded(model: str, pools: Sequence[Pool], make_tracker: MakeTracker) -> Em
     try:
         for pool in pools:
             for bucket in range(pool.buckets):
-                view = text_view(pool.rows(bucket, ROW.names)).select("id", whole_text())
+                table = pool.rows(bucket, ROW.names)
+                for part in table.to_batches(CHUNK) if conversations else ():
+                    found, _ = embedder.embed_conversations(part.to_pylist())
+                    vectors += [np.stack(list(found.values())).astype("<f2")] if found else []
+                    names += found
+                    tracker.advance(part.num_rows)
+                view = text_view(table if not conversations else table[:0])
+                view = view.select("id", whole_text())
                 for chunk in view.iter_slices(CHUNK):
                     vectors.append(embedder.embed_texts(chunk["prompt"].to_list()).astype("<f2"))
                     names += chunk["id"].to_list()
@@ -305,6 +322,8 @@ def embedded(model: str, pools: Sequence[Pool], make_tracker: MakeTracker) -> Em
     finally:
         tracker.close()
         embedder.close()
+    if not vectors:
+        raise ValueError(f"{model}: its chat template can write none of the {total} rows")
     matrix = np.concatenate(vectors)
     column = pl.Series("embedding", matrix, dtype=pl.Array(pl.Float16, matrix.shape[1]))
     frame = pl.DataFrame({"id": names}).with_columns(column)

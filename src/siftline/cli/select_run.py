@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from siftline.cli.select_columns import (
     row_columns,
 )
 from siftline.config import build, override
-from siftline.dedup.arrow import without_views
+from siftline.deduplication.arrow import without_views
 from siftline.ingest.files import InputFile, input_files
 from siftline.ingest.pool import PROVENANCE, QUARANTINE, REJECTED, Pool, PoolSpec, build_pool
 from siftline.ingest.readers import Source, source_files
@@ -247,9 +247,9 @@ def configured(entry: Entry, request: Request) -> Any:
         data = read_rule(request.rule)
     for assignment in request.overrides:
         override(data, assignment)
-    if "seed" in {field.name for field in fields(entry.method)}:
-        data = {"seed": request.seed, **data}
-    return build(entry.method, data, entry.name)
+    made = build(entry.method, data, entry.name)
+    seeded = "seed" in {field.name for field in fields(entry.method)} and "seed" not in data
+    return replace(made, seed=request.seed) if seeded else made
 
 
 def _check(entry: Entry, request: Request) -> None:
@@ -268,7 +268,14 @@ def _check(entry: Entry, request: Request) -> None:
         )
     if request.embeddings is not None and request.embedder is not None:
         raise ValueError("--embeddings and --embedder exclude each other: give one of them")
-    if entry.targeted and not request.targets:
+    if "target warm-up" in entry.needs:
+        # The columns are given, and with them what the model was warmed up on.
+        if request.targets:
+            raise ValueError(
+                f"{entry.name} reads likelihoods under a model that was trained on the target: "
+                "leave --target out, or use a recipe, whose stage trains it"
+            )
+    elif entry.targeted and not request.targets:
         raise ValueError(f"{entry.name} selects towards a target: give --target FILE")
     if request.targets and not entry.targeted and not entry.own:
         raise ValueError(f"{entry.name} knows no target: leave --target out, or see --list")
@@ -339,7 +346,12 @@ class _Offered:
             return None
         if self.request.embedder is not None:
             pools = [pool for pool in (self.pool, self.target) if pool is not None]
-            found = embedded(self.request.embedder, pools, make_tracker)
+            found = embedded(
+                self.request.embedder,
+                pools,
+                make_tracker,
+                conversations=self.entry.conversations,
+            )
             write_parquet(found.by_id.to_arrow(), folder / "embeddings.parquet")
             return found
         if self.request.embeddings is None:

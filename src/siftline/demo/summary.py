@@ -25,6 +25,7 @@ ACCEPTED: dict[str, frozenset[str]] = {
     "near_duplicate": frozenset({"near_duplicate"}),
     "wrong_vs_reference": frozenset({"wrong_answer"}) | DOUBTED,
     "wrong_with_reference": DOUBTED,
+    "wrong_without_reference": DOUBTED,
     "truncated": frozenset({"no_final_answer", "wrong_answer"}) | DOUBTED,
     "off_topic": frozenset({"no_final_answer"}) | DOUBTED,
     "leaked_test": OVERLAPS,

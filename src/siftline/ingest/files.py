@@ -121,6 +121,35 @@ def fingerprint(sources: Sequence[Source]) -> str:
     return hashlib.sha256("\n".join([f"ingest {VERSION}", *lines]).encode()).hexdigest()
 
 
+def file_states(sources: Sequence[Source]) -> list[tuple[str, int | None, str]]:
+    """What can be told of every file without reading it.
+
+    A store's listing is asked for anew: a file system that keeps listings would never see a change.
+
+    Returns:
+        Path with its protocol, size, and the store's own mark (ETag) or else the time of the last
+        change; sorted. A `datasets` source is its path alone.
+
+    Raises:
+        ValueError: as `source_files`.
+    """
+    from fsspec.core import url_to_fs
+
+    found: list[tuple[str, int | None, str]] = []
+    for source in sources:
+        if not source.is_dataset and "://" in source.path:
+            url_to_fs(source.path)[0].invalidate_cache()
+        for file in _find(source):
+            if file.fs is None:
+                found.append((file.path, None, ""))
+                continue
+            info = file.fs.info(file.path)
+            marks = (info.get(k) for k in ("ETag", "etag", "mtime", "LastModified", "created"))
+            mark = next((str(m) for m in marks if m is not None), "")
+            found.append((file.fs.unstrip_protocol(file.path), info.get("size"), mark))
+    return sorted(found, key=str)
+
+
 def load_dataset(source: Source) -> Any:
     """Loads one split through the `datasets` library, its batches as Arrow tables.
 

@@ -10,8 +10,8 @@ response" is always somebody's statement. A prompt without a response can't be m
 column may go by one of the names in use.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from siftline.ingest.source import (
@@ -122,6 +122,60 @@ def plan_for(
     elif layout == "question_answer":
         required = (*required, "response")
     return Plan(source, stem, layout, holds, used, required, nulls)
+
+
+def text_column(source: Source, columns: Sequence[str]) -> str | None:
+    """The column of plain texts; None where records hold conversations.
+
+    Args:
+        source: What is said about the layout.
+        columns: Those that are there.
+
+    Raises:
+        ValueError: if the columns fit several layouts.
+    """
+    column = source.columns.get("text", "text")
+    if source.layout != "auto":
+        return column if source.layout == "text" else None
+    named = {name for field in FIELDS for name in (field, *NAMES.get(field, ()))}
+    told = named - {"text", *COMMON_FIELDS}
+    mapped = source.mapped_layout_fields() - {"text"}
+    if not mapped and not told & set(columns):
+        return column
+    if column in columns and not mapped and not _holds_any(source, columns):
+        return column
+    return None
+
+
+def _holds_any(source: Source, columns: Sequence[str]) -> bool:
+    """Whether some layout but that of texts fits, answered or not."""
+    there, names = set(columns), _names(source)
+
+    def has(name: str) -> bool:
+        return any(column in there for column in names[name])
+
+    layouts = [name for name in LAYOUT_FIELDS if name != "text"]
+    return any(_fits(name, has) for name in layouts)
+
+
+_GOLD = ("answer", "ground_truth", "final_answer", "reference_answer", "gold")
+"""Columns that hold answers to verify responses against, where none is mapped."""
+
+
+def answer_columns(source: Source, columns: Sequence[str]) -> dict[str, str]:
+    """What a source maps, and a column of reference answers where one can be read as that."""
+    if "answer" in source.columns:
+        return source.columns
+    own = {"response": "response"} if "response" in columns and "question" in columns else {}
+    for gold in (name for name in _GOLD if name in columns and name not in source.set_aside):
+        for more in ({}, own):
+            try:
+                mapped = {**more, **source.columns, "answer": gold}
+                plan_for(replace(source, columns=mapped), list(columns), "")
+            except ValueError:
+                continue
+            return mapped
+    return source.columns
 
 
 def _names(source: Source) -> dict[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any
 
 import pyarrow as pa
@@ -83,6 +84,19 @@ def read_records(file: InputFile) -> Iterator[Record | Fault]:
             yield _within_limits(item)
     if not count:
         raise EmptyFile(file.path)
+
+
+def columns_of(file: InputFile, most: int = 200) -> list[str]:
+    """Columns of a file's first records, in the order they occur.
+
+    Raises:
+        ValueError: as `read_records`.
+    """
+    if file.format == "parquet":
+        with _whole_file_faults(file), file.open() as stream:
+            return list(pq.read_schema(stream).names)
+    items = islice(read_records(file), most)
+    return list(dict.fromkeys(k for i in items if isinstance(i, Record) for k in i.value))
 
 
 def _within_limits(item: Record | Fault) -> Record | Fault:

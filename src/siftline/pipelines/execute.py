@@ -6,8 +6,8 @@ a daemon.
 
 import multiprocessing
 import os
-import platform
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -22,9 +22,15 @@ from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage
 
+from siftline.assets.step import CANCELLED
 from siftline.disk import ROOT_BYTES, check_folder, need, refused_database, sweep, writing
-from siftline.locks import held, warn_if_shared
+from siftline.locks import alone, held, warn_if_shared
+from siftline.pipelines.launching import BORN_TAG as BORN_TAG
+from siftline.pipelines.launching import HOST_TAG as HOST_TAG
+from siftline.pipelines.launching import PID_TAG as PID_TAG
+from siftline.pipelines.launching import is_dead, own_tags
 from siftline.recipe.parse import Recipe
+from siftline.rows.verified import file_hash
 from siftline.workspace import ROOT_VARIABLE, Workspace
 
 KEPT_ENDED = 50
@@ -110,9 +116,12 @@ def _remove_orphans(instance: dg.DagsterInstance, home: Path) -> None:
             _remove_files(instance, home, run)
 
 
-HOST_TAG, PID_TAG, BORN_TAG = "siftline/host", "siftline/pid", "siftline/started"
 NAME_TAG = "siftline/run"
+BEFORE = "83622257073983ae0645e495d2a81066d0b5f4138831dfddfba9d8acde51dcd8"
+"""Hash of the settings that were copied before their hash was written down."""
 POLL_SECONDS = 1.0
+AGAIN_SECONDS = 30.0
+"""Until a cancelled run that goes on is interrupted once more."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +147,33 @@ def instance_settings() -> Path:
 
 
 def prepare_home(workspace: Workspace) -> Path:
-    """Makes the instance folder, with the settings file where there is none yet."""
+    """Makes the instance folder, with the settings that ship with this version.
+
+    Settings that somebody edited stay as they are.
+    """
     home = workspace.dagster_home
     check_folder(home)
     need(workspace.root, ROOT_BYTES, "a run")
     warn_if_shared(home)
     settings, made = home / "dagster.yaml", home / ".made"
-    if made.exists() and settings.exists():
+    shipped = file_hash(instance_settings())
+    copied = made.read_text(encoding="utf-8") or BEFORE if made.exists() else None
+    if settings.exists() and (
+        copied == shipped or (copied is not None and _edited(settings, copied))
+    ):
         return home
     # Two first runs at once would both create the databases' tables.
     with held(home / ".lock", str(home), wait=True), writing(home):
-        if not settings.exists():
+        if not settings.exists() or (copied is not None and not _edited(settings, copied)):
             shutil.copyfile(instance_settings(), settings)
         with dg.DagsterInstance.from_config(str(home)):
-            made.touch()
+            made.write_text(shipped, encoding="utf-8")
     return home
 
 
-def _born(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None where there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return stat.rpartition(")")[2].split()[19]
+def _edited(settings: Path, copied: str) -> bool:
+    """Whether somebody changed the settings; then they stay when a version ships others."""
+    return file_hash(settings) != copied
 
 
 def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
@@ -178,16 +190,17 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         dg.DagsterRunStatus.NOT_STARTED,
         dg.DagsterRunStatus.STARTING,
         dg.DagsterRunStatus.STARTED,
+        dg.DagsterRunStatus.CANCELING,
     ]
     buried = []
     for run in instance.get_runs(dg.RunsFilter(statuses=alive)):
-        pid, host = run.tags.get(PID_TAG), run.tags.get(HOST_TAG)
-        if pid is None or host != platform.node():
-            continue
-        if _born(int(pid)) == run.tags.get(BORN_TAG):
-            continue
-        instance.report_run_failed(run, message=f"process {pid} of the run is gone")
-        buried.append(run.run_id)
+        if is_dead(run):
+            message = f"process {run.tags[PID_TAG]} of the run is gone"
+            if run.status == dg.DagsterRunStatus.CANCELING:
+                instance.report_run_canceled(run, message=message)
+            else:
+                instance.report_run_failed(run, message=message)
+            buried.append(run.run_id)
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
@@ -243,16 +256,16 @@ def run_recipe(
         "execution": {"config": {"max_concurrent": workers}},
         "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
     }
-    tags = {
-        HOST_TAG: platform.node(),
-        PID_TAG: str(os.getpid()),
-        BORN_TAG: _born(os.getpid()) or "unknown",
-        NAME_TAG: uuid.uuid4().hex,
-    }
+    tags = {**own_tags(), NAME_TAG: uuid.uuid4().hex}
     home = workspace.dagster_home
     with (
         writing(home),
-        held(home / f".{recipe.name}.lock", f"recipe {recipe.name}", wait=True, say=say),
+        alone(
+            workspace.recipe_lock(recipe.name),
+            f"one run of recipe {recipe.name} at a time",
+            f"`siftline run {recipe.name}` (process {os.getpid()})",
+            say=say,
+        ),
         dg.DagsterInstance.get() as instance,
     ):
         for dead in bury_dead_runs(instance):
@@ -268,6 +281,10 @@ def run_recipe(
                 raise_on_error=False,
                 asset_selection=_keys(recipe, select),
             )
+            ended = instance.get_run_by_id(result.run_id)
+        if ended is not None and ended.status in CANCELLED:
+            told = f"run {result.run_id[:8]} was cancelled: begin it again to go on from there"
+            return Outcome(result.run_id, False, told)
         return Outcome(result.run_id, result.success, watcher.error)
 
 
@@ -299,6 +316,7 @@ class _Watcher:
         self._instance, self._tags, self._say = instance, tags, say
         self._run_id: str | None = None
         self._cursor: str | None = None
+        self._interrupted: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -315,9 +333,22 @@ class _Watcher:
         while not self._stop.is_set():
             try:
                 self._drain()
+                self._end_if_cancelled()
             except Exception:  # the last `_drain`, in the run's own thread, meets it again
                 return
             self._stop.wait(POLL_SECONDS)
+
+    def _end_if_cancelled(self) -> None:
+        """Interrupts the step that runs in this process, once the run was cancelled."""
+        run = self._instance.get_run_by_id(self._run_id) if self._run_id else None
+        if run is None or run.status not in CANCELLED or self._stop.is_set():
+            return
+        if self._interrupted is None:
+            self._say(f"run {run.run_id[:8]} was cancelled: stopping")
+        elif time.monotonic() - self._interrupted < AGAIN_SECONDS:
+            return  # a library may have swallowed it
+        self._interrupted = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
 
     def _drain(self) -> None:
         if self._run_id is None:

@@ -43,7 +43,9 @@ from dagster._core.executor.multiprocess import MultiprocessExecutorChildProcess
 from dagster._utils import get_run_crash_explanation
 from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
 
-from siftline.assets.step import asks_a_model
+from siftline.assets.step import asks_a_model, stop_if_cancelled
+from siftline.locks import LOOK_SECONDS
+from siftline.pipelines.launching import hold_recipes, observe
 
 MODEL_STEPS = 2
 """Model steps at a time unless a run says otherwise; each waits for a slot of its pool besides."""
@@ -213,6 +215,8 @@ class StepExecutor(Executor):
                 context = here.get_context()
                 assert isinstance(context, PlanExecutionContext)
                 yield from _captured(stack, context, execution_plan)
+                hold_recipes(stack, context, execution_plan)
+                observe(context, execution_plan)
                 slots = stack.enter_context(_Slots(context, self._most))
                 active = stack.enter_context(
                     ActiveExecution(
@@ -253,6 +257,7 @@ class _Run:
         self._turns: deque[ExecutionStep] = deque()
         self._processes: dict[str, _Process] = {}
         self._forks: BaseContext | None = None
+        self._looked = time.monotonic()
 
     def events(self) -> Iterator[DagsterEvent]:
         """Everything that happens, until no step is left.
@@ -264,6 +269,8 @@ class _Run:
             while self._turns or self._processes or not self._active.is_complete:
                 if self._active.check_for_interrupts():
                     raise dg.DagsterExecutionInterruptedError
+                if time.monotonic() - self._looked > LOOK_SECONDS:
+                    self._stop_if_cancelled()
                 self._fetch()
                 yield from self._active.concurrency_event_iterator(self._plan)
                 # Those in processes first: a step here may take long.
@@ -274,10 +281,15 @@ class _Run:
                 elif not self._processes:
                     time.sleep(TICK_SECONDS)  # what is left waits for a slot, or to be retried
                 yield from self._active.plan_events_iterator(self._plan)
+            self._stop_if_cancelled()  # else the run would end as a success
         except BaseException:
             self._active.mark_interrupted()
             self._end_processes()
             raise
+
+    def _stop_if_cancelled(self) -> None:
+        self._looked = time.monotonic()
+        stop_if_cancelled(self._context.instance, self._context.run_id)
 
     def _fetch(self) -> None:
         """Takes the steps whose turn has come."""

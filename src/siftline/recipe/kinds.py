@@ -70,6 +70,10 @@ def _as_given(options: dict[str, Any], before: Sequence[Stage], budget: Any) -> 
 def _anywhere(stage: Stage, before: Sequence[Stage]) -> None: ...
 
 
+def _settled(stage: Stage, recipe: Any) -> Stage:
+    return stage
+
+
 def _no_inputs(stage: Stage, recipe: Any) -> dict[str, Any]:
     return {}
 
@@ -102,9 +106,12 @@ class StageKind:
         planted: Kinds of canaries that are planted before it; see `stages.canaries`.
         prompts: What it does with prompts that have no response: it "passes" or "answers" them, or
             None: it judges responses.
+        from_budget: Options that are the recipe's budget, and are not stated again.
         complete: Fills options that the recipe decides, by what was given, the stages before and
             the recipe's budget.
+        methods: Dataclasses of the options' `options` by their `method`, of a kind that has both.
         check: Refuses a stage at its place, by the stage and those before it.
+        settle: Fills what only the whole recipe decides, as the models of roles, or refuses it.
         notes: Sentences for the report, by the stage and its facts.
         histogram: Column of its side table of the same name that the report draws, and its label.
     """
@@ -124,8 +131,11 @@ class StageKind:
     repeats: tuple[str, ...] = ()
     planted: tuple[str, ...] = ()
     prompts: Literal["passes", "answers"] | None = None
+    from_budget: tuple[str, ...] = ()
     complete: Callable[[dict[str, Any], Sequence[Stage], Any], dict[str, Any]] = _as_given
+    methods: Callable[[], Mapping[str, type]] = dict
     check: Callable[[Stage, Sequence[Stage]], None] = _anywhere
+    settle: Callable[[Stage, Any], Stage] = _settled
     notes: Callable[[Stage, Mapping[str, Any]], list[str]] = _no_notes
     histogram: tuple[str, str] | None = None
 

@@ -29,6 +29,8 @@ from siftline.scoring.measures.scorers import KINDS, models_of
 from siftline.training.evaluate import Evaluation
 from siftline.training.pretrain import Pretrain
 
+RECIPE_NAME, SCORER_NAME = r"^[a-z][a-z0-9_]*$", r"^(?!(likelihood|uniform)$)[a-z][a-z0-9_]*$"
+REQUIRED = ("name", "pool", "models", "stages", "budget")
 ROLES = ("target", "sampler", "judge", "embedder", "nli")
 _OPTIONAL: dict[str, Any] = {
     "inputs": Inputs,
@@ -40,7 +42,28 @@ _OPTIONAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole pipeline. See `parse` and `load`."""
+    """A whole pipeline. See `parse` and `load`.
+
+    Attributes:
+        name: The recipe's name: lower-case letters, digits and _.
+        seed: The seed of every draw.
+        pool: Where rows come from.
+        sets: Evaluation sets by role.
+        models: Models by name.
+        roles: Names of models by role. A recipe with one model needs none; roles that are not named
+            fall to the target model, except nli.
+        stages: What is done, in order: each a kind, or a kind with options.
+        budget: What the curated version may cost.
+        likelihood: What is scored under the target model.
+        scorers: Quality scorers by name.
+        bounds: What turns a stage red.
+        card: What the dataset card says.
+        inputs: A generator of the raw files.
+        training: Fine-tuning arms, compared at equal cost.
+        evaluation: How accuracy is measured.
+        canaries: Planted defects that measure the gates.
+        schedule: Cron line of Dagster's schedule, which is off until switched on.
+    """
 
     name: str
     seed: int
@@ -68,6 +91,17 @@ class Recipe:
     def model(self, role: str) -> Model:
         """The model that plays a role; roles that are not named fall to the target model."""
         return self.models[self.roles.get(role, self.roles["target"])]
+
+    @property
+    def shared_names(self) -> frozenset[str]:
+        """Names of the pools, sets and models that another recipe may have too."""
+        sets = [spec.name for _, spec in self.sets.items()]
+        return frozenset((self.pool.name, *sets, *self.models))
+
+    def pool_named(self, name: str) -> PoolSpec:
+        """The pool or evaluation set of a name."""
+        specs = (self.pool, *(spec for _, spec in self.sets.items()))
+        return next(spec for spec in specs if spec.name == name)
 
     def columns_read(self, name: str) -> frozenset[str]:
         """Input columns of a pool or set that some part of the recipe reads beside the rows.
@@ -147,11 +181,12 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     for key in raw:
         if key not in known:
             raise ValueError(f"recipe: unknown key {key!r}: {nearest(str(key), known)}")
-    for key in ("name", "pool", "models", "stages", "budget"):
+    for key in REQUIRED:
         if key not in raw:
             raise ValueError(f"recipe: {key!r} is missing")
-    name, seed = str(raw["name"]), convert(int, raw.get("seed", 0), "recipe.seed")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    name = convert(str, raw["name"], "recipe.name")
+    seed = convert(int, raw.get("seed", 0), "recipe.seed")
+    if not re.fullmatch(RECIPE_NAME, name):
         raise ValueError(f"recipe: name {name!r}: use lower-case letters, digits and _")
     pool, sets = build(PoolSpec, raw["pool"], "pool"), build(Sets, raw.get("sets"), "sets")
     check_names([pool.name, *(spec.name for _, spec in sets.items())], "pool and sets")
@@ -162,13 +197,12 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     scorers = _scorers(raw.get("scorers"), models)
     stages = _stages(raw["stages"], budget, seed)
     _check_scores(stages, scorers)
-    _check_nli(stages, raw.get("roles"))
     chosen = {k: build(cls, raw[k], k) for k, cls in _OPTIONAL.items() if raw.get(k) is not None}
     _check_retained(sets, chosen.get("evaluation"))
     _check_prompts(pool, sets, stages, chosen.get("training"))
     if "training" in chosen:
         chosen["training"].check_models(models)
-    return Recipe(
+    recipe = Recipe(
         name=name,
         seed=seed,
         pool=pool,
@@ -181,9 +215,12 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         budget=budget,
         bounds=build(Bounds, raw.get("bounds"), "bounds"),
         card=build(Card, raw.get("card"), "card"),
-        schedule=str(raw.get("schedule", "0 3 * * *")),
+        schedule=convert(str, raw.get("schedule", Recipe.schedule), "recipe.schedule"),
         **chosen,
     )
+    settled = tuple(stage.of.settle(stage, recipe) for stage in recipe.stages)
+    _check_nli(settled, raw.get("roles"))
+    return replace(recipe, stages=settled)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -216,14 +253,17 @@ def _model(body: Any, where: str) -> Model:
         raise ValueError(f"{where}: give either path, or pretrain and corpus")
     if trained and "corpus" not in body:
         raise ValueError(f"{where}: pretrain needs corpus, a JSONL file of text")
+    if not trained and body.get("corpus") is not None:
+        raise ValueError(f"{where}: corpus is what pretrain trains on: give both, or neither")
     spec = build(ModelSpec, {"path": "", **rest}, where)
     if not trained:
         return Model(spec)
-    return Model(spec, build(Pretrain, body["pretrain"], f"{where}.pretrain"), str(body["corpus"]))
+    corpus = convert(str, body["corpus"], f"{where}.corpus")
+    return Model(spec, build(Pretrain, body["pretrain"], f"{where}.pretrain"), corpus)
 
 
 def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
-    roles = convert(dict[str, str], body or {}, "roles")
+    roles = convert(dict[str, str] | None, body, "roles") or {}
     if "target" not in roles:
         if len(models) != 1:
             raise ValueError("roles: 'target' is missing: name the model to be tuned")
@@ -239,9 +279,9 @@ def _roles(body: Any, models: Mapping[str, Model]) -> dict[str, str]:
 def _scorers(body: Any, models: Mapping[str, Model]) -> dict[str, Any]:
     """Scorers by name: `name: {kind: …, options}`."""
     found: dict[str, Any] = {}
-    for name, entry in convert(dict[str, Any], body or {}, "scorers").items():
+    for name, entry in (convert(dict[str, Any] | None, body, "scorers") or {}).items():
         where = f"scorers.{name}"
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("likelihood", "uniform"):
+        if not re.fullmatch(SCORER_NAME, name):
             raise ValueError(
                 f"{where}: use lower-case letters, digits and _; likelihood and uniform are taken"
             )
@@ -262,7 +302,11 @@ def _stages(body: Any, budget: Budget, seed: int) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for i, entry in enumerate(body):
         kind, given = _entry(entry, f"stages[{i}]")
-        name = str(given.pop("name", kind.name))
+        name = convert(str, given.pop("name", kind.name), f"stages[{i}].name")
+        for key in kind.from_budget:
+            if key in given:
+                raise ValueError(f"stages.{name}: {key!r} belongs to the recipe's budget: move it")
+        given |= {key: getattr(budget, key) for key in kind.from_budget}
         given = kind.complete(given, stages, budget)
         if kind.seeded and "seed" in {f.name for f in fields(kind.options)}:
             given.setdefault("seed", seed)
@@ -398,3 +442,17 @@ def all_recipes() -> list[Recipe]:
         ValueError: if one is not valid; the file's name comes first.
     """
     return [find(name) for name in sorted(recipe_files())]
+
+
+def read_all() -> tuple[list[Recipe], dict[str, str]]:
+    """Every recipe that is valid, sorted by name, and what is wrong with each of the others."""
+    valid: list[Recipe] = []
+    broken: dict[str, str] = {}
+    for name in sorted(recipe_files()):
+        try:
+            valid.append(find(name))
+        except ValueError as error:
+            broken[name] = str(error)
+        except OSError as error:
+            broken[name] = f"{name}.yaml can't be read: {error}"
+    return valid, broken

@@ -30,7 +30,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Sets:
-    """Evaluation sets by role: selectors see target, thresholds dev, evaluation alone test."""
+    """Evaluation sets by role.
+
+    Attributes:
+        target: What selectors may see of the task.
+        dev: What thresholds are set on.
+        test: What evaluation alone sees.
+    """
 
     target: tuple[PoolSpec, ...] = ()
     dev: tuple[PoolSpec, ...] = ()

@@ -6,6 +6,7 @@
                    <config>/<config>-00000-of-….parquet further configs, if there are any
                    manifest.json                     files, hashes, identity; written last
     root/latest -> <version>                         swapped by one rename
+    root/.trials/<recipe hash> -> ../<version>       of a recipe that was changed for one run
 
 The version is a hash of the identity and of every file, so publishing the same content again finds
 it there and touches nothing. Rows come in the order of hash(seed, id), which no input order, shard
@@ -19,7 +20,7 @@ in `data/`, and TRL changes the task when it sees a column called `prompt` or `t
 
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,13 @@ from siftline.rows.native import messages_type, published
 from siftline.rows.published import MANIFEST, REMEDY, read_version, version_of
 from siftline.rows.shards import (
     ROW_GROUP_BYTES,
-    Shuffled,
     building,
-    cut,
     point_latest,
-    read_ordered,
-    shuffle,
     write_json,
     write_parquet,
     write_text,
 )
+from siftline.rows.shuffle import Shuffled, cut, read_ordered, shuffle
 from siftline.rows.verified import AlteredError, canonical_json, confirm, file_hash
 
 FORMAT = 2
@@ -119,6 +117,8 @@ def publish(
     identity: dict[str, Any],
     card: CardInfo,
     configs: Mapping[str, pa.Table] | None = None,
+    confirm: Callable[[], None] = lambda: None,
+    trial: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     row_group_bytes: int = ROW_GROUP_BYTES,
     ranges: int = 64,
@@ -135,6 +135,9 @@ def publish(
             the software. No dates, paths or host names: they would make equal data look different.
         card: What the recipe says about the data.
         configs: Further tables by config name, in their order; those without rows are left out.
+        confirm: Called when all is written and nothing is published; it raises to leave it so.
+        trial: Hash of the recipe that a run was changed to: `latest` stays where it is, and the
+            version is found by `resolve_latest(root, hash)`.
         shard_bytes: Upper bound of one shard in memory; a larger row gets a shard of its own.
         row_group_bytes: Upper bound of one row group in memory.
         ranges: Into how many ranges the rows are shuffled; each must stay under 2 GiB.
@@ -170,42 +173,77 @@ def publish(
             manifest = _manifest(tree, schema, shuffled.rows, removed, seed, identity, counts)
             write_json(tree / MANIFEST, manifest)
         path = root / manifest["version"]
+        confirm()
         new = _move(scratch / "tree", path, manifest)
-    point_latest(root, manifest["version"])
+    _point(root, manifest, trial)
     files = tuple(file["path"] for file in manifest["files"])
     return Published(path, manifest["version"], shuffled.rows, files, manifest, new)
 
 
-def published_before(root: Path, identity: Mapping[str, Any]) -> Published | None:
+TRIALS = ".trials"
+
+
+def _trial_link(root: Path, recipe_hash: str) -> Path:
+    return root / TRIALS / (recipe_hash[:12] or "none")
+
+
+def _point(root: Path, manifest: Mapping[str, Any], trial: str | None) -> None:
+    """Points at a new version: `latest`, or beside it; a recipe's trial ends where it is latest."""
+    version = manifest["version"]
+    if trial is None:
+        point_latest(root, version)
+        _trial_link(root, manifest["identity"].get("recipe_hash", "")).unlink(missing_ok=True)
+        return
+    link = _trial_link(root, trial)
+    link.parent.mkdir(exist_ok=True)
+    point_latest(link.parent, f"../{version}", link.name)
+
+
+def published_before(
+    root: Path, identity: Mapping[str, Any], trial: str | None = None
+) -> Published | None:
     """The newest version, where it was made of the same things.
+
+    Args:
+        root: Folder of all versions of one recipe.
+        identity: What it would be made of.
+        trial: As in `publish`.
 
     Raises:
         AlteredError: if it is that one, and was altered since.
     """
-    if not (root / "latest").exists():
+    link = root / "latest" if trial is None else _trial_link(root, trial)
+    if not link.exists():
         return None
-    path = resolve_latest(root)
+    path = link.resolve()
     manifest = read_version(path)
     made_of = json.loads(canonical_json(identity))
     if manifest["identity"] != made_of or manifest["format"] != FORMAT:
         return None
     _unaltered(path, manifest)
+    _point(root, manifest, trial)
     files = tuple(file["path"] for file in manifest["files"])
     rows = manifest["counts"]["rows"]
     return Published(path, manifest["version"], rows, files, manifest, new=False)
 
 
-def resolve_latest(root: Path) -> Path:
+def resolve_latest(root: Path, trial: str | None = None) -> Path:
     """The folder of the newest version of a recipe.
 
     Read through this and not through the link: a library opens a file more than once (footer, then
     pages), and a swap of the link in between would mix two versions.
+
+    Args:
+        root: Folder of all versions of one recipe.
+        trial: Hash of a recipe that may have been changed for one run: then the version of that.
 
     Raises:
         ValueError: if nothing was published under `root`.
         AlteredError: if the version's manifest is not the one it was published with.
     """
     link = root / "latest"
+    if trial is not None and (beside := _trial_link(root, trial)).exists():
+        link = beside
     if not link.exists():
         raise ValueError(f"{root} has no published version: run the recipe first")
     folder = link.resolve()

@@ -28,14 +28,14 @@ class Gradients:
         dimensions: Width of the projection of each checkpoint. The noise of a cosine is about
             1 / sqrt(dimensions): 0.011 at 8192, 0.031 at 1024.
         share: Share of the rows that the adapter is warmed up on, drawn by hash; 0 takes the
-            gradients of a fresh adapter, without Adam.
+            gradients of a fresh adapter, where otherwise a row of the pool counts by its Adam
+            update.
         epochs: Passes of the warm-up, and so checkpoints.
         rank: Rank of the adapter, on all linear layers but the head, alpha twice as large
             (`FineTune`'s default; the paper: 128 on the attention's).
         learning_rate: Peak rate of the warm-up.
         batch_rows: Rows of an optimizer step of the warm-up (the paper: 128 of 13,500 rows; here
             the share is often a few hundred).
-        adam: Whether a row of the pool counts by its Adam update. Rows of the target never do.
     """
 
     dimensions: int = 8192
@@ -44,7 +44,6 @@ class Gradients:
     rank: int = 16
     learning_rate: float = 2e-5
     batch_rows: int = 16
-    adam: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dimensions", "epochs", "rank", "batch_rows"):

@@ -145,6 +145,12 @@ class Dsir:
         return found
 
 
+SATURATION, LENGTH = 1.2, 0.75
+"""BM25's k1 and b as search engines have them (Lucene's defaults)."""
+WORD_BUCKETS = 1 << 18
+"""Hash buckets of words."""
+
+
 @dataclass(frozen=True)
 class NearestWords:
     """The nearest rows to target rows by BM25 (Robertson & Zaragoza 2009), by turns.
@@ -155,35 +161,24 @@ class NearestWords:
 
     Attributes:
         turns: "query" or "task"; see `rds_plus`.
-        k1: Saturation of repeated words (customary: 1.2).
-        b: Correction for length (customary: 0.75).
-        buckets: Hash buckets of words.
     """
 
     turns: Turns = "query"
-    k1: float = 1.2
-    b: float = 0.75
-    buckets: int = 1 << 18
 
     def __post_init__(self) -> None:
         if self.turns not in ("query", "task"):
             raise ValueError(f"turns is {self.turns!r}: use 'query' or 'task'")
-        if self.k1 < 0 or not 0 <= self.b <= 1 or self.buckets < 2:
-            raise ValueError(
-                f"k1 {self.k1}, b {self.b}, buckets {self.buckets}: give at least 0, 0 to 1, and "
-                "at least 2"
-            )
 
     def summarise(self, bucket: pl.DataFrame) -> Counts:
-        return _counted(bucket, self.buckets, 1)
+        return _counted(bucket, WORD_BUCKETS, 1)
 
     def decide(
         self, states: Sequence[Counts], budget: Budget, target: pl.DataFrame | None = None
     ) -> Plan:
         pool, grams = _gathered(states)
         rows, names = takers(target, self.turns, "text")
-        queries = count(rows["text"].to_list(), self.buckets, 1)
-        weighted = bm25(grams, self.k1, self.b)
+        queries = count(rows["text"].to_list(), WORD_BUCKETS, 1)
+        weighted = bm25(grams, SATURATION, LENGTH)
         asked = queries.sign().T.tocsc()
 
         def score(start: int, stop: int) -> np.ndarray:

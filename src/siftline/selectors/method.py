@@ -331,6 +331,7 @@ Need = Literal[
     "target text",
     "gradients",  # gradient features, as recipes and `siftline score --gradients` make them
     "target gradients",
+    "target warm-up",  # the likelihood under the model trained on the target, as recipes make it
     "training",  # models trained between its rounds, which recipes alone do
 ]
 Scope = Literal["bucketed", "global"]
@@ -378,6 +379,11 @@ class Entry:
     def targeted(self) -> bool:
         """Whether it selects towards a target set."""
         return any(need.startswith("target") for need in self.needs)
+
+    @property
+    def conversations(self) -> bool:
+        """Whether it wants whole conversations embedded, roles and all, and not their text."""
+        return getattr(self.method, "EMBEDS", "text") == "conversation"
 
     def limit_at(self, width: int) -> int:
         """Most rows it takes where the vectors it reads have so many values a row."""

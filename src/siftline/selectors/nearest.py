@@ -8,7 +8,7 @@ which changes nothing in what was taken before.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -127,6 +127,7 @@ class RdsPlus(Ranked):
             target's sources take in turn by the best of their rows (several tasks).
     """
 
+    EMBEDS: ClassVar[str] = "conversation"
     turns: Turns = "query"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,15 @@ from collections.abc import Container
 from typing import Any, get_args
 
 from siftline import entry_points
-from siftline.selectors.baselines import BalancedRandom, BestFit, Ifd, Length, Perplexity, Random
+from siftline.selectors.baselines import (
+    BalancedRandom,
+    BestFit,
+    Ifd,
+    Length,
+    LossDrop,
+    Perplexity,
+    Random,
+)
 from siftline.selectors.deita import Deita
 from siftline.selectors.facility_location import FacilityLocation
 from siftline.selectors.kmeans_quality import KmeansQuality
@@ -104,6 +112,8 @@ def _entry(name: str, path: str, found: Any, what: str, distribution: str | None
         raise ValueError(
             f"{what} needs training and has no option {', '.join(lacking)}: see rounds.py"
         )
+    if "target warm-up" in needs and not isinstance(getattr(found, "after", None), str):
+        raise ValueError(f"{what} needs a warm-up and has no option after: see baselines.py")
     document = (inspect.getdoc(found) or "").partition("\n")[0]
     return Entry(
         name,
@@ -150,9 +160,9 @@ METHODS: tuple[Entry, ...] = (
         ("scores",),
         "bucketed",
         MAX_ROWS,
-        "A cheap baseline on small clean pools.",
-        "On a pool of millions it is far below random (published: 17.8 to 40.7).",
-        "arXiv 2402.04833",
+        "A cheap baseline; published to help weak base models most.",
+        "Far below random on one pool of millions (17.8 to 40.7), said to help on two others.",
+        "arXiv 2402.04833, 2410.09335",
     ),
     Entry(
         "perplexity",
@@ -258,6 +268,16 @@ METHODS: tuple[Entry, ...] = (
         "A forward and a backward pass of the pool for each checkpoint; no diversity.",
         "arXiv 2402.04333",
         _FEATURES,
+    ),
+    Entry(
+        "loss_drop",
+        LossDrop,
+        ("scores", "target warm-up"),
+        "bucketed",
+        MAX_ROWS,
+        "A known target, without gradients: a short warm-up on it and a forward pass of the pool.",
+        "Published on few models; a small target is soon learnt by heart.",
+        "arXiv 2605.09404",
     ),
     Entry(
         "got_d",

@@ -181,6 +181,35 @@ def check_mixture(mixture: Mapping[str, float], what: str) -> None:
         raise ValueError(f"{what}: no source has a weight above 0: name one")
 
 
+def check_evened(temperature: float, caps: Mapping[str, int], mixture: Mapping[str, float]) -> None:
+    """Refuses a temperature or caps that mean nothing beside a mixture.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: give a number above 0; 1 changes nothing")
+    for source, cap in caps.items():
+        if cap < 1:
+            raise ValueError(f"caps: that of {source!r} is {cap}: give 1 or more")
+        if mixture and source != REST and not mixture.get(source):
+            raise ValueError(f"caps: {source!r} has no weight in mixture: name it there too")
+
+
+def tempered(weights: np.ndarray, temperature: float) -> np.ndarray:
+    """Weights to the power of 1 / temperature, the largest being 1; zeros stay."""
+    if not len(weights) or not weights.max():
+        return weights.astype(np.float64)
+    scaled = weights / weights.max()
+    powers: np.ndarray = np.where(scaled > 0, scaled, 1.0) ** (1 / temperature)
+    return np.where(scaled > 0, powers, 0.0)
+
+
+def cap_of(caps: Mapping[str, int], name: str) -> int | None:
+    """The cap of a group, that of `*` where it has none of its own."""
+    return caps.get(name, caps.get(REST))
+
+
 def group_of(mixture: Mapping[str, float]) -> pl.Expr:
     """Expression on the column `source`: its group in the mixture, null where it takes no part."""
     asked = sorted(name for name, weight in mixture.items() if weight > 0)
@@ -191,7 +220,10 @@ def group_of(mixture: Mapping[str, float]) -> pl.Expr:
 
 
 def split(
-    mixture: Mapping[str, float], size: int, capacity: Mapping[str, int] | None = None
+    mixture: Mapping[str, float],
+    size: int,
+    capacity: Mapping[str, int] | None = None,
+    temperature: float = 1.0,
 ) -> pl.DataFrame:
     """Splits a size over the groups of a mixture, by largest remainder.
 
@@ -199,6 +231,7 @@ def split(
         mixture: Weights; groups of weight 0 take no part.
         size: What to split: rows or tokens.
         capacity: Most that each group has; a group that is not there has nothing. None: no limit.
+        temperature: See `tempered`.
 
     Returns:
         A line a group, by name: source, weight (its part of 1), share (of the size, before
@@ -207,8 +240,8 @@ def split(
         all capacities where those are less.
     """
     names = sorted(name for name, weight in mixture.items() if weight > 0)
-    # Scaled by the largest first, so that no sum overflows.
-    weights = np.array([mixture[name] for name in names]) / max(mixture[name] for name in names)
+    # Scaled by the largest, so that no sum overflows.
+    weights = tempered(np.array([mixture[name] for name in names], np.float64), temperature)
     room = None
     if capacity is not None:
         room = np.array([capacity.get(name, 0) for name in names], dtype=np.int64)

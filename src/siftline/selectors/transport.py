@@ -5,6 +5,11 @@ on the pool's side, the calibrated gradient of a row is f_i minus the mean of th
 smallest are taken. It ranks as f does. The method looks at one row at a time: near-duplicates have
 one gradient and go together, so remove duplicates before. A target far outside the pool is not what
 it was made for.
+
+The regularisation is a share of the mean cost. A number in the cost's own units means another thing
+with every embedder: the code's 0.1 is small beside the distances of raw hidden states, and on
+vectors of unit length it blurs the plan until rows are ranked by their mean distance to the target.
+`mean_cost_correlation` in the facts says how near to that a run came (1 is there).
 """
 
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ import polars as pl
 
 from siftline.kernels.draws import uniforms
 from siftline.kernels.vectors.blocks import block_rows
-from siftline.kernels.vectors.sinkhorn import Cost, sinkhorn, soft_transform
+from siftline.kernels.vectors.sinkhorn import Cost, mean_costs, sinkhorn, soft_transform
 from siftline.selectors.method import Ranked, Ranking, amounts_of, both, by_value
 from siftline.selectors.spending import Budget, spend
 
@@ -29,7 +34,8 @@ class GotD(Ranked):
     Attributes:
         cost: Of moving a row: "squared" Euclidean (as the released code's library), "euclidean" or
             "cosine". Texts should be of one length and vectors of one scale.
-        epsilon: Regularisation (the released code: 0.1), in units of the cost.
+        epsilon: Regularisation, as a share of the mean cost between the pool's and the target's
+            rows (the released code: 0.1 in units of the cost).
         tolerance: Mass in the wrong place to stop at. The code's 0.1 leaves ranks near the cut
             unstable; facts say what was reached.
         max_iterations: Sweeps at most (the code: 2000).
@@ -41,7 +47,7 @@ class GotD(Ranked):
     """
 
     cost: Cost = "squared"
-    epsilon: float = 0.1
+    epsilon: float = 0.02
     tolerance: float = 0.01
     max_iterations: int = 2000
     momentum: float = 1.3
@@ -70,23 +76,29 @@ class GotD(Ranked):
         if self.solve_rows is not None and self.solve_rows < len(x):
             u = uniforms(self.seed, "got_d", pool["id"].to_list())
             solved = x[np.sort(by_value(-u)[: self.solve_rows])]
+        means = mean_costs(x, y, self.cost)
+        # Where all rows are in one place every plan is as good.
+        epsilon = self.epsilon * (float(means.mean()) or 1.0)
         duals = sinkhorn(
             solved,
             y,
             cost=self.cost,
-            epsilon=self.epsilon,
+            epsilon=epsilon,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
             momentum=self.momentum,
         )
         f = duals.f
         if solved is not x:
-            f = soft_transform(x, y, duals.g, cost=self.cost, epsilon=self.epsilon)
+            f = soft_transform(x, y, duals.g, cost=self.cost, epsilon=epsilon)
         gradients = calibrated(f)
         order = by_value(gradients if self.away else -gradients)
         facts = {
             "target_rows": len(y),
             "solved_rows": len(solved),
+            "mean_cost": float(means.mean()),
+            "epsilon": epsilon,
+            "mean_cost_correlation": _correlation(f, means),
             "transport": duals.value,
             "converged": duals.converged,
             "error": duals.error,
@@ -95,6 +107,14 @@ class GotD(Ranked):
         }
         spent = spend(order, amounts_of(pool, budget), budget)
         return Ranking(order, spent, gradients, "above_cut", facts=facts)
+
+
+def _correlation(f: np.ndarray, means: np.ndarray) -> float | None:
+    """Spearman's rank correlation of two columns, None where one of them is level."""
+    ours, theirs = (pl.Series(part).rank("average").to_numpy() for part in (f, means))
+    if ours.std() == 0 or theirs.std() == 0:
+        return None
+    return round(float(np.corrcoef(ours, theirs)[0, 1]), 4)
 
 
 def calibrated(f: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from siftline.kernels.draws import hash64
 from siftline.progress import Progress
 from siftline.recipe.parse import Recipe
 from siftline.rows import schema, shards
-from siftline.rows.curated import resolve_latest
 from siftline.rows.ledger import REMOVED
 from siftline.rows.published import read_config, read_version
 from siftline.rows.shards import no_rows
@@ -28,6 +27,7 @@ from siftline.scoring.measures import likelihood
 from siftline.scoring.measures.likelihood import Likelihood
 from siftline.stages.context import by_store_bucket
 from siftline.stages.models import engines, identity, model_spec, named_spec
+from siftline.stages.publish import newest
 from siftline.stages.run import outputs
 from siftline.stages.scores import score_buckets
 from siftline.training.finetune import INDIFFERENT, FineTune, TrainResult, finetune, finished
@@ -290,7 +290,7 @@ def _newest(workspace: Workspace, recipe: Recipe) -> tuple[Path, dict[str, Any]]
     Raises:
         ValueError: if nothing was published, or by other settings.
     """
-    folder = resolve_latest(workspace.curated(recipe.name))
+    folder = newest(workspace, recipe)
     manifest = read_version(folder)
     if manifest["identity"]["recipe_hash"] != recipe.hash:
         raise ValueError(

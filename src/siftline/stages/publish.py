@@ -1,10 +1,12 @@
 """The curated version: rows that every stage kept, with their scores and the whole ledger."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from siftline import __version__
 from siftline.ingest.pool import PROVENANCE, REJECTED, Pool
@@ -13,11 +15,12 @@ from siftline.recipe.kinds import Stage
 from siftline.recipe.parse import Recipe
 from siftline.rows import schema
 from siftline.rows.card import CardInfo, StageCount
-from siftline.rows.curated import Published, publish, published_before
+from siftline.rows.curated import Published, publish, published_before, resolve_latest
 from siftline.rows.ledger import KEPT, REMOVED, StageOutput, reasons
+from siftline.rows.published import read_version
 from siftline.stages.context import Context
 from siftline.stages.models import Engines
-from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, RejectionSampling
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions
 from siftline.workspace import Workspace
@@ -55,7 +58,7 @@ def sample_bank(context: Context) -> dict[str, pa.Table]:
         if stage.kind == "rejection_sampling":
             spoiled = _spoiled(context.before[i + 1 :], context)
             pairs += list(_pairs(context, output, spoiled))
-            if stage.options.verifier != JUDGE:
+            if stage.options.verifier not in (JUDGE, NONE):
                 prompts += list(_verifiable(context, stage, output, spoiled))
     return {PREFERENCES: _table(pairs, _PAIR, seed), RLVR: _table(prompts, _PROMPT, seed)}
 
@@ -250,7 +253,8 @@ COLUMNS = {
     "sift_n_tokens": "loss tokens of the response under the target model's tokenizer",
     "sift_logprob_mean": "mean log-probability of the response under the target model, nats",
     "sift_perplexity": "exp(-sift_logprob_mean)",
-    "sift_confidence": "weighted mean of the parts of confidence; null for corrected rows",
+    "sift_confidence": "probability of a right answer, or the weighted mean of the parts of "
+    "confidence where dev could not tell it; null for corrected rows",
     "sift_cluster": "cluster of the prompt",
     "sift_difficulty": "1 - pass rate on the prompt, of the model that set its target",
 }
@@ -264,8 +268,22 @@ def final_context(
     return Context(workspace, recipe, done[-1][0], pool, done, Engines(), lambda line: None)
 
 
-def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
-    """Publishes the rows that every stage kept; the same rows again touch nothing."""
+def publish_curated(
+    workspace: Workspace,
+    recipe: Recipe,
+    confirm: Callable[[], None] = lambda: None,
+    *,
+    trial: bool = False,
+) -> Published:
+    """Publishes the rows that every stage kept; the same rows again touch nothing.
+
+    Args:
+        workspace: The root.
+        recipe: The recipe.
+        confirm: Called when all is written and nothing is published; it raises to leave it so.
+        trial: Whether the recipe was changed for one run: it publishes beside `latest`.
+    """
+    beside = recipe.hash if trial else None
     done = outputs(workspace, recipe)
     context = final_context(workspace, recipe, done)
     identity = {
@@ -276,7 +294,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         "scores": score_versions(workspace, recipe),
         "siftline": __version__,
     }
-    found = published_before(workspace.curated(recipe.name), identity)
+    found = published_before(workspace.curated(recipe.name), identity, beside)
     if found is not None:
         return found
     card = CardInfo(
@@ -286,7 +304,7 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         language=recipe.card.language,
         tags=recipe.card.tags,
         how=tuple(f"{stage.name}: {stage.kind}, seed {recipe.seed}" for stage, _ in done),
-        columns=tuple({**COLUMNS, **_scorer_columns(recipe)}.items()),
+        columns=tuple(published_columns(recipe).items()),
         funnel=tuple(stage_count(stage, output) for stage, output in done),
         configs=tuple(MEANINGS.items()),
     )
@@ -299,15 +317,71 @@ def publish_curated(workspace: Workspace, recipe: Recipe) -> Published:
         identity=identity,
         card=card,
         configs=sample_bank(context),
+        confirm=confirm,
+        trial=beside,
     )
 
 
-def _scorer_columns(recipe: Recipe) -> dict[str, str]:
-    """What the columns of the recipe's quality scorers mean."""
-    return {
+def newest(workspace: Workspace, recipe: Recipe) -> Path:
+    """The newest version of these settings where they are a trial's, else the newest of all.
+
+    Raises:
+        ValueError: if nothing was published.
+    """
+    return resolve_latest(workspace.curated(recipe.name), recipe.hash)
+
+
+def parent_of(workspace: Workspace, recipe: Recipe) -> Path | None:
+    """The version that `latest` points at, against which the next one is held."""
+    root = workspace.curated(recipe.name)
+    return resolve_latest(root) if (root / "latest").exists() else None
+
+
+def keeps_latest(workspace: Workspace, recipe: Recipe) -> bool:
+    """Whether `latest` is a version of other settings, so that a changed run publishes beside it.
+
+    Where nothing is published yet, and where `latest` was made with the same changes, there is no
+    other version that readers rely on.
+    """
+    parent = parent_of(workspace, recipe)
+    if parent is None:
+        return False
+    return bool(read_version(parent)["identity"].get("recipe_hash") != recipe.hash)
+
+
+def _ids(version: Path) -> pl.LazyFrame:
+    return pl.scan_parquet(sorted((version / "data").glob("*.parquet"))).select("id")
+
+
+def came_and_went(parent: Path, version: Path) -> tuple[int, int]:
+    """Rows of a version that its parent has not, and the other way round."""
+    before, after = _ids(parent), _ids(version)
+    came = after.join(before, on="id", how="anti").select(pl.len()).collect().item()
+    went = before.join(after, on="id", how="anti").select(pl.len()).collect().item()
+    return came, went
+
+
+def as_read(published: Published) -> tuple[int, int, list[str]]:
+    """What a reader of a version's files finds.
+
+    Returns:
+        Rows, distinct ids, and the files whose columns are not the version's.
+    """
+    names = [line["name"] for line in published.manifest["schema"]]
+    files = sorted((published.path / "data").glob("*.parquet"))
+    odd = [file.name for file in files if pq.read_schema(file).names != names]
+    counted = _ids(published.path).select(pl.len(), pl.col("id").n_unique().alias("distinct"))
+    rows, distinct = counted.collect().row(0)
+    return rows, distinct, odd
+
+
+def published_columns(recipe: Recipe) -> dict[str, str]:
+    """What the columns of a version mean, those of the recipe's quality scorers included."""
+    scorers = {
         f"sift_score_{name}": f"{type(config).__name__.lower()} score; null for added rows"
         for name, config in recipe.scorers.items()
     }
+    return {**COLUMNS, **scorers}
 
 
 def stage_count(stage: Stage, output: StageOutput) -> StageCount:

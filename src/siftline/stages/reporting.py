@@ -23,7 +23,6 @@ from siftline.report.page import (
     render,
 )
 from siftline.rows import schema, shards
-from siftline.rows.curated import resolve_latest
 from siftline.rows.ledger import KEPT, StageOutput
 from siftline.rows.verified import (
     AlteredError,
@@ -37,7 +36,14 @@ from siftline.scoring.measures.contrast import Contrast, novel_clusters
 from siftline.stages.arms import Arm
 from siftline.stages.context import Context
 from siftline.stages.models import model_spec, role_engine
-from siftline.stages.publish import EXCERPT, final_context, funnel, removed_rows, stage_count
+from siftline.stages.publish import (
+    EXCERPT,
+    final_context,
+    funnel,
+    newest,
+    removed_rows,
+    stage_count,
+)
 from siftline.stages.rejection_sampling.difficulty import level_of
 from siftline.stages.run import outputs
 from siftline.stages.scorers import quality, score_versions, scorer_table
@@ -126,7 +132,7 @@ def write_report(
         The page's path, and the numbers.
     """
     done = outputs(workspace, recipe)
-    version = resolve_latest(workspace.curated(recipe.name)).name
+    version = newest(workspace, recipe).name
     page_file = workspace.report(recipe.name) / f"{version}{suffix}.html"
     inputs, trims = _inputs(workspace, recipe), _trimmed(workspace, recipe, arms)
     made_of = content_hash(
@@ -248,12 +254,13 @@ def _canaries(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
 
 
 def _calibration(done: list[tuple[Stage, StageOutput]]) -> pl.DataFrame | None:
-    """Bins of the confidence gates that judged rows known to be right or wrong."""
+    """Bins of the confidence gates: of dev, cross-fitted, and of rows whose truth is known."""
     lines = [
-        {"stage": stage.name, **bin_}
+        {"stage": f"{stage.name}{of}", **bin_}
         for stage, output in done
-        for bin_ in output.facts.get("calibration", {}).get("bins", [])
-        if output.facts["calibration"]["rows"]
+        for name, of in (("dev", " on dev, cross-fitted"), ("calibration", ""))
+        if output.facts.get(name, {}).get("rows")
+        for bin_ in output.facts[name]["bins"]
     ]
     return pl.DataFrame(lines, schema=CALIBRATION) if lines else None
 

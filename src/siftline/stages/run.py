@@ -24,7 +24,7 @@ from siftline.workspace import Workspace
 
 DRAWS = 2
 """Version of how canaries' rows are drawn; no other bytes depend on it."""
-VERSION = 5
+VERSION = 7
 """Version of the stages' code as a whole; raise it when decisions change for equal inputs."""
 
 
@@ -43,18 +43,29 @@ def sets_used(stage: Stage) -> tuple[str, ...]:
     return stage.of.sets(stage.options)
 
 
+def settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What a recipe and this code say about a stage, whatever it will be run on; JSON."""
+    planted, scored = canaries_of(recipe, stage), "target" in models_used(recipe, stage)
+    return {
+        "code": VERSION,
+        "kind": stage.kind,
+        "scope": stage.scope,
+        "options": asdict(stage.options),
+        **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.of.budgeted else {}),
+        **({"likelihood": asdict(recipe.likelihood)} if scored else {}),
+        **stage.of.inputs(stage, recipe),
+        **({"canaries": [asdict(planted), recipe.seed, DRAWS]} if planted else {}),
+    }
+
+
 def _inputs(
     workspace: Workspace, recipe: Recipe, stage: Stage, before: list[tuple[Stage, StageOutput]]
 ) -> dict[str, Any]:
     """Everything that a stage's decisions depend on; JSON."""
     upstream = before[-1][1].manifest if before else None
     roles, wanted = models_used(recipe, stage), sets_used(stage)
-    planted = canaries_of(recipe, stage)
     return {
-        "code": VERSION,
-        "kind": stage.kind,
-        "scope": stage.scope,
-        "options": asdict(stage.options),
+        **settings(recipe, stage),
         "pool": Pool(workspace.pool(recipe.pool.name)).version,
         "upstream": [upstream.version, _made_of(upstream)] if upstream else None,
         "scores": _scores_read(workspace, recipe, stage),
@@ -64,10 +75,6 @@ def _inputs(
             for role, spec in recipe.sets.items()
             if role in wanted
         },
-        **({"budget": [recipe.budget.unit, recipe.budget.size]} if stage.of.budgeted else {}),
-        **({"likelihood": asdict(recipe.likelihood)} if "target" in roles else {}),
-        **stage.of.inputs(stage, recipe),
-        **({"canaries": [asdict(planted), recipe.seed, DRAWS]} if planted else {}),
     }
 
 

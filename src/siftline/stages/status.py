@@ -7,7 +7,8 @@ from typing import Any
 import polars as pl
 
 from siftline.ingest.pool import REJECTED, Pool, notes_of, reading_of
-from siftline.recipe.parse import all_recipes
+from siftline.recipe.parse import read_all
+from siftline.rows.curated import TRIALS
 from siftline.rows.shards import Manifest, read_part
 from siftline.stages.publish import funnel
 from siftline.stages.run import outputs_so_far
@@ -23,10 +24,11 @@ def describe(workspace: Workspace) -> dict[str, Any]:
     """
     if not workspace.root.is_dir():
         raise ValueError(f"{workspace.root} does not exist: run a recipe, or name another --root")
+    valid, broken = read_all()
     pools = []
     for path in sorted(workspace.root.glob("pool/*/manifest.json")):
         info, name = Manifest.load(path).info, path.parent.name
-        read = frozenset().union(*(recipe.columns_read(name) for recipe in all_recipes()))
+        read = frozenset().union(*(recipe.columns_read(name) for recipe in valid))
         pools.append(
             {
                 "name": name,
@@ -39,7 +41,7 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         )
     paths = sorted(workspace.root.glob("scores/*/*/*/manifest.json"))
     recipes = []
-    for recipe in all_recipes():
+    for recipe in valid:
         if not (workspace.pool(recipe.pool.name) / "manifest.json").exists():
             continue
         done = outputs_so_far(workspace, recipe)
@@ -60,6 +62,7 @@ def describe(workspace: Workspace) -> dict[str, Any]:
         "scores": [coverage(workspace, path.parent) for path in paths],
         "store": [as_json(entry) for entry in list_store(workspace.store)],
         "recipes": recipes,
+        "broken_recipes": broken,
     }
 
 
@@ -97,6 +100,19 @@ def coverage(workspace: Workspace, folder: Path) -> dict[str, Any]:
     return {**said, "rows": rows, "share": said["scored"] / max(1, rows)}
 
 
+def pool_lines(said: dict[str, Any]) -> list[str]:
+    """Pools and what was noted about them, as lines.
+
+    Args:
+        said: What `describe` says.
+    """
+    lines = []
+    for pool in said["pools"]:
+        counts = f"{pool['rows']:,} rows, {pool['quarantined']:,} quarantined"
+        lines += [f"pool {pool['name']}: {counts}", *(f"  {line}" for line in pool["notes"])]
+    return lines
+
+
 def coverage_text(said: dict[str, Any]) -> list[str]:
     """Score tables and the store as lines.
 
@@ -121,6 +137,8 @@ def coverage_text(said: dict[str, Any]) -> list[str]:
 
 def _versions(folder: Path) -> list[str]:
     latest = os.readlink(folder / "latest") if (folder / "latest").is_symlink() else None
+    trials = {os.readlink(link).rpartition("/")[2] for link in folder.glob(f"{TRIALS}/*")}
     names = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     names = [name for name in names if name != "latest"]
-    return [f"{folder.name}/{name}{' (latest)' if name == latest else ''}" for name in names]
+    marks = dict.fromkeys(trials, " (trial)") | {latest: " (latest)"}
+    return [f"{folder.name}/{name}{marks.get(name, '')}" for name in names]

@@ -226,6 +226,7 @@ def _facts(
         "dev_rows": 0 if dev is None else len(dev.schedule.rows.ids),
         "skipped": dict(sorted(rows.skipped["reason"].value_counts().iter_rows())),
         "trimmed": rows.trimmed,
+        "weighted_rows": int((passes.row_weights != 1).sum()),
         "loss_tokens": int(schedule.tokens_by_step().sum()),
         "steps": schedule.steps,
         **({"phases": list(schedule.composition)} if schedule.composition else {}),
@@ -405,7 +406,7 @@ def _trainer(
     from siftline.training.trainer import PlannedTrainer
 
     return PlannedTrainer(
-        model=load_model(base, config, seed),
+        model=load_model(base, config, seed, passes.schedule.steps),
         arguments=arguments,
         tokenizer=tokenizer,
         passes=passes,

@@ -157,7 +157,7 @@ class GradientModel:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
         self._moments = None
-        if snapshot is not None and self.asked.adam:
+        if snapshot is not None:
             mean, square = (self._line(snapshot, kind) for kind in ("mean", "square"))
             self._moments = mean, square
         self._at = (snapshot,)
@@ -308,7 +308,7 @@ def _asked(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Vectors at one snapshot, times the root of its weight, by key; and reasons by key."""
     engine: GradientEngine = recorder.engine
-    preconditioned = not target and engine.snapshot is not None and engine.model.asked.adam
+    preconditioned = not target and engine.snapshot is not None
     kind: Kind = "update" if preconditioned else "gradient"
 
     def answer(batch: Sequence[Question]) -> list[dict[str, Any] | str]:

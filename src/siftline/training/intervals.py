@@ -60,6 +60,12 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(share, low, high)
 
 
+def poisson_weights(seed: int, stage: str, ids: Sequence[str], index: int) -> np.ndarray:
+    """Poisson(1) weights of one bootstrap resample, a draw of its own for each id; shape (n,)."""
+    u = uniforms(seed, stage, ids, index)
+    return np.searchsorted(_POISSON_TABLE, u, side="right").astype(np.float64)
+
+
 def bootstrap_mean(
     ids: Sequence[str],
     values: np.ndarray,
@@ -96,8 +102,7 @@ def bootstrap_mean(
     column = np.asarray(values, dtype=np.float64)[order]
     means = np.empty(resamples)
     for index in range(resamples):
-        u = uniforms(seed, stage, ordered, index)
-        weights = np.searchsorted(_POISSON_TABLE, u, side="right").astype(np.float64)
+        weights = poisson_weights(seed, stage, ordered, index)
         total = weights.sum()
         # All weights are 0 with probability exp(-n): such a resample stands at the mean.
         means[index] = weights @ column / total if total else column.mean()

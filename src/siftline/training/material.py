@@ -1,6 +1,8 @@
 """From rows to the forward passes of a run: reading, laying out, weighing."""
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +204,7 @@ def read_rows(data: Sequence[Path] | pa.Table, config: FineTune) -> pa.Table:
     found = [table for table in tables if table is not None]
     # One version may have tools or reasoning that another has not.
     if others:
-        found.append(_ingested(others))
+        found.append(_ingested(others, config.weight_column))
     table = pa.concat_tables(found, promote_options="permissive")
     return table if "source" in table.column_names else with_source(table)
 
@@ -217,7 +219,8 @@ def _published(path: Path, config: FineTune) -> pa.Table | None:
         names = pq.read_schema(path).names
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not Parquet: give a curated version's folder") from error
-    known = ("id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column)
+    known = ["id", "messages", "tools", "source", PUBLISHED_SOURCE, config.reference_column]
+    known += [] if config.weight_column is None else [config.weight_column]
     missing = {"id", "messages"} - set(names)
     if missing and set(names) <= set(known) - {"messages"}:
         raise ValueError(f"{path} has no column {sorted(missing)}: give a curated version")
@@ -227,18 +230,26 @@ def _published(path: Path, config: FineTune) -> pa.Table | None:
     return _checked(pq.read_table(path, columns=wanted), str(path))
 
 
-def _ingested(paths: Sequence[Path]) -> pa.Table:
-    """Rows of files of any format, identical ones once."""
+def _ingested(paths: Sequence[Path], weight: str | None) -> pa.Table:
+    """Rows of files of any format, identical ones once, with the largest of their weights.
+
+    Args:
+        paths: The files.
+        weight: Column of weights, which is in the table if any row has one.
+    """
     from siftline.ingest.pool import collapse
     from siftline.ingest.readers import Source, read_sources
 
     tables, aside, lost, bad = [], 0, 0, 0
+    weights: dict[str, float] = {}
     for batch in read_sources([Source(str(path)) for path in paths]):
         good = pa.array([not rejected for rejected in batch.rejected], pa.bool_())
         tables.append(batch.rows.filter(good))
         bad += sum(batch.rejected)
         lost += batch.quarantine.num_rows
         aside += sum(batch.aside.values())
+        if weight is not None:
+            weights |= _weights_left_over(batch.provenance, weight, weights)
     rows = collapse(pa.concat_tables(tables))
     if not rows.num_rows:
         raise ValueError(f"{paths[0]}: none of its {lost + bad} rows can be trained on")
@@ -249,7 +260,58 @@ def _ingested(paths: Sequence[Path]) -> pa.Table:
             "identical; %d values stand in columns that are not read",
             rows.num_rows, lost, bad, again, aside,
         )  # fmt: skip
-    return rows.select(["id", "messages", "tools", "source"])
+    rows = rows.select(["id", "messages", "tools", "source"])
+    if not weights:
+        return rows
+    column = [weights.get(identity) for identity in rows["id"].to_pylist()]
+    return rows.append_column(weight, pa.array(column, pa.float64()))
+
+
+def _weights_left_over(
+    provenance: pa.Table, name: str, before: Mapping[str, float]
+) -> dict[str, float]:
+    """Numbers of a column that no field of a row used, by id."""
+    found: dict[str, float] = {}
+    places = provenance.select(["id", "leftover"]).to_pydict()
+    for identity, text in zip(places["id"], places["leftover"], strict=True):
+        value = json.loads(text).get(name) if text else None
+        if value is not None:
+            known = found.get(identity, before.get(identity, -math.inf))
+            found[identity] = max(known, _weight(value, name, identity))
+    return found
+
+
+def _weight(value: Any, name: str, identity: str) -> float:
+    """A row's weight as a number.
+
+    Raises:
+        ValueError: if it is none, or not above 0.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"row {identity} has {name} {value!r}: give a number above 0, or set weight_column to "
+            "another column or to null"
+        )
+    return number
+
+
+def row_weights(table: pa.Table, ids: Sequence[str], name: str | None) -> np.ndarray:
+    """Loss weights of rows by id, 1 where none is given; shape (n,).
+
+    Raises:
+        ValueError: if one is not a number above 0.
+    """
+    if name is None or name not in table.column_names:
+        return np.ones(len(ids))
+    given = dict(zip(*_columns(table, name), strict=True))
+    told = [given[identity] for identity in ids]
+    return np.array(
+        [1.0 if w is None else _weight(w, name, i) for i, w in zip(ids, told, strict=True)]
+    )
 
 
 def _checked(table: pa.Table, name: str) -> pa.Table:
@@ -315,15 +377,15 @@ def training_passes(
 ) -> Passes:
     """The passes of a run, with what the objective wants to know of each row."""
     ids = schedule.rows.ids
-    weights = np.ones(len(ids))
+    weights = row_weights(table, ids, config.weight_column)
     if config.source_balance:
         of = dict(zip(*_columns(table, "source"), strict=True))
         seen = np.concatenate(schedule.passes)
         named = np.array([str(of[identity]) for identity in ids])
         # A loss of rows has nothing to do with their tokens.
         by_row = config.objective == "poft"
-        tokens = np.ones(len(ids)) if by_row else schedule.rows.loss_tokens
-        weights[seen] = balanced(named[seen], tokens[seen], config.source_balance)
+        tokens = weights * (np.ones(len(ids)) if by_row else schedule.rows.loss_tokens)
+        weights[seen] *= balanced(named[seen], tokens[seen], config.source_balance)
     known = None
     if config.objective == "poft":
         if references is None:

@@ -126,6 +126,8 @@ def bpe_tokenizer(texts: Sequence[str], vocab: int, context: int) -> Any:
 ENCODE_BATCH = 4096
 SHARDS = 2
 """Parts of a batch on a CPU. Part of what the weights depend on, so not the number of cores."""
+WEIGHT_DECAY = 0.1
+"""Of matrices alone, as in GPT-3 (Brown et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,6 @@ class Pretrain:
         batch_tokens: Tokens of one step.
         lr: Peak learning rate; 2e-3 is steady for AdamW at a few million parameters.
         warmup: Share of the steps with rising rate; then cosine down to a tenth.
-        weight_decay: On matrices only, as in GPT-3 (Brown et al. 2020).
         seed: Of the initial weights and the order of documents.
     """
 
@@ -158,7 +159,6 @@ class Pretrain:
     batch_tokens: int = 4096
     lr: float = 2e-3
     warmup: float = 0.05
-    weight_decay: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,11 +173,8 @@ class Pretrain:
             raise ValueError(
                 f"context is {self.context}: choose 2 to batch_tokens ({self.batch_tokens}) tokens"
             )
-        if not self.lr > 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr {self.lr} must be above 0, warmup {self.warmup} in [0, 1), "
-                f"weight_decay {self.weight_decay} not negative"
-            )
+        if not self.lr > 0 or not 0 <= self.warmup < 1:
+            raise ValueError(f"lr {self.lr} must be above 0, warmup {self.warmup} in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -296,7 +293,7 @@ def _optimizer(model: Any, config: Pretrain) -> Any:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

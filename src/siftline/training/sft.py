@@ -4,6 +4,7 @@ SFTTrainer would tokenise, mask, cut, shuffle and drop rows by itself. Here it d
 item of its dataset is the number of one planned forward pass (see `schedule`), dealt in sequence.
 """
 
+import copy
 import importlib.util
 import logging
 import os
@@ -25,14 +26,19 @@ Kind = Literal["sft", "sft_kl", "dft", "asft", "poft"]
 Report = Literal["none", "tensorboard", "wandb"]
 
 
+LORA_SCALE = 2
+"""Alpha of a LoRA adapter over its rank, as in TRL's defaults, 32 and 16."""
+
+
 @dataclass(frozen=True)
 class FineTune:
     """How to fine-tune. Defaults are TRL 1.16's unless another source is named.
 
     Attributes:
         method: `full`; `lora` on all linear layers but the head; `qlora`, the same over a base in
-            4 bits; or `peft`, any adapter of that library that can be merged.
-        peft: For `peft`: its `type` (LOHA, IA3, …) and the options of that type's configuration.
+            4 bits; or `peft`, an adapter of that library that can be merged.
+        peft: For `peft`: its `type` (LOHA, IA3, ADALORA, …) and the options of that type's
+            configuration; one that would not do here what it is called is refused.
         objective: The loss; see the table of objectives in docs/training.md.
         kl_weight: Weight of the divergence from the start in `sft_kl` and `asft`; 0.05 as in ASFT's
             published runs.
@@ -40,10 +46,12 @@ class FineTune:
             two thirds of the steps; 0 is off, 0.4 the paper's for mathematics.
         prompt_weight: Loss weight of prompt tokens; those of the response have 1.
         source_balance: 0 leaves sources their share of the loss, 1 gives all the same.
+        weight_column: Column with the loss weight of each row, above 0, read where the data has it;
+            rows without one weigh 1, null weighs all alike. `siftline dedup --rehydrate` writes
+            sift_weight: a row of weight 3 moves the loss as three such rows would.
         reference_column: Column with the mean log-probability of each row's response under the
             reference models, for `poft`.
         lora_rank: Rank; 16 and alpha 32 as in the QLoRA family of recipes (alpha = 2 x rank).
-        lora_alpha: Scale of the adapter, times 1 / rank.
         learning_rate: Peak rate; LoRA wants about ten times that of full tuning.
         epochs: Passes over the rows, used when no budget of loss tokens is given.
         phases: Sources in the order of the run; empty mixes all from the start.
@@ -72,9 +80,9 @@ class FineTune:
     mask_rate: float = 0.0
     prompt_weight: float = 0.0
     source_balance: float = 0.0
+    weight_column: str | None = "sift_weight"
     reference_column: str = "mean_ref_logprob"
     lora_rank: int = 16
-    lora_alpha: int = 32
     learning_rate: float = 2e-5
     epochs: float = 3.0
     phases: tuple[Phase, ...] = ()
@@ -105,7 +113,7 @@ class FineTune:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(known)}")
-        counts = "lora_rank lora_alpha batch_rows accumulation save_steps eval_steps"
+        counts = "lora_rank batch_rows accumulation save_steps eval_steps"
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -120,6 +128,11 @@ class FineTune:
             raise ValueError(
                 f"method is {self.method!r}, peft is {self.peft}: method peft, and it alone, "
                 "takes peft: {type: LOHA, …}"
+            )
+        if allocates_ranks(self.peft) and self.keep == "best":
+            raise ValueError(
+                "keep is 'best' with AdaLoRA, whose early steps have ranks it will not keep: take "
+                "keep: last"
             )
 
     def _check_rates(self) -> None:
@@ -144,6 +157,11 @@ class FineTune:
             )
         if self.steps is not None and (self.steps < 1 or (self.loss_tokens or 0) < 1):
             raise ValueError(f"loss_tokens {self.loss_tokens} and steps {self.steps}: 1 or more")
+
+
+def allocates_ranks(peft: Mapping[str, Any]) -> bool:
+    """Whether an adapter's ranks fall while it trains: then only a whole run means anything."""
+    return str(peft.get("type", "")).upper() == "ADALORA"
 
 
 def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = False) -> Any:
@@ -188,6 +206,8 @@ def sft_arguments(config: FineTune, checkpoints: Path, seed: int, dev: bool = Fa
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
+        # peft can't load an AdaLoRA back into training, so a killed run starts again.
+        save_strategy="no" if allocates_ranks(config.peft) else "steps",
         save_steps=config.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if dev else "no",
@@ -244,12 +264,61 @@ def check_sharding(config: FineTune) -> None:
         )
 
 
-def load_model(base: Path, config: FineTune, seed: int) -> Any:
+ADAPTERS = frozenset(
+    {
+        "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
+        "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS",
+        "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
+"""Types of peft that do here what they are called; a test trains each."""
+_UNMERGED = "can't be merged into the weights, so no engine could run the result"
+REFUSED = {
+    "POLY": "mixes skills by the task of a row, and rows here have no task",
+    "XLORA": "gates adapters that were trained before, and its gates can't be merged",
+    "PVERA": "learns a distribution of weights, of which merging would keep the mean alone",
+    "TRAINABLE_TOKENS": "trains added tokens alone, and no token is added here",
+    "LILY": _UNMERGED,
+    "SHADOW": _UNMERGED,
+}
+"""Why a type is refused; of all others it is that they can't be merged, or are not tried."""
+STARTS = ("gaussian", "orthogonal", "olora", "pissa", "mica")
+"""Starts of a LoRA that need its weights alone; `pissa_niter_N` and true are others."""
+UNSERVED = {
+    "use_asa": "needs a callback of its own",
+    "loftq_config": "starts from a base in 4 bits: method qlora has one",
+    "eva_config": "starts from activations of the data, which are not gathered here",
+    "corda_config": "starts from covariances of the data, which are not gathered here",
+    "lora_ga_config": "starts from gradients of the data, which are not gathered here",
+    "velora_config": "compresses activations of a backward pass, which is not tried here",
+    "kasa_config": "adds to the loss, and the loss here is the objective alone",
+    "monteclora_config": "adds to the loss, and the loss here is the objective alone",
+    "arrow_config": "routes between adapters that were trained before",
+    "alora_invocation_tokens": "switches itself on inside a text, so it can't be merged",
+    "use_qalora": "needs a GPTQ base",
+    "use_bdlora": "is for sharded serving of adapters, and the result here is merged",
+    "layer_replication": "changes the layers of the model, and the result here has the base's",
+    "megatron_config": "needs Megatron",
+    "trainable_token_indices": "trains added tokens, and no token is added here",
+    "inference_mode": "trains nothing",
+    "task_type": "is causal language modelling here",
+}
+"""Options of adapters that ask for what is not done here, and why."""
+
+
+def load_model(base: Path, config: FineTune, seed: int, steps: int | None = None) -> Any:
     """The model to train: float32 weights, or a frozen base in its own type on a GPU.
 
+    Args:
+        base: Directory of the model.
+        config: How to train.
+        seed: Of the adapter's first weights.
+        steps: Optimizer steps of the run, which AdaLoRA's schedule is laid over.
+
     Raises:
-        ValueError: if the method asks for a library that is not there, or for an adapter that peft
-            does not know, refuses, or can't merge.
+        ValueError: if the method asks for a library that is not there, or for an adapter that is
+            not accepted, that peft refuses, that has nothing to train or can't be merged.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
@@ -268,11 +337,34 @@ def load_model(base: Path, config: FineTune, seed: int) -> Any:
             model, use_gradient_checkpointing=config.gradient_checkpointing
         )
     set_seed(hash64(seed, "finetune adapter") % 2**32)
-    adapter = adapter_config(config)
+    adapter = adapter_config(config, steps)
     try:
-        return get_peft_model(model, adapter)
+        model = get_peft_model(model, adapter)
     except (ValueError, TypeError) as error:
         raise ValueError(f"peft refuses {adapter.peft_type.value}: {error}") from error
+    if config.method == "peft":
+        _check_trains(model, adapter.peft_type.value)
+    return model
+
+
+def _check_trains(model: Any, name: str) -> None:
+    """Refuses, before training, an adapter without weights or one that this base can't take in.
+
+    Raises:
+        ValueError: naming the type.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not any(part.requires_grad for part in model.parameters()):
+        raise ValueError(f"peft type {name} has nothing to train in this model: give its modules")
+    one_each = {type(part): part for part in model.modules() if isinstance(part, BaseTunerLayer)}
+    for layer in one_each.values():
+        try:
+            copy.deepcopy(layer).merge()
+        except (AttributeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"peft type {name} can't be merged into this model: {error}"
+            ) from error
 
 
 def _four_bits() -> dict[str, Any]:
@@ -295,47 +387,79 @@ def _four_bits() -> dict[str, Any]:
     }
 
 
-def adapter_config(config: FineTune) -> Any:
+def adapter_config(config: FineTune, steps: int | None = None) -> Any:
     """The peft configuration of a method.
 
+    Args:
+        config: How to train.
+        steps: Optimizer steps of the run, for AdaLoRA.
+
     Raises:
-        ValueError: for a type or an option that peft does not know, or an adapter that can't be
-            merged into the weights.
+        ValueError: for a type or an option that is unknown or not accepted.
     """
     from peft import LoraConfig
 
     if config.method != "peft":
         return LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=LORA_SCALE * config.lora_rank,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    return _any_config(config.peft)
+    return _any_config(config.peft, steps)
 
 
-def _any_config(options: Mapping[str, Any]) -> Any:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+def _any_config(options: Mapping[str, Any], steps: int | None) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kinds = {kind.value: kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    mergeable = {
-        name
-        for name, kind in kinds.items()
-        if hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
-    }
     name = str(options["type"]).upper()
+    choose = f"choose {', '.join(sorted(ADAPTERS & set(kinds)))}"
     if name not in kinds:
-        raise ValueError(f"peft type {name!r} is unknown: choose {', '.join(sorted(mergeable))}")
-    if name not in mergeable:
-        raise ValueError(
-            f"peft type {name!r} can't be merged into the weights, so no engine could run the "
-            f"result: choose {', '.join(sorted(mergeable))}"
-        )
+        raise ValueError(f"peft type {name!r} is unknown: {choose}")
+    if name not in ADAPTERS:
+        raise ValueError(f"peft type {name!r} {REFUSED.get(name, _UNMERGED)}: {choose}")
     rest = {key: value for key, value in options.items() if key != "type"}
+    for key, why in UNSERVED.items():
+        if rest.get(key):
+            raise ValueError(f"peft option {key} of {name} {why}: leave it out")
+    if name == "LORA":
+        _check_start(rest.get("init_lora_weights", True))
+    if allocates_ranks(options):
+        rest = _rank_schedule(rest, steps)
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kinds[name]](task_type="CAUSAL_LM", **rest)
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft type {name}: {error}") from error
+
+
+def _check_start(start: Any) -> None:
+    """Refuses starts of a LoRA that the data or a quantised base would have to give."""
+    if isinstance(start, str) and start not in STARTS and not start.startswith("pissa_niter_"):
+        raise ValueError(
+            f"init_lora_weights is {start!r}, which needs what is not made here (statistics of the "
+            f"data, or a base in 4 bits): choose true, {', '.join(STARTS)} or pissa_niter_N"
+        )
+
+
+def _rank_schedule(options: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """AdaLoRA's options over the steps of this run; they are counted by the plan, not the user.
+
+    Raises:
+        ValueError: if another number of steps is given, or no rank could fall.
+    """
+    total = steps if steps is not None else options.get("total_step")
+    if options.get("total_step", total) != total:
+        raise ValueError(
+            f"total_step is {options['total_step']}, and the run has {total} steps: leave it out"
+        )
+    first, last = options.get("init_r", 12), options.get("target_r", 8)
+    if not 1 <= last < first:
+        raise ValueError(
+            f"init_r is {first} and target_r {last}: AdaLoRA's ranks fall from one to the other, "
+            "so target_r must be 1 or more and below init_r"
+        )
+    return {**options, "total_step": total}
 
 
 def _shifts_base(model: Any) -> bool:
@@ -344,7 +468,7 @@ def _shifts_base(model: Any) -> bool:
     Such an adapter is of no use beside the base itself.
     """
     start = getattr(model.active_peft_config, "init_lora_weights", True)
-    return isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")
+    return isinstance(start, str) and start not in ("gaussian", "orthogonal", "mica")
 
 
 def _merged(model: Any, adapter: Path, base: Path) -> Any:

@@ -69,6 +69,13 @@ class PlannedTrainer(SFTTrainer):
             callbacks=[_Report(progress), _LastEvaluation(dev is not None), _Listed()],
         )
         self.remove_callback(PrinterCallback)  # it prints every loss to stdout
+        self.allocating = getattr(model, "base_model", None)
+        if not hasattr(self.allocating, "rankallocator"):
+            self.allocating = None
+        elif self.is_fsdp_enabled:
+            raise ValueError("AdaLoRA under FSDP: its importance needs whole gradients; use DDP")
+        else:
+            self.add_callback(_Allocation(self.allocating))
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         read_tokens(inner)
         check_head(model)
@@ -141,6 +148,9 @@ class PlannedTrainer(SFTTrainer):
         if balances:  # a mean of passes, as the mixture's own recipe has it
             parts = len(balances) * self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * torch.stack(balances).sum() / parts
+        if self.allocating is not None:
+            penalty = orthogonality(self.allocating)
+            loss = loss + penalty / self.current_gradient_accumulation_steps
         return loss
 
     def _score(self, model: Any, arguments: dict[str, Any]) -> tuple[TokenScores, Any]:
@@ -248,6 +258,31 @@ def _joined(scores: list[TokenScores]) -> TokenScores:
     kl = [each.kl for each in scores if each.kl is not None]
     logprobs = torch.cat([each.logprobs for each in scores])
     return TokenScores(logprobs, torch.cat(kl) if kl else None)
+
+
+def orthogonality(tuner: Any) -> torch.Tensor:
+    """AdaLoRA's penalty: how far its singular vectors are from orthonormal (arXiv 2303.10512).
+
+    The mean over all P and Q of the Frobenius norm of P'P - 1, times `orth_reg_weight`. peft adds
+    it to a loss that a model computes itself, which is not the loss here.
+    """
+    norms = []
+    for name, part in tuner.model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            gram = part @ part.T if ".lora_A." in name else part.T @ part
+            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+    weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
+    return weight * torch.stack(norms).mean()
+
+
+class _Allocation(TrainerCallback):
+    """Lets AdaLoRA's ranks fall: after every step of the optimizer, while gradients are there."""
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tuner.update_and_allocate(state.global_step + 1)
 
 
 class _Report(TrainerCallback):

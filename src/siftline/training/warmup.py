@@ -66,7 +66,6 @@ def adapter_options(asked: Gradients, max_length: int) -> FineTune:
     return FineTune(
         method="lora",
         lora_rank=asked.rank,
-        lora_alpha=2 * asked.rank,
         learning_rate=asked.learning_rate,
         epochs=float(asked.epochs),
         batch_rows=asked.batch_rows,

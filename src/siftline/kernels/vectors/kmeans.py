@@ -3,19 +3,27 @@
 faiss does the work. Around it: rows are put in the order of a hash of their ids; the first
 centroids are drawn by D-squared weighting (k-means++, Arthur & Vassilvitskii 2007) with one hash
 draw per row; every row trains (faiss would silently take 256 per centroid); one thread; clusters
-are numbered by their smallest member id. Drawing the seeds by hash keeps clusters in place when
+are numbered by their smallest member id. There are `STARTS` starts, of which the one with the least
+squared distance goes on until it settles: `TRIAL_ITERATIONS` lower the sum by no more than
+`SETTLED` of it, or `MOST_ITERATIONS` are over (`Clusters.settled` says which). Starts are compared
+after `TRIAL_ITERATIONS`. Drawing the seeds by hash keeps clusters
+in place when
 the pool grows: on 20,000 clustered vectors, k = 100, 1 % more rows gave an adjusted Rand index of
 0.91 to 0.96 to the old labels over three seeds, against 0.78 for faiss's own k-means++.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from siftline.kernels.draws import hash64, uniforms
 
-ITERATIONS = 25  # faiss's default; it stops earlier once the objective stands still
+STARTS = 5  # as in the released code of kMQ
+TRIAL_ITERATIONS = 10  # where five starts were told apart as well as at their ends
+MOST_ITERATIONS = 300  # as scikit-learn's, and in the released code of kMQ
+SETTLED = 1e-5  # of the sum of squared distances
 SEEDING_ROWS = (4096, 16)  # rows the seeds are drawn from: at least, and per cluster
 
 SILHOUETTE_SAMPLE = 4000
@@ -29,11 +37,26 @@ class Clusters:
         centroids: float32, shape (k, d).
         labels: int32 index into `centroids` per row, shape (n,).
         distances: float32 squared Euclidean distance to the own centroid, shape (n,).
+        starts: Sum of squared distances of each start when they were compared, in order.
+        iterations: Iterations of the start that was taken.
+        settled: Whether it stood still; False where it ran out of iterations.
     """
 
     centroids: np.ndarray
     labels: np.ndarray
     distances: np.ndarray
+    starts: tuple[float, ...] = ()
+    iterations: int = 0
+    settled: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        """How the clustering was found, for the facts of a stage; JSON."""
+        return {
+            "inertia": float(self.distances.sum(dtype=np.float64)),
+            "start_inertias": [round(value, 6) for value in self.starts],
+            "iterations": self.iterations,
+            "settled": self.settled,
+        }
 
 
 def kmeans(x: np.ndarray, k: int, seed: int, ids: Sequence[str]) -> Clusters:
@@ -51,28 +74,55 @@ def kmeans(x: np.ndarray, k: int, seed: int, ids: Sequence[str]) -> Clusters:
     Raises:
         ValueError: if k is not within 1..n, ids repeat, or a vector is not finite.
     """
-    import faiss
     from threadpoolctl import threadpool_limits
 
     _check(x, k, ids)
     order = np.lexsort((np.asarray(ids), uniforms(seed, "kmeans_order", ids)))
     rows = np.ascontiguousarray(x[order], dtype=np.float32)
-    u = uniforms(seed, "kmeans_seeds", ids)[order]
+    # Two starts of one cluster, or of a cluster for each row, are the same.
+    starts = STARTS if 1 < k < len(x) else 1
     # One thread: BLAS may add in another order with another number of threads.
     with threadpool_limits(limits=1):
-        trainer = faiss.Kmeans(
-            x.shape[1],
-            k,
-            niter=ITERATIONS,
-            seed=hash64(seed, "kmeans") & 0x7FFFFFFF,
-            min_points_per_centroid=1,
-            max_points_per_centroid=len(x),
-        )
-        trainer.train(rows, init_centroids=rows[_seed_rows(rows, u, k)])
-        distances, labels = trainer.assign(rows)
-    assert trainer.centroids is not None
+        best, least, found = None, np.inf, []
+        for start in range(starts):
+            u = uniforms(seed, "kmeans_seeds", ids, start)[order]
+            trainer = _trained(rows, rows[_seed_rows(rows, u, k)], TRIAL_ITERATIONS, seed)
+            found.append(_inertia(trainer, rows))
+            if found[-1] < least:
+                best, least = trainer, found[-1]
+        assert best is not None, "a finite sum of squares is below infinity"
+        done, settled = TRIAL_ITERATIONS, False
+        while not settled and done < MOST_ITERATIONS:
+            best = _trained(rows, best.centroids, TRIAL_ITERATIONS, seed)
+            now = _inertia(best, rows)
+            settled = least - now <= SETTLED * least
+            done, least = done + TRIAL_ITERATIONS, now
+        distances, labels = best.assign(rows)
     back = np.argsort(order)
-    return _renumber(trainer.centroids, labels[back], distances[back], ids)
+    clusters = _renumber(best.centroids, labels[back], distances[back], ids)
+    return replace(clusters, starts=tuple(found), iterations=done, settled=settled)
+
+
+def _trained(rows: np.ndarray, centroids: np.ndarray, iterations: int, seed: int) -> Any:
+    """The k-means of faiss after some iterations from given centroids."""
+    import faiss
+
+    trainer = faiss.Kmeans(
+        rows.shape[1],
+        len(centroids),
+        niter=iterations,
+        seed=hash64(seed, "kmeans") & 0x7FFFFFFF,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(rows),
+    )
+    trainer.train(rows, init_centroids=np.ascontiguousarray(centroids))
+    return trainer
+
+
+def _inertia(trainer: Any, rows: np.ndarray) -> float:
+    """Sum of squared distances, added in float64."""
+    distances, _ = trainer.assign(rows)
+    return float(np.maximum(distances, 0).sum(dtype=np.float64))
 
 
 def _check(x: np.ndarray, k: int, ids: Sequence[str]) -> None:

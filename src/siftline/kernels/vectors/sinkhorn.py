@@ -109,6 +109,20 @@ def soft_transform(
     return out
 
 
+def mean_costs(x: np.ndarray, y: np.ndarray, cost: Cost) -> np.ndarray:
+    """The mean cost of each row of the first cloud to the second, float64 (n,): one pass."""
+    costs, rows = cost_blocks(x, y, cost, exact=True)
+    out = np.empty(len(x))
+
+    def mean(start: int, stop: int) -> np.ndarray:
+        found: np.ndarray = costs(start, stop).mean(axis=1, dtype=np.float64)
+        return found
+
+    for start, stop, found in over_blocks(len(x), rows, mean):
+        out[start:stop] = found
+    return out
+
+
 def cost_blocks(x: np.ndarray, y: np.ndarray, cost: Cost, *, exact: bool) -> tuple[Costs, int]:
     """A function that gives the costs of rows start..stop, float32 (b, m), and rows a block.
 

@@ -15,7 +15,7 @@ from siftline.scoring.engines.base import Engine, ModelSpec, check_directory, op
 from siftline.scoring.engines.batching import plan_batches
 from siftline.scoring.fingerprint import model_fingerprint
 from siftline.scoring.recorder import Recorder
-from siftline.scoring.spans import encode, start_token
+from siftline.scoring.spans import UnscorableRow, encode, response_span, start_token
 from siftline.store.store import score_key
 
 MAX_ROWS = 512
@@ -33,6 +33,12 @@ class TextEmbedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length vectors, float32 (n, d), in the order of the texts."""
+        ...
+
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows with id, messages and tools, roles and all, and reasons, by id."""
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
@@ -85,6 +91,15 @@ class SentenceEmbedder:
         lengths = [min(n, self.max_length) for n in self.token_counts(texts)]
         return _in_batches(self._encode, texts, texts, lengths, self.spec.batch_tokens)
 
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows by id; each turn stands behind its role."""
+        if not rows:
+            return {}, {}
+        vectors = self.embed_texts([conversation_text(row) for row in rows])
+        return {row["id"]: v for row, v in zip(rows, vectors, strict=True)}, {}
+
     def _encode(self, texts: list[str]) -> np.ndarray:
         vectors = self._model.encode(
             texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
@@ -133,6 +148,26 @@ class EngineEmbedder:
         rows = [self._tokens(text)[: self.max_length] for text in texts]
         lengths = [len(row) for row in rows]
         return _in_batches(self.engine.embed, rows, texts, lengths, self.batch_tokens)
+
+    def embed_conversations(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Vectors of rows by id, templated as the model knows it; reasons of what can't be."""
+        asked: dict[str, list[int]] = {}
+        failed: dict[str, str] = {}
+        for row in rows:
+            try:
+                asked[row["id"]] = conversation_tokens(
+                    self.engine.tokenizer, row, None, self.max_length
+                )
+            except UnscorableRow as error:
+                failed[row["id"]] = error.reason
+        if not asked:
+            return {}, failed
+        tokens = list(asked.values())
+        lengths = [len(line) for line in tokens]
+        vectors = _in_batches(self.engine.embed, tokens, list(asked), lengths, self.batch_tokens)
+        return dict(zip(asked, vectors, strict=True)), failed
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, the start token included, before it is cut to `max_length`."""
@@ -200,22 +235,84 @@ def embed_texts(
         float16 vectors of unit length by id, and reasons by id of those that failed.
     """
     engine = recorder.engine
+    if hasattr(engine, "embed_texts"):
+        return _asked(recorder, bucket, texts)
+    tokens = {
+        i: [start_token(engine.tokenizer), *encode(engine.tokenizer, text)][: engine.max_length]
+        for i, text in texts.items()
+    }
+    return _asked(recorder, bucket, tokens)
+
+
+def embed_conversations(
+    recorder: Recorder, bucket: int, rows: pa.Table
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Embeds whole conversations of one store bucket, roles and all.
+
+    Args:
+        recorder: As for `embed_texts`.
+        bucket: Store bucket that all rows belong to.
+        rows: Columns id, messages, tools.
+
+    Returns:
+        As `embed_texts`; a row also fails where the template can't write it.
+    """
+    engine = recorder.engine
     by_text = hasattr(engine, "embed_texts")
+    asked: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for row in rows.select(["id", "messages", "tools"]).to_pylist():
+        try:
+            asked[row["id"]] = (
+                conversation_text(row)
+                if by_text
+                else conversation_tokens(
+                    engine.tokenizer, row, recorder.spec.template, engine.max_length
+                )
+            )
+        except UnscorableRow as error:
+            failed[row["id"]] = error.reason
+    found, reasons = _asked(recorder, bucket, asked)
+    return found, {**failed, **reasons}
+
+
+def conversation_tokens(
+    tokenizer: Any, row: Mapping[str, Any], template: str | None, max_length: int
+) -> list[int]:
+    """The templated conversation, as far as `max_length` goes, as RDS+ reads it.
+
+    Raises:
+        UnscorableRow: if the template can't write it, or leaves a part of it out.
+    """
+    tokens, _ = response_span(tokenizer, row["messages"], template, tools=row["tools"])
+    return tokens[:max_length]
+
+
+def conversation_text(row: Mapping[str, Any]) -> str:
+    """A conversation for a model that knows no template: each turn behind its role."""
+    turns = [f"tools: {row['tools']}"] if row["tools"] else []
+    for turn in row["messages"]:
+        parts = [turn.get(k) for k in ("reasoning_content", "reasoning", "content", "tool_calls")]
+        turns.append(f"{turn['role']}: " + "\n".join(str(part) for part in parts if part))
+    return "\n".join(turns)
+
+
+def _asked(
+    recorder: Recorder, bucket: int, items: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Vectors of texts or of lists of tokens by id, and reasons by id."""
+    engine = recorder.engine
     questions: dict[str, tuple[int, Any]] = {}
     keys: dict[str, str] = {}
-    for identity, text in texts.items():
-        if by_text:
-            key, question, length = score_key([], text), text, max(1, len(text) // 4)
-        else:
-            tokens = [start_token(engine.tokenizer), *encode(engine.tokenizer, text)]
-            tokens = tokens[: engine.max_length]
-            key, question, length = score_key(tokens), tokens, len(tokens)  # type: ignore[assignment]
-        questions[key] = (length, question)
+    for identity, item in items.items():
+        by_text = isinstance(item, str)
+        key = score_key([], item) if by_text else score_key(item)
+        questions[key] = (max(1, len(item) // 4) if by_text else len(item), item)
         keys[identity] = key
 
     def answer(asked: Sequence[Any]) -> list[dict[str, Any] | str]:
-        vectors = engine.embed_texts(list(asked)) if by_text else engine.embed(list(asked))
-        return [{"vector": v.astype("<f2").tobytes()} for v in vectors]
+        embed = engine.embed_texts if hasattr(engine, "embed_texts") else engine.embed
+        return [{"vector": v.astype("<f2").tobytes()} for v in embed(list(asked))]
 
     records, reasons = recorder.ask("embedding", VERSION, {}, RECORD, bucket, questions, answer)
     raw = dict(zip(records["key"].to_list(), records["vector"].to_list(), strict=True))

@@ -15,12 +15,15 @@ import polars as pl
 
 from siftline.kernels.draws import largest_remainder, uniforms
 from siftline.rows.selection import Selection, decisions
-from siftline.selectors.spending import check_mixture, group_of, split
-from siftline.stages.rejection_sampling.difficulty import level_of, prop2diff, uniform
+from siftline.selectors.spending import cap_of, check_evened, check_mixture, group_of, split
+from siftline.stages.rejection_sampling.difficulty import HARDEST, level_of, targets_of
 
 MAX_ROWS = 100_000_000
 """Rows one machine allocates over, at about 150 bytes each."""
 ORIGINS = ("pool", "sampler", "target")
+TARGETS = ("uniform", "prop2diff", "scores")
+AIMED = "aimed"
+"""Optional column: the target that a sampling stage drew for, of the prompt; null without one."""
 COLUMNS = {
     "id": pl.String,
     "prompt_id": pl.String,
@@ -45,13 +48,23 @@ class Allocate:
             fits; "rows" meets it exactly.
         on_shortfall: When there is too little on offer: "error", or a "smaller" selection.
         quota: Budget per cluster: "proportional" to the answers its prompts should get, or "equal".
-        targets: Answers per prompt: "uniform", or "prop2diff", in proportion to difficulty.
-        answers: Most answers per prompt. 1 is GRAPE's one per instruction.
+        targets: Answers per prompt: "uniform", "prop2diff", in proportion to difficulty, or
+            "scores", those that a sampling stage took from a scorer. By default what the recipe's
+            rejection_sampling stage drew for, prompt by prompt; "uniform" without one.
+        answers: Most answers per prompt. By default the k of the recipe's rejection_sampling stage;
+            without one 1, GRAPE's one per instruction.
+        max_quantile: Quantile of the difficulties that counts as the hardest under "prop2diff". By
+            default that of the recipe's rejection_sampling stage.
         fit: Which answers of a prompt win: the most likely ("likelihood", GRAPE), or "random" ones,
             its control.
-        own_samples: Whether samples of the target model compete. GRAPE lost 4 to 7 points by it.
+        own_samples: Whether samples of the target model compete. By default they do behind a
+            rejection_sampling stage, which verified them; GRAPE lost 4 to 7 points by others.
         mixture: Budget by source, as weights; `*` is every source not named, and a source without a
             weight is not asked. Empty asks all alike. What a source lacks goes to the others.
+        temperature: Evens the weights of sources out: each counts to the power of 1 over it. 1
+            leaves them, a large one makes them equal. Without a mixture the weights are what the
+            sources have on offer.
+        caps: Most of the budget that a source may have, in its unit; `*` is for those not named.
         levels: Number of difficulty levels in the reports (MATH has 5).
         seed: The recipe's seed.
     """
@@ -60,11 +73,14 @@ class Allocate:
     unit: Literal["loss_tokens", "rows"] = "loss_tokens"
     on_shortfall: Literal["error", "smaller"] = "error"
     quota: Literal["proportional", "equal"] = "proportional"
-    targets: Literal["uniform", "prop2diff"] = "uniform"
+    targets: Literal["uniform", "prop2diff", "scores"] = "uniform"
     answers: int = 1
+    max_quantile: float = HARDEST
     fit: Literal["likelihood", "random"] = "likelihood"
     own_samples: bool = False
     mixture: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+    caps: dict[str, int] = field(default_factory=dict)
     levels: int = 5
     seed: int = 0
 
@@ -76,22 +92,37 @@ class Allocate:
             ("unit", ("loss_tokens", "rows")),
             ("on_shortfall", ("error", "smaller")),
             ("quota", ("proportional", "equal")),
-            ("targets", ("uniform", "prop2diff")),
+            ("targets", TARGETS),
             ("fit", ("likelihood", "random")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {choices}")
+        if not 0 < self.max_quantile <= 1:
+            raise ValueError(
+                f"max_quantile is {self.max_quantile}: give a number above 0, at most 1"
+            )
         if self.mixture:
             check_mixture(self.mixture, "mixture")
+        check_evened(self.temperature, self.caps, self.mixture)
+
+    @property
+    def by_source(self) -> bool:
+        """Whether each source has its own part of the budget."""
+        return bool(self.mixture or self.caps or self.temperature != 1)
 
     def summarise(self, bucket: pl.DataFrame) -> pl.DataFrame:
         """The narrow columns of one bucket, checked, with what bars a row from competing.
 
-        A mixture reads the column `source` too.
+        With a mixture, a temperature or caps it reads the column `source` too; what was drawn for
+        stands in `AIMED`.
         """
-        part = group_of(self.mixture) if self.mixture else pl.lit(None, pl.String)
+        part = pl.lit(None, pl.String)
+        if self.by_source:
+            named = pl.col("source").cast(pl.String).fill_null("")
+            part = group_of(self.mixture) if self.mixture else named
         narrow = [pl.col(name).cast(dtype) for name, dtype in COLUMNS.items()]
-        rows = bucket.select(*narrow, part.alias("part"))
+        aimed = pl.col(AIMED) if AIMED in bucket.columns else pl.lit(None)
+        rows = bucket.select(*narrow, part.alias("part"), aimed.cast(pl.Int64).alias(AIMED))
         rows = rows.with_columns(pl.col("cluster").fill_null(-1), bar=self._bar())
         score = pl.col("logprob_mean")
         if self.fit == "random":
@@ -120,11 +151,11 @@ class Allocate:
         prompts = self._prompts(rows)
         ranked = _rank(rows, prompts)
         offers = ranked.filter(pl.col("rank") <= pl.col("target"))
-        if self.mixture:
+        if self.by_source and (self.mixture or offers.height):
             parts, clusters, spent = self._mixed(prompts, offers)
         else:
             parts, clusters = None, self._quotas(prompts, offers, self.size)
-            spent = _spend(offers, clusters, self.unit, self.size)
+            spent = _spend(offers, clusters, self.unit, self.size).with_columns(capped=False)
         plan = self._plan(prompts, ranked, spent, clusters, parts)
         if plan.facts["shortfall"] and self.on_shortfall == "error":
             raise ValueError(_complaint(self, plan))
@@ -146,6 +177,7 @@ class Allocate:
         rows = rows.join(plan.rows, on="id", how="left", validate="1:1").sort("id")
         offered = pl.col("chosen").is_not_null()
         lost = pl.when(offered).then(pl.lit("over_budget")).otherwise(pl.lit("not_best_fit"))
+        lost = pl.when(pl.col("capped")).then(pl.lit("over_source_cap")).otherwise(lost)
         shown = rows.select(
             "id",
             kept=pl.col("chosen").fill_null(False),
@@ -160,7 +192,7 @@ class Allocate:
 
     def _bar(self) -> pl.Expr:
         """Why a row may not compete, or null; a verified answer bars the unproven beside it."""
-        wanted = pl.col("part").is_not_null() | pl.lit(not self.mixture)
+        wanted = pl.col("part").is_not_null() | pl.lit(not self.by_source)
         asked = ((pl.col("origin") != "target") | pl.lit(self.own_samples)) & wanted
         proven = (asked & pl.col("verified").fill_null(False)).any().over("prompt_id")
         unproven = ~pl.col("verified").fill_null(~proven)
@@ -175,7 +207,7 @@ class Allocate:
 
     def _prompts(self, rows: pl.DataFrame) -> pl.DataFrame:
         """One line per prompt: cluster, difficulty, level and how many answers it should get."""
-        facts = ("cluster", "difficulty")
+        facts = ("cluster", "difficulty", AIMED)
         prompts = (
             rows.group_by("prompt_id")
             .agg(
@@ -192,13 +224,8 @@ class Allocate:
                     "join it by prompt_id"
                 )
         d = prompts["difficulty"].to_numpy().astype(np.float64)
-        if self.targets == "uniform":
-            target = uniform(len(d), self.answers)
-        elif len(d) and np.isnan(d).all():
-            raise ValueError("no difficulty was measured: sample first, or set targets: uniform")
-        else:
-            target = prop2diff(d, self.answers)
-        return prompts.select("prompt_id", *facts).with_columns(
+        target = targets_of(self.targets, d, self.answers, self.max_quantile, prompts[AIMED])
+        return prompts.select("prompt_id", "cluster", "difficulty").with_columns(
             pl.Series("level", level_of(d, self.levels), dtype=pl.Int32),
             pl.Series("target", target, dtype=pl.Int64),
             pl.Series("u", uniforms(self.seed, "allocate", prompts["prompt_id"].to_list())),
@@ -214,8 +241,14 @@ class Allocate:
 
         A prompt with answers of two sources counts in the quotas of both.
         """
-        have = offers.group_by("part").agg(self._amount().alias("capacity"))
-        parts = split(self.mixture, self.size, dict(have.iter_rows()))
+        offers, over = self._capped(offers)
+        if offers.is_empty() and over.height:
+            raise ValueError(
+                f"caps {self.caps} are below the first answer of every source: raise them"
+            )
+        have = dict(offers.group_by("part").agg(self._amount().alias("capacity")).iter_rows())
+        mixture = self.mixture or {str(name): float(amount) for name, amount in have.items()}
+        parts = split(mixture, self.size, have, self.temperature)
         clusters, spent = [], []
         for name, quota in parts.select("source", "quota").iter_rows():
             mine = offers.filter(pl.col("part") == name)
@@ -223,6 +256,10 @@ class Allocate:
             clusters.append(self._quotas(asked, mine, quota))
             spent.append(_spend(mine, clusters[-1], self.unit, quota))
         bought = _filled(pl.concat(spent).sort("u", "prompt_id", "rank"), self.size)
+        bought = pl.concat(
+            [bought.with_columns(capped=False), over.with_columns(chosen=False, capped=True)],
+            how="diagonal_relaxed",
+        )
         summed = pl.concat(clusters).group_by("cluster").agg(pl.all().sum()).sort("cluster")
         chosen = (
             bought.filter("chosen")
@@ -231,6 +268,19 @@ class Allocate:
         )
         parts = parts.join(chosen, left_on="source", right_on="part", how="left")
         return parts.sort("source").fill_null(0), summed, bought
+
+    def _capped(self, offers: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Offers that the caps of their sources leave, in drawn order, and those beyond."""
+        names = offers["part"].unique().to_list()
+        limits = {name: cap_of(self.caps, name) for name in names if name is not None}
+        limits = {name: cap for name, cap in limits.items() if cap is not None}
+        amount = pl.col("n_tokens") if self.unit == "loss_tokens" else pl.lit(1, pl.Int64)
+        cap = pl.col("part").replace_strict(limits, default=None, return_dtype=pl.Int64)
+        ordered = offers.sort("u", "prompt_id", "rank").with_columns(amount=amount)
+        beyond = (pl.col("amount").cum_sum().over("part") > cap).fill_null(False)
+        marked = ordered.with_columns(beyond=beyond).drop("amount")
+        inside, over = marked.filter(~pl.col("beyond")), marked.filter("beyond")
+        return inside.drop("beyond"), over.drop("beyond")
 
     def _quotas(self, prompts: pl.DataFrame, offers: pl.DataFrame, size: int) -> pl.DataFrame:
         """Splits a size over clusters by the answers their prompts should get."""
@@ -260,7 +310,7 @@ class Allocate:
     ) -> "Plan":
         """Gathers decisions by row, and the reports."""
         chosen = spent.filter("chosen")
-        outcome = spent.select("id", "chosen", "spent", "quota")
+        outcome = spent.select("id", "chosen", "capped", "spent", "quota")
         edges = (
             spent.sort("prompt_id", "rank")
             .group_by("prompt_id")
@@ -290,6 +340,7 @@ class Allocate:
         if parts is not None:
             tables["mixture"] = parts
             facts["mixture_shortfall"] = int(parts["shortfall"].sum())
+            facts["over_source_cap"] = spent.filter("capped").height
         vacuous = chosen.height == ranked.height == spent.height
         return Plan(rows, facts, tables, vacuous)
 
@@ -312,7 +363,7 @@ class Plan:
 
 def _rank(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Ranks the competing answers of each prompt from 1, best score first, ties by id."""
-    competing = rows.filter(pl.col("bar").is_null()).drop("cluster", "difficulty")
+    competing = rows.filter(pl.col("bar").is_null()).drop("cluster", "difficulty", AIMED)
     competing = competing.sort("prompt_id", "score", "id", descending=[False, True, False])
     competing = competing.with_columns(rank=pl.int_range(1, pl.len() + 1).over("prompt_id"))
     return competing.join(prompts, on="prompt_id", how="left", maintain_order="left")

@@ -1,19 +1,36 @@
-"""How far a confidence can be believed, and on whom a threshold falls.
+"""Parts joined into a probability, how far it can be believed, and on whom a threshold falls.
+
+On rows of dev whose truth is known, a small logistic model learns how the parts go together, so
+that a confidence is the probability that an answer is right (Platt 1999). Every number about it is
+cross-fitted: a prompt is judged by a model that has not seen it. Prompts are resampled for the
+intervals.
 
 Wherever rows are known to be right or wrong, confidence can be held against it: a reliability curve
 with its expected calibration error (Naeini et al. 2015; Guo et al. 2017), and the AUROC of the
 whole and of each part. The shares kept by group show a gate that only lets the easy rows pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from siftline.kernels.draws import uniforms
 from siftline.stages.confidence.decide import auroc
+from siftline.training.intervals import poisson_weights
 
 BINS = 10
+LEAST_PROMPTS = 10
+"""Prompts with right answers, and with wrong ones, that a probability is learnt from at least."""
+FOLDS = 5
+RESAMPLES = 200
+PENALTY = 1.0
+"""Of the squared coefficients of standardised parts: a normal prior of variance 1."""
+DECIMALS = 9
+"""Digits of a probability that don't depend on the order of floating point sums."""
+CHUNK = 4096
 SHOWN_GROUPS = 20
 """Groups listed in a stage's facts; the side table has them all."""
 
@@ -79,6 +96,191 @@ def ranking(scores: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": len(values), "value": None, "low": None, "high": None}
     if min(int(labels.sum()), int((~labels).sum())) >= 2:
         found |= auroc(values, labels)._asdict()
+    return found
+
+
+class Joint:
+    """The probability that an answer is right, from the parts it has.
+
+    One logistic regression with an L2 penalty (scikit-learn) for each set of parts that rows have,
+    fitted to the known rows that have them all; so nothing is made up for a missing part. Where too
+    few known rows have a set, the largest subset that enough of them have is taken, at last the
+    known rows' share of right ones.
+
+    Args:
+        known: Columns `prompt_id`, `right` (boolean) and the parts, null where missing; one line
+            for each answer whose truth is known, in any order.
+        parts: Names of the parts.
+        seed: Of the resamples.
+        resamples: Resamples of the known rows' prompts that intervals come from.
+        least: Prompts of each class that a set of parts needs.
+    """
+
+    def __init__(
+        self,
+        known: pl.DataFrame,
+        parts: Sequence[str],
+        seed: int,
+        resamples: int = RESAMPLES,
+        least: int = LEAST_PROMPTS,
+    ) -> None:
+        self.parts = tuple(parts)
+        known = known.select("prompt_id", "right", *(pl.col(p).fill_nan(None) for p in parts))
+        self.known = known.sort("prompt_id", "right", *parts)  # sums depend on their order
+        self._seed, self._resamples, self._least = seed, resamples, least
+        self._models: dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]] = {}
+        self.reduced = 0
+        """Rows judged by fewer parts than they have, so far."""
+
+    def probability(self, rows: pl.DataFrame) -> np.ndarray:
+        """Probability of each row, shape (n,); NaN where it has no part."""
+        found = np.full(rows.height, np.nan)
+        for at, values in self._by_parts(rows, count=True):
+            found[at] = values[0]
+        return np.round(found, DECIMALS)
+
+    def interval(self, rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the 95 % bootstrap interval of each row's probability, both of shape (n,)."""
+        low, high = np.full((2, rows.height), np.nan)
+        for at, values in self._by_parts(rows):
+            ends = np.quantile(values, [0.025, 0.975], axis=0)
+            low[at] = np.minimum(ends[0], values[0])
+            high[at] = np.maximum(ends[1], values[0])
+        return np.round(low, DECIMALS), np.round(high, DECIMALS)
+
+    def expected(self, rows: pl.DataFrame, threshold: float) -> dict[str, Any]:
+        """What a threshold is expected to let through and to cost, with 95 % intervals.
+
+        Returns:
+            wrong_before, wrong_kept (shares of wrong rows in all and among those kept) and
+            right_lost (share of the right rows that are removed); each value, low, high, or null
+            where it is a share of nothing.
+        """
+        sums = np.zeros((4, self._resamples + 1))  # rows, rows kept, right ones, right ones kept
+        for _, values in self._by_parts(rows):
+            kept = np.round(values[0], DECIMALS) >= threshold
+            sums[0] += values.shape[1]
+            sums[1] += kept.sum()
+            sums[2] += values.sum(axis=1)
+            sums[3] += values[:, kept].sum(axis=1)
+        rows_in, rows_kept, right, right_kept = sums
+        return {
+            "wrong_before": _spread(rows_in - right, rows_in),
+            "wrong_kept": _spread(rows_kept - right_kept, rows_kept),
+            "right_lost": _spread(right - right_kept, right),
+        }
+
+    def _by_parts(
+        self, rows: pl.DataFrame, count: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions of rows, and their probability by the model and by each resample's."""
+        table = rows.select(pl.col(p).cast(pl.Float64).fill_null(np.nan) for p in self.parts)
+        values = table.to_numpy().reshape(rows.height, len(self.parts))
+        there = ~np.isnan(values)
+        for pattern in np.unique(there, axis=0):
+            mine = np.flatnonzero((there == pattern).all(axis=1))
+            have = tuple(p for p, has in zip(self.parts, pattern, strict=True) if has)
+            if not have:
+                continue
+            used, fits = self._model(have)
+            self.reduced += len(mine) * (count and used != have)
+            columns = [self.parts.index(name) for name in used]
+            for start in range(0, len(mine), CHUNK):
+                at = mine[start : start + CHUNK]
+                scores = fits[:, :1] + fits[:, 1:] @ values[at][:, columns].T
+                yield at, 1 / (1 + np.exp(-scores))
+
+    def _model(self, have: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+        """Parts that are used where a row has these, and intercepts with coefficients."""
+        if have not in self._models:
+            sizes = range(len(have), 0, -1)
+            sets = [names for size in sizes for names in combinations(have, size)]
+            fit = (names for names in sets if too_few(self._with(names), self._least) is None)
+            used = next(fit, ())
+            self._models[have] = used, self._fits(self._with(used), used)
+        return self._models[have]
+
+    def _with(self, parts: tuple[str, ...]) -> pl.DataFrame:
+        return self.known.drop_nulls(parts) if parts else self.known
+
+    def _fits(self, known: pl.DataFrame, used: tuple[str, ...]) -> np.ndarray:
+        values = known.select(used).to_numpy().reshape(known.height, len(used))
+        right = known["right"].to_numpy()
+        prompts = known["prompt_id"].unique().sort()
+        at = prompts.search_sorted(known["prompt_id"]).to_numpy()
+        fits = [_logistic(values, right, np.ones(known.height))]
+        for index in range(self._resamples):
+            weights = poisson_weights(self._seed, "confidence", prompts.to_list(), index)
+            fits.append(_logistic(values, right, weights[at]))
+        return np.array(fits)
+
+
+def _logistic(values: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Intercept and coefficients of weighted rows; of the share alone without both classes."""
+    from sklearn import config_context
+    from sklearn.linear_model import LogisticRegression
+
+    there = weights > 0
+    x, y, w = values[there], right[there], weights[there]
+    if not x.shape[1] or len(np.unique(y)) < 2:
+        share = (w @ y + 1) / (w.sum() + 2)
+        return np.r_[np.log(share / (1 - share)), np.zeros(x.shape[1])]
+    centre, scale = x.mean(axis=0), x.std(axis=0)
+    scale[scale < 1e-12] = 1.0
+    model = LogisticRegression(C=1 / PENALTY, solver="newton-cholesky", tol=1e-8)
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # half of the time
+        model.fit((x - centre) / scale, y, sample_weight=w)
+    slopes = model.coef_[0] / scale
+    return np.r_[model.intercept_[0] - slopes @ centre, slopes]
+
+
+def _spread(parts: np.ndarray, wholes: np.ndarray) -> dict[str, float] | None:
+    """A share by the model, with the interval of the resamples' shares; None of nothing."""
+    if not wholes[0]:
+        return None
+    shares = parts / wholes
+    low, high = np.quantile(shares, [0.025, 0.975])
+    ends = min(low, shares[0]), max(high, shares[0])
+    named = zip(("value", "low", "high"), (shares[0], *ends), strict=True)
+    return {name: round(float(value), DECIMALS) for name, value in named}
+
+
+def too_few(known: pl.DataFrame, least: int = LEAST_PROMPTS) -> str | None:
+    """Why known rows are too few to learn a probability from; None where they are enough.
+
+    Args:
+        known: Columns `prompt_id` and `right`.
+        least: Prompts with right answers, and with wrong ones, that are needed.
+    """
+    counts = [known.filter(pl.col("right") == x)["prompt_id"].n_unique() for x in (True, False)]
+    if min(counts) >= least:
+        return None
+    return (
+        f"{counts[0]} prompts with right and {counts[1]} with wrong answers, where {least} of each "
+        "are needed"
+    )
+
+
+def cross_fitted(known: pl.DataFrame, parts: Sequence[str], seed: int) -> np.ndarray:
+    """Probability of each known row by a `Joint` of other prompts, shape (n,).
+
+    Prompts are dealt into `FOLDS` folds by hash. NaN where a row has no part.
+
+    Args:
+        known: As for `Joint`.
+        parts: Names of the parts.
+        seed: Of the folds.
+    """
+    prompts = known["prompt_id"].unique().sort()
+    place = np.argsort(np.argsort(uniforms(seed, "confidence folds", prompts.to_list())))
+    fold = place[prompts.search_sorted(known["prompt_id"]).to_numpy()] % FOLDS
+    found = np.full(known.height, np.nan)
+    for k in range(FOLDS):
+        out = fold == k
+        if out.any() and not out.all():
+            rest = known.filter(~out)
+            joint = Joint(rest, parts, seed, resamples=0, least=LEAST_PROMPTS // 2)
+            found[out] = joint.probability(known.filter(out))
     return found
 
 

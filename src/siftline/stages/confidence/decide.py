@@ -10,13 +10,16 @@ that reaches 0.5 means it deserves no weight.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from siftline.config import nearest
 from siftline.rows.selection import Selection, decisions
+
+if TYPE_CHECKING:
+    from siftline.stages.confidence.calibration import Joint
 
 PARTS = ("agreement", "jaccard", "embedding", "nli", "reflection", "perplexity")
 """What confidence may be made of, each a number in [0, 1]: the share of samples with the row's own
@@ -59,9 +62,10 @@ class ConfidenceGate:
     """Keeps rows whose confidence is at or above a threshold (so ties stay).
 
     Buckets hold `id` and one column for each part of positive weight (see `PARTS`), in [0, 1], null
-    where the row lacks it. Confidence is their weighted mean over the parts a row has, weights
-    renormalised (cleanlab/tlm); the facts count how many rows lacked which. A row without any part
-    is not kept, with reason `no_confidence`, and listed in the facts: it failed rather than lost.
+    where the row lacks it. Confidence is the probability of `joint`, or the weighted mean of the
+    parts a row has, weights renormalised (cleanlab/tlm); the facts count how many rows lacked
+    which. A row without any part is not kept, with reason `no_confidence`, and listed in the facts:
+    it failed rather than lost.
 
     Attributes:
         threshold: "absolute" keeps confidence >= cut; "quantile" drops about the share `cut` of
@@ -69,12 +73,14 @@ class ConfidenceGate:
             drop clean rows too.
         cut: Default 0.5: more likely right than wrong.
         weights: Weight by part; see `BSDETECTOR`. Give a part no weight where `auroc` finds it
-            uninformative.
+            uninformative. With `joint` it says which parts are read.
+        joint: What makes a probability of the parts.
     """
 
     threshold: Literal["absolute", "quantile", "median"] = "absolute"
     cut: float = 0.5
     weights: Mapping[str, float] = field(default_factory=lambda: dict(BSDETECTOR))
+    joint: "Joint | None" = None
 
     def __post_init__(self) -> None:
         if self.threshold not in ("absolute", "quantile", "median"):
@@ -137,6 +143,8 @@ class ConfidenceGate:
                 f"{len(bad)} rows have a score outside [0, 1], first {bucket['id'][int(bad[0])]}: "
                 f"{parts[bad[0]].tolist()}; rescale it"
             )
+        if self.joint is not None:
+            return self.joint.probability(bucket)
         return weighted_mean(parts, np.array([self.weights[name] for name in self.parts]))
 
 
@@ -169,16 +177,16 @@ def consistency(candidate_answers: Sequence[str | None], own_answer: str | None)
 
     Args:
         candidate_answers: Final answers of the samples, extracted and normalised; None where a
-            sample has none, which never counts as equal.
+            sample has none, which does not count as equal.
         own_answer: The row's own final answer, likewise.
 
     Returns:
-        A share in [0, 1]; None without samples.
+        A share in [0, 1]; None where the row has no final answer, or no sample has one: there is
+        nothing to compare, and that is no disagreement.
     """
-    if not candidate_answers:
+    if own_answer is None or all(answer is None for answer in candidate_answers):
         return None
-    equal = sum(answer is not None and answer == own_answer for answer in candidate_answers)
-    return equal / len(candidate_answers)
+    return sum(answer == own_answer for answer in candidate_answers) / len(candidate_answers)
 
 
 class Auroc(NamedTuple):

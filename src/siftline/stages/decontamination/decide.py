@@ -62,6 +62,10 @@ class ContaminationIndex:
     shingles: Any
 
 
+SHINGLE, SLOTS = 5, 256
+"""Characters in a shingle and slots in a signature: the defaults of `Duplicates`."""
+
+
 @dataclass(frozen=True)
 class Decontamination:
     """Removes pool rows that overlap an evaluation row (module docstring).
@@ -73,8 +77,6 @@ class Decontamination:
         common: An n-gram in more evaluation prompts of a set than this is boilerplate; 10 as in
             NeMo Curator's task decontamination, which counts in the pool.
         near: Jaccard similarity of near-duplicate prompts, as in duplicates.
-        shingle: Characters in a shingle, as in duplicates.
-        num_perm: Slots in a signature.
         seed: Seed of the permutation table.
     """
 
@@ -82,18 +84,16 @@ class Decontamination:
     min_share: float = 0.5
     common: int = 10
     near: float = 0.8
-    shingle: int = 5
-    num_perm: int = 256
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("ngram", "common", "shingle", "num_perm"):
+        for name in ("ngram", "common"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("min_share", "near"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in (0, 1]")
-        banding_for(self.near, self.num_perm)  # refuses a num_perm that is too small
+        banding_for(self.near, SLOTS)  # its own checks
 
     def index(self, reference: pl.DataFrame) -> ContaminationIndex:
         """Indexes evaluation rows.
@@ -220,8 +220,8 @@ class Decontamination:
         from siftline.kernels.sets.shingles import char_shingles, signatures
         from siftline.kernels.text.textgrams import guards
 
-        banding = banding_for(self.near, self.num_perm)
-        shingles = char_shingles(folded, self.shingle)
+        banding = banding_for(self.near, SLOTS)
+        shingles = char_shingles(folded, SHINGLE)
         # A key carries the numbers, so only prompts with the same numbers meet.
         slots = signatures(shingles, banding.slots, self.seed)
         keys = band_keys(slots, banding, guards(worded))

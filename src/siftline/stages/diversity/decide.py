@@ -97,6 +97,7 @@ class Diversity:
             "size": size,
             "clusters": len(found.centroids),
             "silhouette": None if score is None else round(score, 4),
+            "clustering": found.facts(),
         }
         table = pl.DataFrame(
             {
@@ -240,10 +241,10 @@ def shortlist_size(budget_rows: int, oversampling: float, keep_rate: float) -> i
     Raises:
         ValueError: if an argument is out of range.
     """
-    if budget_rows < 1 or oversampling < 1 or not keep_rate > 0:
+    if budget_rows < 1 or not 1 <= oversampling < np.inf or not keep_rate > 0:
         raise ValueError(
             f"budget of {budget_rows} rows, oversampling {oversampling}, keep rate {keep_rate}: "
-            "they must be at least 1, at least 1 and above 0"
+            "they must be at least 1, at least 1 (and finite) and above 0"
         )
     return int(np.ceil(np.round(budget_rows * oversampling / keep_rate, 6)))
 

@@ -1,5 +1,6 @@
 """The duplicates gate: exact and near duplicates of rows in play."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 
 from siftline.disk import scratch_folder
 from siftline.ingest.pool import Pool
+from siftline.kernels.draws import hash64_each
 from siftline.kernels.sets.keepers import Keep, as_integers
 from siftline.progress import Progress
 from siftline.rows import schema
@@ -15,7 +17,7 @@ from siftline.scoring.measures.columns import Column, attach_leftovers, score_co
 from siftline.stages.canaries import Judged, measured
 from siftline.stages.context import Context, StageRun, gather
 from siftline.stages.duplicates.decide import Duplicates, against
-from siftline.stages.duplicates.state import StateFiles
+from siftline.stages.duplicates.state import DuplicateState, StateFiles
 
 LAST = 2**63 - 1
 """Priority of canaries, which come after all rows."""
@@ -36,12 +38,14 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
     total = sum(len(context.in_play(bucket)) for bucket in context.buckets)
     progress = Progress(context.stage.name, total, context.emit)
     files, ids, scored = StateFiles(scratch), [], 0
+    sources: set[str | None] = set()
     for bucket in context.buckets:
         rows = context.rows(bucket)
         view = _compared(schema.text_view(rows, everything=True))
         order, known = keep_order(context.pool, bucket, rows, view, options.policy())
         scored += known
-        files.add(options.summarise(view.with_columns(priority=order)))
+        sources.update(view["source"].unique().to_list())
+        files.add(options.summarise(view.with_columns(priority=order, tie=_ties(view))))
         ids.append(view.select("id", "prompt_id", "answer", "answer_from"))
         progress.advance(view.height)
     if options.policy().policy == "score" and not scored:
@@ -49,6 +53,8 @@ def _duplicates(context: Context, scratch: Path) -> StageRun:
             f"stages.{context.stage.name}.keep={options.keep!r}: no row brings that field: name a "
             "column of the input that no mapping uses"
         )
+    if len(sources) > 1:
+        files.states = [_by_id(state) for state in files.states]
     plan = options.decide(files.states, files.make_room)
     progress.close()
     selections = [options.apply(frame, plan) for frame in ids]
@@ -67,6 +73,21 @@ def _compared(view: pl.DataFrame) -> pl.DataFrame:
     """Texts as they are compared: a prompt without a response stands on both sides."""
     alone = pl.col("response") == ""
     return view.with_columns(pl.when(alone).then("prompt").otherwise("response").alias("response"))
+
+
+def _ties(view: pl.DataFrame) -> pl.Series:
+    """A number of what each row says, in the order of prompt_ids.
+
+    Ids depend on the source. Where all rows have one, its name, often a file's, decides nothing.
+    """
+    said = (view["response"].fill_null("") + "\x1f" + view["answer"].fill_null("")).to_list()
+    prompts = view["prompt_id"].str.slice(0, 8).str.to_integer(base=16, dtype=pl.UInt64)
+    low = pl.Series(hash64_each(said) >> np.uint64(31), dtype=pl.UInt64)
+    return prompts * 2**32 + low
+
+
+def _by_id(state: DuplicateState) -> DuplicateState:
+    return replace(state, rows=state.rows.with_columns(tie=pl.lit(0, pl.UInt64)))
 
 
 def keep_order(

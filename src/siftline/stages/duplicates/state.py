@@ -30,8 +30,8 @@ class DuplicateState:
     """What is known of n rows with t distinct texts.
 
     Attributes:
-        rows: One line a row: id, prompt_id, priority, exact (hash of the response, null where it is
-            empty), prompt_key, response_key, guard, answer (hash, or null).
+        rows: One line a row: id, prompt_id, priority, tie, exact (hash of the response, null where
+            it is empty), prompt_key, response_key, guard, answer (hash, or null).
         bands: One key a band, uint64, shape (bands, n), in memory or in a file; 0 where the
             response is empty.
         keys: Ascending uint64 hashes of the distinct texts, shape (t,).
@@ -85,7 +85,7 @@ def summarised(
     """What is to be known of some rows; arguments as of `duplicates.Duplicates`.
 
     Args:
-        bucket: Columns id, prompt_id, prompt, response, answer, and where present priority and
+        bucket: Columns id, prompt_id, prompt, response, answer, and where present priority, tie and
             answer_from.
         banding: How signatures are cut.
         threshold: Similarity that texts are held to.
@@ -123,7 +123,10 @@ def summarised(
     bands[:, silent] = ALONE
     exact = pl.Series("exact", hash64_each([text or "" for text in raw]), pl.UInt64)
     rows = bucket.select(
-        "id", "prompt_id", optional(bucket, "priority", pl.Int64).fill_null(0)
+        "id",
+        "prompt_id",
+        optional(bucket, "priority", pl.Int64).fill_null(0),
+        optional(bucket, "tie", pl.UInt64).fill_null(0),
     ).with_columns(
         exact.set(pl.Series(silent), None),
         pl.Series("prompt_key", hashed[:n]),

@@ -19,6 +19,10 @@ from siftline.rows.selection import Selection, decisions
 _STATE = {"source": pl.String, "n_tokens": pl.Int64, "logprob_mean": pl.Float64}
 
 
+LENGTH_BINS = 4
+"""Length bins a source is cut into, of about equal counts: quartiles."""
+
+
 @dataclass(frozen=True)
 class LikelihoodOutliers:
     """Drops outliers of the mean log-probability within source x response length.
@@ -31,14 +35,12 @@ class LikelihoodOutliers:
         tail: "low" drops implausible responses; "both" also those far too likely (copies of the
             prompt, loops).
         cut: Modified z-score beyond which a row is an outlier (Iglewicz & Hoaglin: 3.5).
-        length_bins: Length bins a source is cut into, of about equal counts.
         min_group: Fewest rows of a bin. Smaller sources are not judged; facts count their rows.
     """
 
     max_drop: float = 0.01
     tail: Literal["low", "both"] = "low"
     cut: float = 3.5
-    length_bins: int = 4
     min_group: int = 50
 
     def __post_init__(self) -> None:
@@ -48,11 +50,8 @@ class LikelihoodOutliers:
             raise ValueError(f"tail is {self.tail!r}: use 'low' or 'both'")
         if not self.cut > 0:
             raise ValueError(f"cut is {self.cut}: give a z-score above 0")
-        if self.length_bins < 1 or self.min_group < 2:
-            raise ValueError(
-                f"length_bins {self.length_bins}, min_group {self.min_group}: "
-                "give at least 1 bin and 2 rows a group"
-            )
+        if self.min_group < 2:
+            raise ValueError(f"min_group is {self.min_group}: give at least 2 rows a group")
 
     def summarise(self, bucket: pl.DataFrame) -> pl.DataFrame:
         missing = bucket.filter(~pl.col("logprob_mean").is_finite().fill_null(False))
@@ -111,7 +110,7 @@ class LikelihoodOutliers:
     def _groups(self, source: str, rows: pl.DataFrame) -> list[tuple[Any, ...]]:
         """Cuts one source, sorted by length, into bins with their median and scale."""
         n = rows.height
-        bins = min(self.length_bins, n // self.min_group)
+        bins = min(LENGTH_BINS, n // self.min_group)
         if bins == 0:
             return []
         lengths = rows["n_tokens"].to_numpy()

@@ -31,6 +31,8 @@ COLUMNS = {
 }
 SCORE = "score_"
 """Prefix of the columns that hold the scores to be bounded; null where a row has none."""
+SHORT_LINE = 30
+"""Characters of a short line (FineWeb)."""
 UNKNOWN = "unknown"
 """The language of a text too short to tell."""
 
@@ -55,9 +57,8 @@ class Rules:
         dup_n_grams: Share of characters in n-grams that repeat one, by n. Measured: the highest
             was 0.34, a loop comes near 1 (Gopher: 5: 0.15 down to 10: 0.10).
         line_punct_thr: Least share of lines that end in punctuation. Off (FineWeb: 0.12).
-        short_line_thr: Share of lines of at most `short_line_length` characters. Off, also in
-            FineWeb2 (FineWeb: 0.67).
-        short_line_length: FineWeb's 30.
+        short_line_thr: Share of lines of at most 30 characters. Off, also in FineWeb2 (FineWeb:
+            0.67).
         char_duplicates_ratio: Share of characters in repeated lines (FineWeb2; FineWeb: 0.01).
         new_line_ratio: Line ends a word. Off: lists are answers (FineWeb: 0.3).
         min_doc_words: Least words; above `min_words`. Off: short answers are answers (Gopher: 50).
@@ -83,7 +84,6 @@ class Rules:
     dup_n_grams: dict[str, float] = field(default_factory=lambda: {"10": 0.4})
     line_punct_thr: float | None = None
     short_line_thr: float | None = None
-    short_line_length: int = 30
     char_duplicates_ratio: float | None = 0.1
     new_line_ratio: float | None = None
     min_doc_words: int | None = None
@@ -100,11 +100,8 @@ class Rules:
     curly_bracket: bool = False
 
     def __post_init__(self) -> None:
-        if self.min_words < 1 or self.short_line_length < 1:
-            raise ValueError(
-                f"min_words is {self.min_words}, short_line_length {self.short_line_length}: "
-                "give 1 or more"
-            )
+        if self.min_words < 1:
+            raise ValueError(f"min_words is {self.min_words}: give 1 or more")
         if self.min_doc_words is not None and self.min_doc_words <= self.min_words:
             raise ValueError(
                 f"min_doc_words {self.min_doc_words} is not above min_words {self.min_words}, "

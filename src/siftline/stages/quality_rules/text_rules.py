@@ -13,7 +13,7 @@ from typing import Any
 
 from siftline.kernels.text.words import words as plain_words
 from siftline.scoring.measures.degenerate import REMEDY
-from siftline.stages.quality_rules.decide import Rules
+from siftline.stages.quality_rules.decide import SHORT_LINE, Rules
 
 
 class WordList:
@@ -98,7 +98,7 @@ def _punctuated_lines(text: str, words: list[str], rules: Rules) -> float:
 
 def _short_lines(text: str, words: list[str], rules: Rules) -> float:
     lines = _full_lines(text)
-    return sum(len(line) <= rules.short_line_length for line in lines) / len(lines)
+    return sum(len(line) <= SHORT_LINE for line in lines) / len(lines)
 
 
 def _char_duplicates(text: str, words: list[str], rules: Rules) -> float:
@@ -296,7 +296,7 @@ def _filters(rules: Rules, words: Any) -> list[Any]:
         FineWebQualityFilter(
             line_punct_thr=or_(rules.line_punct_thr, 0.0),
             short_line_thr=or_(rules.short_line_thr, math.inf),
-            short_line_length=rules.short_line_length,
+            short_line_length=SHORT_LINE,
             char_duplicates_ratio=or_(rules.char_duplicates_ratio, math.inf),
             new_line_ratio=or_(rules.new_line_ratio, math.inf),
             language=words,

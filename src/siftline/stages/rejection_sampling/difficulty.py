@@ -14,6 +14,9 @@ import polars as pl
 
 from siftline.stages.rejection_sampling.trials import Rule, Trial
 
+HARDEST = 0.99
+"""Quantile of the difficulties that counts as the hardest, wherever targets are set. Below 100
+prompts it is the maximum; above, one broken prompt can't make all others look easy."""
 PASS_RATES = {
     "prompt_id": pl.String,
     "n_trials": pl.Int64,  # draws made
@@ -73,7 +76,7 @@ def uniform(n: int, k: int) -> np.ndarray:
 
 
 def prop2diff(
-    difficulties: np.ndarray, k: int, *, quantile: float = 0.99, include_unsolved: bool = False
+    difficulties: np.ndarray, k: int, *, quantile: float = HARDEST, include_unsolved: bool = False
 ) -> np.ndarray:
     """DART-Math Prop2Diff: targets in proportion to difficulty, rounded up, at least 1.
 
@@ -161,13 +164,46 @@ def accept(draws: pl.DataFrame, targets: pl.DataFrame) -> pl.DataFrame:
 
 
 def targets_for(
-    rates: pl.DataFrame, rule: Literal["uniform", "prop2diff"], k: int, quantile: float = 0.99
+    rates: pl.DataFrame, rule: Literal["uniform", "prop2diff"], k: int, quantile: float = HARDEST
 ) -> pl.DataFrame:
     """Targets (`prompt_id`, `difficulty`, `target`) for prompts with measured pass rates."""
     known = difficulty(rates)
     d = known["difficulty"].to_numpy()
     target = uniform(len(d), k) if rule == "uniform" else prop2diff(d, k, quantile=quantile)
     return known.select("prompt_id", "difficulty", pl.Series("target", target, dtype=pl.Int64))
+
+
+def targets_of(
+    rule: Literal["uniform", "prop2diff", "scores"],
+    difficulties: np.ndarray,
+    k: int,
+    quantile: float,
+    aimed: pl.Series,
+) -> np.ndarray:
+    """Answers that each prompt should get in the end: what was drawn for, else the rule's.
+
+    Args:
+        rule: For prompts that nothing was drawn for; 1 under "scores".
+        difficulties: Fail rates in [0, 1], NaN where not measured, shape (n,).
+        k: Most answers of a prompt.
+        quantile: Of the difficulties that counts as the hardest.
+        aimed: Target that was drawn for, null where nothing was, shape (n,). At least 1 is given: a
+            prompt keeps its own best answer whatever was drawn.
+
+    Returns:
+        int64 targets, shape (n,).
+
+    Raises:
+        ValueError: if the rule goes by difficulty, and none was measured and nothing drawn.
+    """
+    drawn, n = aimed.is_not_null().to_numpy(), len(difficulties)
+    if rule != "prop2diff":
+        target = uniform(n, k if rule == "uniform" else 1)
+    elif n and np.isnan(difficulties).all() and not drawn.any():
+        raise ValueError("no difficulty was measured: sample first, or set targets: uniform")
+    else:
+        target = prop2diff(difficulties, k, quantile=quantile)
+    return np.where(drawn, np.clip(aimed.fill_null(1).to_numpy(), 1, k), target)
 
 
 def _refuse(table: pl.DataFrame, mask: pl.Series | pl.DataFrame, fault: str) -> None:

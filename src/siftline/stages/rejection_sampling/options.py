@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from siftline.scoring.engines.base import Sampling
+from siftline.stages.rejection_sampling.difficulty import HARDEST
 from siftline.stages.verify.decide import check_verifier
 
+SOURCE = "sampler"
+"""Source of the rows that are added."""
 JUDGE = "judge"
 """Verifier that asks the recipe's judge whether draw and reference come to the same answer."""
+NONE = "none"
+"""No verifier: every whole and sound draw counts, of prompts without an answer too."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class RejectionSampling:
             (DART-Math, arXiv 2407.13690), "vanilla" all that k draws of every prompt give, and
             "scores" what the scorer `target_scores` says of the prompt, at most k.
         k: Answers of a prompt, of the hardest one under prop2diff (DART-Math 40 and 192; smaller
-            here because the budget decides what is used); draws of a prompt under vanilla.
+            here, where few can pay for so many draws); draws of a prompt under vanilla. The budget
+            stage keeps as many.
         target_scores: Scorer of the recipe whose highest score among a prompt's rows, rounded, is
             its target under "scores". A prompt without a score, or with one below 1, gets none.
         difficulty: Whose pass rate sets the targets: the "target" model's, which learns from the
@@ -30,7 +36,8 @@ class RejectionSampling:
             draws and those that its target is still expected to cost pass it.
         unsolved_cap: Most draws of a prompt never solved, whatever they are expected to cost; null
             goes by the expected cost there too.
-        max_quantile: Quantile of the difficulties that counts as the hardest.
+        max_quantile: Quantile of the difficulties that counts as the hardest; of fewer than 100
+            prompts the default is the maximum.
         max_similarity: Jaccard similarity of words from which an answer counts as a copy of one
             that the prompt has already; 1 takes only the same text for a copy.
         screen: Also refuse cut, repetitive and wrong-language answers.
@@ -46,7 +53,10 @@ class RejectionSampling:
         max_new_tokens: Most tokens of a draw.
         verifier: Checks a draw against the prompt's independent answer. By default that of the
             verify stage before it, or math. "judge" asks the recipe's judge in both orders; a
-            judge errs, so such draws make no set of verifiable prompts.
+            judge errs, so such draws make no set of verifiable prompts. "none" verifies nothing,
+            and takes prompts without an answer too: OpenThoughts (arXiv 2506.04178) found sixteen
+            answers a prompt to help, and verifying them to bring little. It measures no difficulty,
+            so the target is then vanilla or uniform.
         seed: The recipe's seed.
     """
 
@@ -57,7 +67,7 @@ class RejectionSampling:
     pilot: int = 4
     cap: int = 64
     unsolved_cap: int | None = None
-    max_quantile: float = 1.0
+    max_quantile: float = HARDEST
     max_similarity: float = 1.0
     screen: bool = True
     negatives: int = 4
@@ -84,11 +94,20 @@ class RejectionSampling:
             raise ValueError(
                 "target scores needs target_scores, a scorer of the recipe; other targets take none"
             )
+        if not 0 < self.max_quantile <= 1:
+            raise ValueError(
+                f"max_quantile is {self.max_quantile}: give a number above 0, at most 1"
+            )
         if not 0 < self.max_similarity <= 1:
             raise ValueError(
                 f"max_similarity is {self.max_similarity}: give a number above 0, at most 1"
             )
-        check_verifier(self.verifier, JUDGE)
+        check_verifier(self.verifier, JUDGE, NONE)
+        if self.verifier == NONE and self.target not in ("uniform", "vanilla"):
+            raise ValueError(
+                f"target is {self.target!r}, and verifier none measures no difficulty and proves "
+                "no answer: set target to vanilla or uniform"
+            )
         if self.negatives < 0:
             raise ValueError(f"negatives is {self.negatives}: it must be 0 or more")
         self.sampling  # noqa: B018  its own checks

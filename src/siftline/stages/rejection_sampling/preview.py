@@ -45,6 +45,8 @@ class Preview:
         seconds: Time it takes at the pilot's speed; None where no draw of the pilot was made now.
         met: Prompts, of all, whose target will be met.
         limit: Draws that may still be made; the other numbers don't know of it. None is no limit.
+        answers: Verified answers that are aimed at, of all prompts.
+        room: About how many of them the recipe's budget can keep; None where nothing spends it.
     """
 
     prompts: int
@@ -53,6 +55,8 @@ class Preview:
     seconds: Estimate | None
     met: Estimate
     limit: int | None = None
+    answers: int = 0
+    room: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -63,8 +67,14 @@ class Preview:
         if self.seconds is not None:
             parts.append(f"{_said(self.seconds)} s")
         said = f"{self.prompts:,} prompts open: {', '.join(parts)}; {_said(self.met)} targets met"
-        short = self.limit is not None and self.limit < self.draws.high
-        return f"{said}; but {self.limit:,} draws may be made" if short else said
+        if self.limit is not None and self.limit < self.draws.high:
+            said = f"{said}; but {self.limit:,} draws may be made"
+        if self.room is not None and self.room < self.answers:
+            said = (
+                f"{said}; but the budget keeps about {self.room:,} of {self.answers:,} answers: "
+                "raise it, or lower k"
+            )
+        return said
 
 
 def preview(
@@ -96,7 +106,8 @@ def preview(
     draws = _interval(total, variance)
     used = draws.scaled(words / total) if total else draws
     seconds = None if seconds_per_token is None else used.scaled(seconds_per_token)
-    return Preview(len(states), draws, used, seconds, _interval(met, met_variance))
+    aimed = sum(trial.target for trial in trials.values())
+    return Preview(len(states), draws, used, seconds, _interval(met, met_variance), answers=aimed)
 
 
 _State = tuple[int, int, int]

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from siftline.rows import schema
 from siftline.rows.schema import canonical_text
+from siftline.scoring.answers.find import extract_answer
 from siftline.scoring.engines.base import Generation
 from siftline.scoring.measures.consistency import final_answer, prompts_of
 from siftline.scoring.measures.degenerate import degenerate
@@ -18,7 +19,7 @@ from siftline.scoring.recorder import Recorder
 from siftline.scoring.verifiers import Verdict, get_verifier
 from siftline.stages.rejection_sampling.difficulty import DRAWS
 from siftline.stages.rejection_sampling.drawing import Prompt
-from siftline.stages.rejection_sampling.options import JUDGE
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, SOURCE
 
 JUDGED = {
     **DRAWS,
@@ -63,7 +64,8 @@ def problems_of(
     Args:
         model: Whose tokens, template and length the prompts get.
         buckets: Rows by store bucket.
-        verifier: Name of the verifier, which says when two reference answers are the same.
+        verifier: Name of the verifier, which says when two reference answers are the same; "none"
+            takes prompts with any answer, or without one.
     """
     problems: dict[str, Problem] = {}
     skipped = {"no_independent_answer": 0, "conflicting_answers": 0, "too_long": 0}
@@ -74,7 +76,12 @@ def problems_of(
             by_prompt.setdefault(row["prompt_id"], []).append(row)
         for prompt, answers in by_prompt.items():
             proven = [r for r in answers if r["answer_from"] == "independent"]
-            if not proven:
+            if verifier == NONE:
+                if prompt in unfit:
+                    skipped[unfit[prompt]] = skipped.get(unfit[prompt], 0) + 1
+                else:
+                    problems[prompt] = Problem(Prompt(bucket, tokens[prompt]), answers[0])
+            elif not proven:
                 skipped["no_independent_answer"] += 1
             elif len({_reference(r["answer"], verifier) for r in proven}) > 1:
                 skipped["conflicting_answers"] += 1
@@ -142,9 +149,10 @@ def added_rows(
         parent = problems[line["prompt_id"]].parent
         row = schema.make_row(
             [*parent["messages"][:-1], schema.message("assistant", line["text"])],
-            answer=parent["answer"],
+            # What was read off the parent's response says nothing about another one.
+            answer=parent["answer"] if parent["answer_from"] == "independent" else None,
             answer_from="independent",
-            source="sampler",
+            source=SOURCE,
             tools=parent["tools"],
         )
         origin = f"rejection_sampling draw {line['draw']}"
@@ -168,7 +176,7 @@ def grader(verifier: str, judge: Callable[[], Recorder]) -> Grader:
     """A grader by the verifier's name.
 
     Args:
-        verifier: "judge", or a name that `get_verifier` knows.
+        verifier: "judge", "none", or a name that `get_verifier` knows.
         judge: Opens the judge; called only where it is asked.
     """
     return _by_model(judge()) if verifier == JUDGE else by_verifier(verifier)
@@ -184,7 +192,11 @@ def outside(verifier: str) -> bool:
 
 
 def by_verifier(name: str) -> Grader:
-    """A grader that asks no model."""
+    """A grader that asks no model; for "none" one that takes every draw."""
+    if name == NONE:
+        return lambda draws: [
+            Verdict(True, extract_answer(given.text), "unverified") for _, given in draws
+        ]
     check = get_verifier(name)
 
     def grade(draws: Sequence[tuple[Problem, Generation]]) -> list[Verdict]:

@@ -26,7 +26,7 @@ from siftline.stages.rejection_sampling.difficulty import (
     tally,
     targets_for,
 )
-from siftline.stages.rejection_sampling.options import JUDGE, RejectionSampling
+from siftline.stages.rejection_sampling.options import JUDGE, NONE, RejectionSampling
 from siftline.stages.rejection_sampling.preview import Preview
 from siftline.stages.rejection_sampling.problems import (
     Judgement,
@@ -258,6 +258,9 @@ def _table(
     table = table.with_columns(pl.col(counts).fill_null(0), pl.col("target").fill_null(0))
     table = stopped_difficulty(table, campaign.trials)
     table = table.with_columns(pl.col("difficulty").alias("sampler_difficulty"))
+    if sampler.options.verifier == NONE:  # how often a draw is right was not looked at
+        unknown = pl.lit(None, pl.Float64)
+        table = table.with_columns(difficulty=unknown, sampler_difficulty=unknown)
     if other is not None:
         driving = difficulty(other).select("prompt_id", "difficulty")
         table = table.drop("difficulty").join(driving, on="prompt_id", how="left")
@@ -271,7 +274,8 @@ def _facts(judged: Judgement, campaign: Campaign, before: Preview, verifier: str
     prior = next((t.rule.prior for t in campaign.trials.values()), None)
     return {
         "draws": draws.height,
-        "correct": int(draws["correct"].sum()),
+        "correct": None if verifier == NONE else int(draws["correct"].sum()),
+        "accepted": int(draws["correct"].sum()),
         "tokens": int(draws["n_tokens"].sum()),
         "refused": dict(refused.iter_rows()),
         "verifier_errors": len(errors),
@@ -314,7 +318,19 @@ def plan_stage(
     before = outputs(workspace, recipe, until=name)
     pool = Pool(workspace.pool(recipe.pool.name))
     with engines() as opened:
-        return preview_of(Context(workspace, recipe, stage, pool, before, opened, emit))
+        found = preview_of(Context(workspace, recipe, stage, pool, before, opened, emit))
+    return replace(found, room=_room(recipe, found))
+
+
+def _room(recipe: Recipe, found: Preview) -> int | None:
+    """Answers that the budget can keep: rows, or loss tokens at the draws' mean length."""
+    if recipe.stages[-1].of.role != "budget":
+        return None
+    if recipe.budget.unit == "rows":
+        return recipe.budget.size
+    if not found.draws.mean:
+        return None  # nothing left to draw, and no length to go by
+    return int(recipe.budget.size * found.draws.mean / found.tokens.mean)
 
 
 def sampling_stages(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from siftline.scoring.engines.base import Sampling
+from siftline.stages.rejection_sampling.options import JUDGE
 from siftline.stages.verify.decide import check_verifier
 
 PARAPHRASE = (
@@ -16,8 +17,9 @@ PARAPHRASE = (
 class SelfAnswers:
     """Trains a model on what it would say itself, where that is right.
 
-    For each row with an independent answer: the target model's own answer if it verifies, else its
-    paraphrase of the row's response if that verifies, else the row as it is. Tuning then moves the
+    For each row with an independent answer, or under a judge for each row: the target model's own
+    answer if it verifies, else its paraphrase of the row's response if that verifies, else the row
+    as it is. Tuning then moves the
     model less, and it forgets less (the paper: 2.5 points lost on general benchmarks against up to
     4.4). GRAPE (arXiv 2502.04194) reports the opposite of training on own outputs alone: read the
     shares, and hold the result against the rows as they were.
@@ -29,7 +31,9 @@ class SelfAnswers:
         top_p: Draws come from the smallest set of tokens that holds this probability.
         max_new_tokens: Most tokens of a draw.
         verifier: Checks a draw against the row's independent answer. By default that of the
-            verify stage before it, or math.
+            verify stage before it, or math. "judge" asks the recipe's judge in both orders whether
+            a draw comes to the same as the answer, or as the response of a row that has none: the
+            paper's way for tasks without a rule.
         screen: Also refuse cut, repetitive and wrong-language answers.
         seed: The recipe's seed.
     """
@@ -48,8 +52,13 @@ class SelfAnswers:
             raise ValueError(f"draws is {self.draws}: it must be at least 1")
         if self.paraphrases < 0:
             raise ValueError(f"paraphrases is {self.paraphrases}: it must be 0 or more")
-        check_verifier(self.verifier)
+        check_verifier(self.verifier, JUDGE)
         self.sampling  # noqa: B018  its own checks
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models it asks."""
+        return ("target", JUDGE) if self.verifier == JUDGE else ("target",)
 
     @property
     def sampling(self) -> Sampling:

@@ -1,5 +1,6 @@
 """Self-answers: the target model's own verified words in the place of the reference's (S3FT)."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,19 @@ from siftline.scoring.engines.base import Generation
 from siftline.scoring.measures.samples import draw_samples, text_of
 from siftline.scoring.recorder import Recorder
 from siftline.scoring.spans import UnscorableRow, prompt_tokens
-from siftline.scoring.verifiers import Verifier, get_verifier, isolation_of
+from siftline.scoring.verifiers import isolation_of
 from siftline.stages.context import Context, StageRun, split_failed
 from siftline.stages.models import over_buckets
 from siftline.stages.rejection_sampling.drawing import Prompt
-from siftline.stages.rejection_sampling.problems import Problem, fault_of, judge_draw
+from siftline.stages.rejection_sampling.options import JUDGE
+from siftline.stages.rejection_sampling.problems import (
+    UNJUDGED,
+    Grader,
+    Problem,
+    fault_of,
+    grader,
+    judge_draw,
+)
 from siftline.stages.s3ft.options import PARAPHRASE, SelfAnswers
 
 ROUTES = ("own_answer", "paraphrase", "reference", "no_independent_answer", "too_long")
@@ -34,11 +43,13 @@ class _Found:
             prompt can't be asked, by id.
         text: The new response, by id of the row it replaces.
         failed: Reason by id of rows that the engine gave no draw for.
+        verdicts: Draws by what came of them: match, wrong_answer, truncated, verifier_error, …
     """
 
     route: dict[str, str] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    verdicts: Counter[str] = field(default_factory=Counter)
 
 
 def run(context: Context) -> StageRun:
@@ -48,18 +59,22 @@ def run(context: Context) -> StageRun:
     """
     options = context.stage.options
     assert isinstance(options, SelfAnswers)
-    check = get_verifier(options.verifier)
+    grade = grader(options.verifier, lambda: context.recorder(JUDGE))
     progress = Progress(context.stage.name, 0, context.emit, "draws")
 
     def work(recorder: Recorder, bucket: int, rows: pa.Table) -> _Found:
-        return _answers(recorder, bucket, rows.to_pylist(), options, check)
+        return _answers(recorder, bucket, rows.to_pylist(), options, grade)
 
     found = _Found()
     buckets = context.store_buckets()
-    for _, here in over_buckets(context.recorders("target", progress), buckets, work):
+    models = context.recorders("target", progress)
+    if options.verifier == JUDGE:  # one copy: the judge may be the same model, and not twice
+        models = models[:1]
+    for _, here in over_buckets(models, buckets, work):
         found.route |= here.route
         found.text |= here.text
         found.failed |= here.failed
+        found.verdicts += here.verdicts
     progress.close()
     results = [_result(context, bucket, found) for bucket in context.buckets]
     shares = pl.Series(list(found.route.values()), dtype=pl.String).value_counts()
@@ -67,7 +82,8 @@ def run(context: Context) -> StageRun:
     table = pl.DataFrame(
         sorted(found.route.items()), schema={"id": pl.String, "route": pl.String}, orient="row"
     )
-    facts = {"routes": counts, "vacuous": not (counts["own_answer"] + counts["paraphrase"])}
+    facts: dict[str, Any] = {"routes": counts, "verdicts": dict(sorted(found.verdicts.items()))}
+    facts |= {"vacuous": not (counts["own_answer"] + counts["paraphrase"])}
     facts |= isolation_of(options.verifier)
     return StageRun(results, {"routes": table}, facts)
 
@@ -77,7 +93,7 @@ def _answers(
     bucket: int,
     rows: Sequence[Mapping[str, Any]],
     options: SelfAnswers,
-    check: Verifier,
+    grade: Grader,
 ) -> _Found:
     """Routes of the rows of one store bucket.
 
@@ -86,32 +102,35 @@ def _answers(
     found = _Found()
     mine: dict[str, list[Problem]] = {}
     for row in rows:  # sorted by id
-        if row["answer_from"] != "independent":
+        proven = row["answer_from"] == "independent"
+        if not proven and options.verifier != JUDGE:
             found.route[row["id"]] = "no_independent_answer"
             continue
         tokens = _tokens(model, row["messages"], row["tools"])
         if isinstance(tokens, str):
             found.route[row["id"]] = tokens
         else:
-            problem = Problem(Prompt(bucket, tokens), dict(row))
+            # What a judge holds a draw against, where there is no answer to a rule.
+            reference = row["answer"] if proven else row["messages"][-1]["content"] or ""
+            problem = Problem(Prompt(bucket, tokens), {**row, "answer": reference})
             mine.setdefault(row["prompt_id"], []).append(problem)
     wanted = {prompt: range(options.draws * len(own)) for prompt, own in mine.items()}
     prompts = {prompt: own[0].home.tokens for prompt, own in mine.items()}
     drawn, lost = draw_samples(model, bucket, prompts, wanted, options.sampling, options.seed)
     texts = _by_name(drawn)
-    left: list[Problem] = []
+    asked: list[tuple[Problem, Sequence[Generation]]] = []
     said: dict[str, set[str]] = {prompt: set() for prompt in mine}
     for prompt, own in mine.items():
         if prompt in lost:
             found.failed |= {problem.parent["id"]: lost[prompt] for problem in own}
-            continue
-        for problem in own:
-            text = _first(problem, texts.get(prompt, []), options, check, said[prompt])
-            if text is None:
-                left.append(problem)
-            else:
-                _take(found, problem, text, "own_answer")
-    _paraphrase(model, bucket, left, options, check, found, said)
+        else:
+            asked += [(problem, texts.get(prompt, [])) for problem in own]
+    chosen = _chosen(asked, options, grade, said, found.verdicts)
+    for problem, _ in asked:
+        if problem.parent["id"] in chosen:
+            _take(found, problem, chosen[problem.parent["id"]], "own_answer")
+    left = [problem for problem, _ in asked if problem.parent["id"] not in chosen]
+    _paraphrase(model, bucket, left, options, grade, found, said)
     return found
 
 
@@ -120,7 +139,7 @@ def _paraphrase(
     bucket: int,
     left: Sequence[Problem],
     options: SelfAnswers,
-    check: Verifier,
+    grade: Grader,
     found: _Found,
     used: Mapping[str, set[str]],
 ) -> None:
@@ -140,17 +159,15 @@ def _paraphrase(
         wanted = {}
     drawn, lost = draw_samples(model, bucket, asked, wanted, options.sampling, options.seed)
     texts = _by_name(drawn)
-    for problem in left:
+    found.failed |= {p.parent["id"]: lost[p.parent["id"]] for p in left if p.parent["id"] in lost}
+    again = [(p, texts.get(p.parent["id"], [])) for p in left if p.parent["id"] not in lost]
+    chosen = _chosen(again, options, grade, used, found.verdicts)
+    for problem, _ in again:
         row = problem.parent["id"]
-        if row in lost:
-            found.failed[row] = lost[row]
-            continue
-        mine = used[problem.parent["prompt_id"]]
-        said = _first(problem, texts.get(row, []), options, check, mine)
-        if said is None:
+        if row not in chosen:
             found.route[row] = "reference"
         else:
-            _take(found, problem, said, "paraphrase")
+            _take(found, problem, chosen[row], "paraphrase")
 
 
 def _tokens(
@@ -177,23 +194,42 @@ def _by_name(drawn: pl.DataFrame) -> dict[str, list[Generation]]:
     return texts
 
 
-def _first(
-    problem: Problem,
-    texts: Sequence[Generation],
+def _chosen(
+    asked: Sequence[tuple[Problem, Sequence[Generation]]],
     options: SelfAnswers,
-    check: Verifier,
-    used: set[str],
-) -> str | None:
-    """The first verified text that is not used yet; it is then."""
-    for draw, given in enumerate(texts):
-        if fault_of(problem, given, screen=options.screen) is not None:
-            continue
-        verdict = check(schema.canonical_text(given.text), problem.parent["answer"])
-        line = judge_draw(problem, draw, given, None, verdict)
-        if line["correct"] and line["dedup_key"] not in used:
-            used.add(line["dedup_key"])
-            return str(line["text"])
-    return None
+    grade: Grader,
+    used: Mapping[str, set[str]],
+    verdicts: Counter[str],
+) -> dict[str, str]:
+    """The first verified draw of each row that no other row of its prompt has, by the row's id.
+
+    All rows' first draws are graded together, then the second ones of those without an answer, and
+    so on: a judge is asked in batches, and never about a draw that is not needed.
+
+    Args:
+        asked: Rows with their draws.
+        options: How draws are screened.
+        grade: Verifies draws.
+        used: Draws that are taken, by prompt; those chosen are added.
+        verdicts: Takes what came of each draw.
+    """
+    chosen: dict[str, str] = {}
+    left = list(asked)
+    for draw in range(max((len(texts) for _, texts in asked), default=0)):
+        left = [(p, texts) for p, texts in left if p.parent["id"] not in chosen]
+        here = [(p, texts[draw]) for p, texts in left if draw < len(texts)]
+        faults = [fault_of(p, given, screen=options.screen) for p, given in here]
+        whole = [pair for pair, fault in zip(here, faults, strict=True) if fault is None]
+        told = iter(grade(whole))
+        for (problem, given), fault in zip(here, faults, strict=True):
+            verdict = UNJUDGED if fault else next(told)
+            line = judge_draw(problem, draw, given, fault, verdict)
+            verdicts[line["reason"]] += 1
+            taken = used[problem.parent["prompt_id"]]
+            if line["correct"] and line["dedup_key"] not in taken:
+                taken.add(line["dedup_key"])
+                chosen[problem.parent["id"]] = str(line["text"])
+    return chosen
 
 
 def _take(found: _Found, problem: Problem, text: str, route: str) -> None:
@@ -213,7 +249,7 @@ def _result(context: Context, bucket: int, found: _Found) -> StageResult:
         new = schema.make_row(
             [*row["messages"][:-1], schema.message("assistant", found.text[row["id"]])],
             answer=row["answer"],
-            answer_from="independent",
+            answer_from=row["answer_from"],
             source="self",
             tools=row["tools"],
         )

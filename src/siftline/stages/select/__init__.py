@@ -7,7 +7,8 @@ from siftline.stages.select.options import Select
 
 
 def _models(options: Any, budget: Any) -> tuple[str, ...]:
-    target = options.likelihoods(budget.unit) or options.differentiates or options.trains
+    target = options.likelihoods(budget.unit) or options.differentiates
+    target = target or options.trains or options.warms
     return (*(["target"] if target else []), *(["embedder"] if options.embeds else []))
 
 
@@ -18,6 +19,12 @@ def _training(stage: Stage, recipe: Any) -> dict[str, Any]:
     from siftline.stages.select.rounds import training_inputs
 
     return {"training": training_inputs(recipe)}
+
+
+def _methods() -> dict[str, type]:
+    from siftline.selectors.registry import methods
+
+    return {entry.name: entry.method for entry in methods()}
 
 
 KIND = StageKind(
@@ -31,4 +38,5 @@ KIND = StageKind(
     scorers=lambda options: (*options.scorers(), *options.asked()),
     budgeted=True,
     inputs=_training,
+    methods=_methods,
 )

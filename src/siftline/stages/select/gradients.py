@@ -1,4 +1,7 @@
-"""Gradient features of a recipe's rows and of its target sets: a warm-up, then recorded facts.
+"""What a model tells of a recipe's rows after a warm-up: gradient features, or likelihoods.
+
+Gradient features are of the rows in play and of the target sets, the warm-up is on a share of the
+pool. Likelihoods are of the rows in play, the warm-up is on the target sets alone.
 
 The warm-up lies among the models, named by the model, its rows and its options, so recipes share it
 and a killed one goes on. Features are recorded under its content. More rows in play may move the
@@ -8,11 +11,12 @@ warm-up's share, and then every feature is a new one: a gradient is of one model
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from siftline.ingest.pool import Pool
@@ -20,6 +24,7 @@ from siftline.kernels.draws import gumbel_top_k, uniforms
 from siftline.progress import Progress
 from siftline.rows.verified import content_hash
 from siftline.scoring.engines.base import ModelSpec
+from siftline.scoring.measures.likelihood import score_likelihood
 from siftline.scoring.recorder import Recorder
 from siftline.selectors.less import Gradients
 from siftline.stages.context import Context, by_store_bucket
@@ -27,6 +32,7 @@ from siftline.stages.models import identity, on_devices, over_buckets, total
 from siftline.stages.select.options import Select
 
 Emit = Callable[[str], None]
+Facts = dict[str, Any]
 Found = tuple[dict[str, np.ndarray], dict[str, str]]
 
 
@@ -77,7 +83,7 @@ def warmed(
     check_model(spec)
     if not rows.num_rows:
         return [None]
-    decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share", "adam")}
+    decisive = {k: v for k, v in asdict(asked).items() if k not in ("dimensions", "share")}
     key = content_hash([identity(spec), sorted(rows["id"].to_pylist()), decisive, seed])
     progress = Progress("warm-up", 0, emit, "steps")
     found = warm_up(spec, rows, models / f"warmup-{key[:12]}", asked, seed, progress.reach)
@@ -166,6 +172,77 @@ def featured(context: Context) -> Featured:
         "gradients_found": tally.found,
     }
     return Featured(pool, aim, failed, facts)
+
+
+def warmed_likelihoods(context: Context, method: Any) -> tuple[pl.DataFrame, dict[str, str], Facts]:
+    """Mean log-probabilities of the rows in play under the model warmed up on the target sets.
+
+    Args:
+        context: The stage.
+        method: Its method, whose options say how the warm-up is done (`baselines.LossDrop`).
+
+    Returns:
+        Columns id and the method's `after`; reasons by id; and facts of the warm-up.
+
+    Raises:
+        ValueError: if the recipe has no target set, or its model can't be trained.
+    """
+    from siftline.training.finetune import FineTune, finetune
+    from siftline.training.gradients import check_model
+
+    name, spec = context.stage.name, context.spec("target")
+    check_model(spec)
+    sets = [Pool(context.workspace.pool(one.name)) for one in context.recipe.sets.target]
+    if not sets:
+        raise ValueError(
+            f"{name}: {context.stage.options.method} warms up on a target, and the recipe has "
+            "none: add sets.target"
+        )
+    asked = FineTune(
+        method="lora",
+        lora_rank=method.lora_rank,
+        epochs=method.epochs,
+        learning_rate=method.learning_rate,
+        batch_rows=method.batch_rows,
+        max_length=spec.max_length,
+        save_steps=100,
+    )
+    rows = pa.concat_tables([pool.all_rows().select(["id", "messages", "tools"]) for pool in sets])
+    first = pl.Series(rows["id"].to_pylist(), dtype=pl.String).is_first_distinct()
+    rows = rows.filter(pa.array(first.to_list())).sort_by("id")
+    key = content_hash([identity(spec), rows["id"].to_pylist(), asdict(asked), method.seed])
+    context.opened.close()  # what other engines hold is memory the training may want
+    progress = Progress(f"{name} warm-up", 0, context.emit, "steps")
+    done = finetune(
+        Path(spec.path).expanduser(),
+        rows,
+        context.workspace.model(f"warmup-{key[:12]}"),
+        asked,
+        seed=method.seed,
+        dataset_version=f"{context.recipe.name}/{name} target",
+        template=spec.template,
+        progress=progress.reach,
+    )
+    progress.close()
+    warm = replace(spec, path=str(done.model_dir), revision=None)
+    count = sum(len(context.in_play(bucket)) for bucket in context.buckets)
+    progress = Progress(name, count, context.emit, "warm rows")
+    recorders = context.opened.recorders(warm, context.workspace.store, progress.advance)
+
+    def work(recorder: Recorder, bucket: int, part: pa.Table) -> Any:
+        lines, reasons = score_likelihood(recorder, bucket, part)
+        return lines.select("id", pl.col("logprob_mean").alias(method.after)), reasons
+
+    frames = [pl.DataFrame(schema={"id": pl.String, method.after: pl.Float64})]
+    failed: dict[str, str] = {}
+    for _, (lines, reasons) in over_buckets(recorders, context.store_buckets(), work):
+        frames.append(lines)
+        failed |= reasons
+    progress.close()
+    losses = done.curve["loss"]
+    facts = {"target_rows": rows.num_rows, "warmup_steps": done.steps}
+    facts |= {"warmup_skipped": done.skipped.height, "warmup_loss": [losses[0], losses[-1]]}
+    return pl.concat(frames), failed, facts
 
 
 def _all_there(reasons: dict[str, str]) -> None:

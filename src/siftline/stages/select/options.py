@@ -1,6 +1,7 @@
 """A registered selection method as a stage of a recipe."""
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any
 
 from siftline.config import build
@@ -45,8 +46,8 @@ class Select:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.oversampling > 0:
-            raise ValueError(f"oversampling is {self.oversampling}: it must be above 0")
+        if not 0 < self.oversampling < inf:
+            raise ValueError(f"oversampling is {self.oversampling}: give a number above 0")
         if self.gradients is not None and not self.differentiates:
             raise ValueError(f"{self.method} reads no gradients: leave gradients out")
         self.configured()
@@ -73,7 +74,8 @@ class Select:
 
     def scorers(self) -> tuple[str, ...]:
         """Those of them that only a quality scorer can give."""
-        return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED))
+        made = (self.configured().after,) if self.warms else ()
+        return tuple(n for n in self.numbers() if n not in (*LIKELIHOODS, *COUNTED, *made))
 
     def asked(self) -> tuple[str, ...]:
         """The quality scorer that rows are asked for while the method runs, if there is one."""
@@ -84,6 +86,11 @@ class Select:
     def differentiates(self) -> bool:
         """Whether it reads gradient features."""
         return "gradients" in self.entry.needs
+
+    @property
+    def warms(self) -> bool:
+        """Whether it reads likelihoods under the model warmed up on the target."""
+        return "target warm-up" in self.entry.needs
 
     @property
     def trains(self) -> bool:

@@ -12,7 +12,7 @@ from siftline.ingest.pool import Pool
 from siftline.progress import Progress
 from siftline.rows import schema
 from siftline.rows.selection import Selection
-from siftline.scoring.measures.embed import embed_texts
+from siftline.scoring.measures.embed import embed_conversations, embed_texts
 from siftline.scoring.recorder import Recorder, unanswered
 from siftline.selectors.less import Gradients
 from siftline.selectors.method import MAX_ROWS, MAX_VALUES, RANKS
@@ -21,7 +21,7 @@ from siftline.stages.context import Context, StageRun, by_store_bucket, split_fa
 from siftline.stages.models import over_buckets
 from siftline.stages.scorers import quality
 from siftline.stages.scores import likelihoods
-from siftline.stages.select.gradients import Featured, featured
+from siftline.stages.select.gradients import Featured, featured, warmed_likelihoods
 from siftline.stages.select.options import Select
 from siftline.stages.select.rounds import Teacher
 
@@ -50,6 +50,11 @@ def run(context: Context) -> StageRun:
         frames = [frame.join(known, on="id") for frame in frames]
     rows = sum(frame.height for frame in frames)
     _check_size(options, rows)
+    more: dict[str, Any] = {}
+    if options.warms:
+        warm, unread, more = warmed_likelihoods(context, method)
+        failed = {**unread, **failed}
+        frames = [frame.join(warm, on="id") for frame in frames]
     if options.embeds:
         vectors, unread = _embedded(context, context.store_buckets(), rows)
         failed = {**unread, **failed}
@@ -57,13 +62,12 @@ def run(context: Context) -> StageRun:
     made = None
     if options.differentiates:
         made = featured(context)
-        failed = {**made.failed, **failed}
+        failed, more = {**made.failed, **failed}, made.facts
         frames = _with_vectors(frames, made.pool)
     size = math.ceil(context.recipe.budget.size * options.oversampling)
     budget = Budget(size, context.recipe.budget.unit, "smaller")
     target = _target(context, options, made) if entry.targeted else None
     states = [method.summarise(frame) for frame in frames]
-    more = {} if made is None else made.facts
     if options.trains:
         teacher = Teacher(context, method)
         plan = method.refine(states, budget, teacher)
@@ -147,11 +151,13 @@ def _offered(rows: pa.Table, *, text: bool) -> pl.DataFrame:
 
 
 def _embedded(context: Context, buckets: Any, total: int) -> Vectors:
-    """Vectors of prompt and response by id, and reasons by id."""
+    """Vectors of prompt and response, or of whole conversations, by id, and reasons by id."""
     progress = Progress(context.stage.name, total, context.emit, "embeddings")
     recorders = context.recorders("embedder", progress)
 
     def work(recorder: Recorder, bucket: int, rows: pa.Table) -> Vectors:
+        if context.stage.options.entry.conversations:
+            return embed_conversations(recorder, bucket, rows)
         view = schema.text_view(rows)
         texts = view.select("id", whole_text())
         return embed_texts(recorder, bucket, dict(texts.iter_rows()))

@@ -1,1 +1,0 @@
-"""Near-duplicate removal over tables and files: the engine behind `siftline dedup`."""
