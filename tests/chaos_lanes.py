@@ -39,10 +39,11 @@ DAMAGED = ("pool", "scores", "store", "stages", "curated", "models", "evaluation
 
 
 def module(name):
-    """A module of this folder."""
+    """A module of this folder or of one below it."""
     known = f"siftline_tests_{name}"
     if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, HERE / f"{name}.py")
+        (file,) = HERE.rglob(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(known, file)
         sys.modules[known] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[known])
     return sys.modules[known]

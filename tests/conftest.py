@@ -27,10 +27,11 @@ for _threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
 
 
 def beside(name: str) -> ModuleType:
-    """A module of this folder."""
+    """A module of this folder or of one below it."""
     known = f"siftline_tests_{name}"
     if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, Path(__file__).with_name(f"{name}.py"))
+        (file,) = Path(__file__).parent.rglob(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(known, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -172,7 +172,7 @@ np.save(sys.argv[2], np.stack([found.matched, found.similarity, np.full(2500, fo
 def test_threads_change_nothing(tmp_path):
     """Rows without topics at a low threshold, where many pairs are missed, so that any shift of
     cells would show."""
-    here = os.path.dirname(os.path.dirname(__file__))
+    here = os.path.dirname(__file__)
     said = []
     for count in ("1", "3"):
         path = tmp_path / f"{count}.npy"

@@ -20,7 +20,7 @@ from siftline.pipelines.execute import instance_settings, run_recipe
 from siftline.recipe.parse import parse
 from siftline.workspace import Workspace
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 @pytest.fixture

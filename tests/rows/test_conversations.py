@@ -157,7 +157,7 @@ def test_importing_siftline_is_light_and_errors_name_the_remedy(tmp_path):
     code += "('datasets', 'pyarrow', 'polars', 'torch')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert siftline.__all__ == ["load"]
+    assert "load" in siftline.__all__
     with pytest.raises(ValueError, match="no published version"):
         siftline.load(tmp_path)
     with pytest.raises(ValueError, match="no folder to load"):

@@ -267,7 +267,7 @@ test_curated.run(Path({root!r}), test_curated.make_rows(30))
 
 def test_a_killed_publisher_leaves_nothing_visible(tmp_path):
     # write_json is the last step before the rename: the whole tree is there, and must not show.
-    code = KILLED.format(tests=str(Path(__file__).parents[1]), root=str(tmp_path))
+    code = KILLED.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     ended = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
     left = os.listdir(tmp_path)
