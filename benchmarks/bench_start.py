@@ -118,8 +118,16 @@ def verbs():
     known = {"siftline --help": ["--help"]}
     known |= {f"siftline {verb} --help": [verb, "--help"] for verb in VERBS}
     known |= {
-        "dedup, ten rows (Parquet)": ["dedup", "ten.parquet", "--out", "OUT"],
-        "dedup, ten rows (JSONL)": ["dedup", "ten.jsonl", "--out", "OUT"],
+        "dedup, ten texts (Parquet)": [
+            "dedup",
+            "ten.parquet",
+            "--text-column",
+            "text",
+            "--out",
+            "OUT",
+        ],
+        "dedup, ten texts (JSONL)": ["dedup", "ten.jsonl", "--text-column", "text", "--out", "OUT"],
+        "dedup, ten conversations": ["dedup", "ten.parquet", "--out", "OUT"],
         "select random, ten rows": ["select", "random", "ten.jsonl", "--budget", "3", "--out"],
         "cache ls, empty": ["cache", "ls", "--root", "."],
         "status, empty": ["status", "--root", "."],
