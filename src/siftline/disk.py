@@ -3,6 +3,8 @@
 Every library says it in its own way: an `OSError` with a number, one with the number in its text,
 SQLite's sentences, or nothing but a failed check. `explained` knows them all; `writing` puts it
 around a writer, and the command line around everything.
+
+Names under which a process writes what is not done yet, and what killed ones left under them.
 """
 
 import errno

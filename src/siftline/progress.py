@@ -1,7 +1,9 @@
 """How far a step is: rows done, rate, time left, said at an interval and at the end.
 
-Lines suit logs and Dagster; `terminal` has a bar for people. Both are a `Tracker`, so the code that
+Lines suit logs and Dagster; there is a bar for people. Both are a `Tracker`, so the code that
 counts doesn't know which of them it talks to.
+
+A progress bar for people; where nobody watches, the lines of `progress`.
 """
 
 import threading

@@ -132,7 +132,7 @@ def unread_lines(read: Read) -> list[frozenset[int]]:
 
 
 def in_tables(read: Read) -> np.ndarray:
-    """bool, one a row: whether it is in the tables of `dedup.files.open_read`."""
+    """bool, one a row: whether it is in the tables of `deduplication.files.open_read`."""
     binary = [k for k, file in enumerate(read.files) if file.format in BINARY]
     there = (pl.col("outcome") != UNREAD) | pl.col("file").is_in(binary)
     return read.lines.select(there).to_series().to_numpy()

@@ -1,4 +1,7 @@
-"""Assets that recipes share: inputs, pools, evaluation sets, models trained here."""
+"""Assets that recipes share: inputs, pools, evaluation sets, models trained here.
+
+Score tables of a pool: likelihood under the target model, and the recipe's quality scorers.
+"""
 
 import importlib
 import time

@@ -1,4 +1,7 @@
-"""The part of `siftline eval` that runs tasks of lm-evaluation-harness."""
+"""`siftline eval`: accuracy of a model on questions with answers, without a recipe.
+
+The second part runs tasks of lm-evaluation-harness.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""What the verbs of the command line share: options, and lines on stderr."""
+"""What the verbs of the command line share: options, and lines on stderr.
+
+How the verbs on plain files are told to read them.
+"""
 
 import os
 import sys

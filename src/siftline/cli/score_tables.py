@@ -4,6 +4,8 @@ The files go through the same ingestion, spans and store as a recipe's pool, so 
 same ones. In between the rows lie in a pool of their own under a dot-name, which is what keeps them
 off the memory; it goes once the tables are there. The store stays: the next run on the same rows
 asks the model nothing, and a killed one is taken up where it was.
+
+Gradient features of rows in plain files, for `siftline select less`.
 """
 
 import shutil

@@ -1,4 +1,7 @@
-"""What a selection over plain files leaves: why every row stayed or went, and the records kept."""
+"""One selection over plain files, from the files to the folder.
+
+What it leaves says why every row stayed or went, beside the records kept.
+"""
 
 import csv
 import json

@@ -1,4 +1,7 @@
-"""Arrow's text columns as the kernels read them: bytes, offsets, and which rows hold nothing."""
+"""Arrow's text columns as the kernels read them: bytes, offsets, and which rows hold nothing.
+
+One schema over several tables: the type that holds the values of two, and arrays made of it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias

@@ -6,6 +6,10 @@
     decide      sets -> who goes, and for whom                   (in keep order)
 
 Files and the index take the same steps on more rows than fit into memory at once.
+
+What makes two texts duplicates, and how they are looked for.
+
+What a run of deduplication found, and how long its steps took.
 """
 
 import os

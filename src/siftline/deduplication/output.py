@@ -1,4 +1,7 @@
-"""What a run of deduplication leaves: kept rows in `data/`, others, with reasons, in `removed/`."""
+"""What a run of deduplication leaves: kept rows in `data/`, others, with reasons, in `removed/`.
+
+How often to repeat a kept row, from the size of its cluster (FineWeb2's "rehydration").
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

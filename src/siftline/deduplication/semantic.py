@@ -3,12 +3,16 @@
 Two searches. `exact` holds rows in keep order, a block at a time, against the kept rows before
 them, so m copies cost m comparisons; without copies it is n^2 d multiplications, about a minute for
 100,000 rows of 384 and a hundred for a million. `faiss` holds a row against kept rows in the cells
-nearest to it, so time grows with n^1.5 (see `cells`), and may miss a copy. Either removes a row
-only for one that it was verified similar to.
+nearest to it, so time grows with n^1.5, and may miss a copy. Either removes a row only for one that
+it was verified similar to.
 
 Memory: `exact` holds the rows in 32 bits once more (1.5 GiB for a million of 384), and a few
 blocks; `faiss` those that are kept, with room to grow (1 to 2 times that), and a few spans. A .npy
 file is read from disk block by block; a column of vectors is in memory twice while it is read.
+
+Cosine similarity, proposed in 32 bits and decided in 64, and the exact search among rows.
+
+Search for similar rows in cells: a row is held against those near it, not against all.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,6 +2,8 @@
 
 Rewording changes only the ends of a text. The duplicates gate compares sets of character shingles,
 and in a text of thirty characters one changed word in the middle is already a third of them.
+
+Texts a base model is trained on: worked examples and verdict exercises.
 """
 
 from collections.abc import Sequence

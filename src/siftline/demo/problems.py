@@ -10,6 +10,8 @@ differ in digits and operations too, so that a small model's pass rate falls fro
 
 Texts are short (a question at most 110 characters) and use few characters, because a model of 1.8
 million parameters reads and writes them character by character on two CPU cores.
+
+How simulated sources write down a solution.
 """
 
 from collections.abc import Sequence

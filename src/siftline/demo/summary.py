@@ -1,6 +1,8 @@
 """Adds to a demo run's summary what was planted and what the gates made of it.
 
 This is the only code outside tests that opens the truth, and it runs after the chain has ended.
+
+What the gates caught of the planted defects, and what they removed wrongly.
 """
 
 import json

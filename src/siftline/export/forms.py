@@ -1,4 +1,9 @@
-"""Parts that the forms of several trainers share: reasoning and calls as text, ids, masks."""
+"""Parts that the forms of several trainers share: reasoning and calls as text, ids, masks.
+
+LLaMA-Factory's ShareGPT form: roles that take turns, and calls as messages of their own role.
+
+Rows in the forms of the other trainers, one function a kind of training; see `targets`.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -3,6 +3,8 @@
 NaN and the infinities are read, as Python writes them. Of repeated keys the last counts, as in
 Python, and they are counted. Whole numbers keep every digit. Half a surrogate pair is no character:
 no file could hold it, so its record is refused.
+
+How large one record may be, told before it is parsed or held in memory.
 """
 
 import json

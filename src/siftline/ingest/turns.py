@@ -3,6 +3,8 @@
 Two rules make one conversation get one id from JSONL, JSON and Parquet alike: a key whose value is
 null is an absent key (Parquet fills structs with nulls), and every structured value becomes JSON
 with sorted keys and no spaces.
+
+Columns and keys that change what a row means although no row can hold them.
 """
 
 import json
@@ -283,7 +285,7 @@ def read_turns(value: object, *, nulls: bool = False) -> tuple[list[Turn], dict[
         The messages, and by message number (from 0) the keys no mapping used.
 
     Raises:
-        Unreadable: `wrong_type`, `unknown_role`, or what `meanings` sets apart.
+        Unreadable: `wrong_type`, `unknown_role`, or what changes a row's meaning.
     """
     if isinstance(value, str):
         value = _parsed(value)

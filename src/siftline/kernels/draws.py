@@ -3,6 +3,8 @@
 Every draw is u = hash(seed, stage, id, index). So a draw for one row does not move when another row
 arrives, and input order, workers and machines change nothing. Weighted sampling without replacement
 is Gumbel top-k (Efraimidis & Spirakis 2006; Vieira 2014): keep the k largest log w - log(-log u).
+
+Splitting a whole number by weights, exactly and within capacities.
 """
 
 import hashlib

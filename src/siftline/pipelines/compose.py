@@ -1,4 +1,7 @@
-"""Recipes as Dagster sees them: their assets, jobs, schedules and sensors."""
+"""Recipes as Dagster sees them: their assets, jobs, schedules and sensors.
+
+Jobs, schedules and sensors: one of each per recipe; the last two are off until switched on.
+"""
 
 import json
 import re

@@ -2,6 +2,8 @@
 
 Runs are tagged with this process, so that the next run can tell a dead one from a live one without
 a daemon.
+
+What runs leave behind is taken away when a run begins, so that a root does not grow with them.
 """
 
 import multiprocessing

@@ -5,6 +5,8 @@ of stages, one budget, training and evaluation. A stage's options are the fields
 that does the work, so a default is stated once, beside its source. Strings may hold `{inputs}`, the
 folder a recipe's generator wrote, and `${NAME}`, an environment variable; both are expanded when
 used, never in the recipe's hash, so that bytes don't depend on where data lies.
+
+Which recipes there are: the shipped ones, and those in the folders SIFTLINE_RECIPES names.
 """
 
 import copy

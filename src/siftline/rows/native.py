@@ -4,6 +4,8 @@ A row keeps structured values as JSON text, and Parquet fills the keys that one 
 another lacks with nulls. Templates test for a key by its presence and walk through calls, so both
 would end up in the rendered text. Everything that leaves a row for a template, a JSONL file or
 another trainer goes through `native_message`.
+
+The `messages` column of a published version: its type, and rows' messages in it.
 """
 
 import json

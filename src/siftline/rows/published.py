@@ -3,6 +3,8 @@
 A version's name is the hash of its manifest's content, and the manifest holds those of all files.
 So a version is either what it was or an error, wherever it is read: by `latest`, by its folder, or
 one of its shards as an input file.
+
+Hashes of what a verb or a trainer wrote, in a list beside it, compared before it is read.
 """
 
 import json

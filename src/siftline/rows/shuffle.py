@@ -33,7 +33,7 @@ class Shuffled:
         seed: Seed of the draws.
         ranges: Into how many equal ranges (0, 1) is cut.
         rows: Rows shuffled.
-        used: Which optional fields some row fills; see `conversations.used_fields`, and `tools`.
+        used: Which optional fields some row fills; see `native.used_fields`, and `tools`.
     """
 
     folder: Path

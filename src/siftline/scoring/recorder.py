@@ -2,6 +2,10 @@
 
 Every question to a model goes through `Recorder.ask`: it is keyed by its tokens, planned into
 batches by length before anything runs, committed batch by batch, and never asked again.
+
+Reasons for having no answer: those that lie in the question, and those worth another try.
+
+What an engine gives that takes new draws while others are under way.
 """
 
 import logging

@@ -89,7 +89,7 @@ def complete(
     template: str | None = None,
     tools: str | None = None,
 ) -> None:
-    """Holds a rendered conversation to what the row says; see `omissions`.
+    """Holds a rendered conversation to what the row says; see `templates`.
 
     Args:
         tokenizer: A fast transformers tokenizer.
@@ -100,7 +100,7 @@ def complete(
         tools: JSON list of tools, as the row has it.
 
     Raises:
-        UnscorableRow: with the reason in `omissions.OMISSIONS`, if part of it is missing.
+        UnscorableRow: with the reason in `templates.OMISSIONS`, if part of it is missing.
     """
 
     def probe(messages: Sequence[Mapping[str, Any]], tools: str | None) -> str | None:
@@ -177,7 +177,7 @@ def response_span(
 
     Raises:
         UnscorableRow: reason `too_long`, `template_error`, or what the template leaves out, one of
-            `omissions.OMISSIONS`.
+            `templates.OMISSIONS`.
     """
     assert messages[-1]["role"] == "assistant", f"last role is {messages[-1]['role']!r}"
     if len(messages) == 1 and not tools:
@@ -328,7 +328,7 @@ def prompt_tokens(
     """Tokens to generate an answer from; a last assistant turn, the answer itself, is left off.
 
     Raises:
-        UnscorableRow: reason `template_error`, one of `omissions.OMISSIONS`, or `too_long` when no
+        UnscorableRow: reason `template_error`, one of `templates.OMISSIONS`, or `too_long` when no
             room is left for an answer.
     """
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -4,6 +4,8 @@ A base model has no chat template. It gets `QUESTION_ANSWER`, whose generation p
 "Answer:" without the space: tokenizers with merges put that space into the first token of the
 answer, so a prompt that ends in a lone space would ask for text the model has never seen. The space
 belongs to the response, in scoring, in sampling and (by the generation marks) in training alike.
+
+What a chat template leaves out of a conversation.
 """
 
 import json

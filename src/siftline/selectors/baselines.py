@@ -6,6 +6,8 @@ find all three below random on large mixed pools (docs/selectors.md). The loss d
 
 Memory is the most that a method adds to the columns it was given, measured at 0.4 to 1.2 million
 rows (ids of 32 digits, four buckets); 100 bytes a row are 10 GB at the limit of 100 million.
+
+Best fit per prompt: of several answers to one prompt, the one most likely under the model.
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class BalancedRandom(Ranked):
     """An even draw with the same budget for every source; small sources are taken whole.
 
     A temperature stands between this and a draw in proportion, a cap keeps any source from being
-    more than so much (see `mixture`). Memory: about 300 bytes a row.
+    more than so much (see `spending`). Memory: about 300 bytes a row.
 
     Attributes:
         by: Column that names the group of a row.

@@ -18,6 +18,10 @@ for callers that read vectors part by part; `decide` takes what either gave.
 
 Everything is put in the order of ids before anything is computed, so neither the order of rows nor
 the number of buckets can show.
+
+Embeddings as selectors read them: fixed-size lists of a frame, checked once.
+
+A selection method as the table of methods shows it.
 """
 
 import dataclasses

@@ -4,6 +4,10 @@ Round-robin (RDS+, algorithm 1): queries take turns, each takes the best row tha
 several tasks, a task's score of a row is the best of its queries, and tasks take turns. Lists of
 the best rows stand in for all pairs; where one runs out the lists are asked for again, longer,
 which changes nothing in what was taken before.
+
+RDS+: rows whose representation is nearest to some target row, by turns.
+
+SimCore: rows nearest to the target's clusters, until they stop being near.
 """
 
 from collections.abc import Callable

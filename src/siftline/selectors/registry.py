@@ -2,6 +2,8 @@
 
 A method of one's own joins by import path, `package.module:Class`, or by a name, where the package
 that has it registers it; see `siftline.selectors.registry`.
+
+Methods of the user's own: by import path, or registered by an installed package.
 """
 
 import dataclasses

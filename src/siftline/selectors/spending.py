@@ -1,4 +1,7 @@
-"""What a selection may keep, and how an order of preference is turned into a selection."""
+"""What a selection may keep, and how an order of preference is turned into a selection.
+
+Shares of a whole by source: how a budget is split, and what a small source leaves to the others.
+"""
 
 import math
 from collections.abc import Callable, Mapping

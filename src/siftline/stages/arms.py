@@ -1,6 +1,10 @@
 """Training arms: the curated rows against random rows at equal cost.
 
-Equal means equal loss tokens, optimizer steps and hyper-parameters; `arm_rows` says which rows.
+Equal means equal loss tokens, optimizer steps and hyper-parameters.
+
+Reference scores of the rows that arms train on, for objective poft.
+
+Which rows each training arm takes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,12 +1,14 @@
 """Canaries: how many defects of each kind a gate finds in the user's own data.
 
-A gate decides about the real rows first. Then rows that it kept are drawn by hash, spoiled (see
-`planting`), and judged by the plan the gate just made. That held_rows ends there: a canary is no
-row of any later stage, so with or without canaries the published bytes are the same.
+A gate decides about the real rows first. Then rows that it kept are drawn by hash, spoiled, and
+judged by the plan the gate just made. With that a canary ends: it is no row of any later stage, so
+with or without canaries the published bytes are the same.
 
 Each kind is measured at the gates that should find it, on rows of that gate. Recall is
 the share of planted rows that the gate removed. A false drop is a removed row that is sound by
 construction, or, for gates that ask a model, a real row whose response verification proved right.
+
+Defects planted into a user's own rows, to measure what a gate makes of them.
 """
 
 import re

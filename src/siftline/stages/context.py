@@ -2,6 +2,10 @@
 
 Rows in play are the rows that the stage before kept or added. They are read bucket by bucket, from
 the pool and from what earlier stages added; the pool itself is never copied.
+
+Rows that canaries may be made of, held back while a gate reads its rows.
+
+What a gate decided about every bucket, as one output.
 """
 
 from bisect import bisect_left

@@ -1,4 +1,7 @@
-"""Models of a recipe: which directory plays a role, and engines opened once per process."""
+"""Models of a recipe: which directory plays a role, and engines opened once per process.
+
+Spreads buckets over devices: one recorder a device, each with a copy of the model.
+"""
 
 import queue
 import threading

@@ -1,4 +1,7 @@
-"""The curated version: rows that every stage kept, with their scores and the whole ledger."""
+"""The curated version: rows that every stage kept, with their scores and the whole ledger.
+
+Preference pairs and verifiable prompts: from the draws of rejection sampling, and from labels.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

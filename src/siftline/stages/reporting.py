@@ -1,4 +1,7 @@
-"""Gathers what a recipe's run left into the HTML report and the numbers beside it."""
+"""Gathers what a recipe's run left into the HTML report and the numbers beside it.
+
+What a fine-tuned model finds new in the pool, for the report.
+"""
 
 import math
 from pathlib import Path

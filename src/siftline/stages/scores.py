@@ -2,6 +2,10 @@
 
 The table covers the whole pool once and is shared by recipes. Rows that a stage adds later are
 scored through the same store when a gate asks for them.
+
+Shared score tables: one line per row of a pool, in the pool's buckets.
+
+Scores many store buckets, each response without its prompt asked once in all of them.
 """
 
 import json

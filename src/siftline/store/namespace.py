@@ -12,6 +12,8 @@ next process after a SIGKILL: what is new is there before what is old goes, reco
 twice meanwhile are told by their key, and only the holder of a bucket's lease changes its files.
 Readers list the journals before the parts, because records move from the former to the latter, and
 start over where a listing turns out to be out of date.
+
+Append-only files of record batches: what is in one survives the process that wrote it.
 """
 
 import errno

@@ -9,6 +9,8 @@ The model directory holds config.json, model.safetensors, the tokenizer with its
 README.md (model card), curve.csv, curve.png, skipped.csv, training.json (written last) and, while
 training, checkpoints/. With LoRA the adapter is in adapter/ and the weights are the merged ones, so
 every engine loads the directory as it is.
+
+What is written beside a trained model: its card, the training curve as CSV and as a picture.
 """
 
 import hashlib

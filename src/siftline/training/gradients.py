@@ -16,6 +16,8 @@ float16). Rows run one at a time, as there, so neither padding nor neighbours to
 
 Memory beside the model: `HELD_BYTES` of gradients (one row's at least, 4 bytes a weight of the
 adapter), two moments of 4 bytes a weight, and a block of signs.
+
+A random projection that is never held: signs are hashes of their place.
 """
 
 from collections.abc import Sequence

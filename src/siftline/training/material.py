@@ -1,4 +1,7 @@
-"""From rows to the forward passes of a run: reading, laying out, weighing."""
+"""From rows to the forward passes of a run: reading, laying out, weighing.
+
+What the planned forward passes hold: tokens, labels, loss weights, corrupted inputs.
+"""
 
 import json
 import logging

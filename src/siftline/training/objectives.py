@@ -9,6 +9,8 @@
 sg is stop-gradient, KL is over the full vocabulary with the reference first. Per-token losses are
 averaged over the loss tokens of a whole optimizer step, per-row losses over its rows: what a device
 or a forward pass holds has no say.
+
+The one differentiable primitive of training: log-probabilities of targets, token by token.
 """
 
 import functools

@@ -226,7 +226,7 @@ def choose(model: Any) -> str | None:
     """Switches a model to packed attention where that gives the same states as row by row.
 
     Args:
-        model: With `logprobs.read_tokens`; it may be wrapped by peft.
+        model: With `objectives.read_tokens`; it may be wrapped by peft.
 
     Returns:
         None if it was switched, else why it was left as it is.

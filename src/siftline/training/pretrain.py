@@ -8,6 +8,8 @@ weights.
 Documents are packed into windows that start at a document's start: one that overflows is cut and
 opens the next window again, whole. So nothing is padding, and most documents are seen from their
 first token, as they will be asked. Attention crosses the documents of a window.
+
+Tokenizers made from text on the spot: one token a character, or byte-level BPE.
 """
 
 import hashlib

@@ -1,4 +1,9 @@
-"""Every forward pass of a run, laid out before it starts."""
+"""Every forward pass of a run, laid out before it starts.
+
+Loss tokens: counting them, and laying out the rows one training run will see, step by step.
+
+Phases of a run: which sources it sees in which order.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -389,7 +394,7 @@ class Schedule:
         passes: Positions into `rows` for each forward pass. Devices take turns, then comes the next
             pass of the step, then the next step: so a sequential sampler deals items out.
         steps: Optimizer steps.
-        composition: What each phase holds (`phases.Phased`), where the run has phases.
+        composition: What each phase holds (`Phased`), where the run has phases.
     """
 
     rows: TokenRows

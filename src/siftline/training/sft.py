@@ -2,6 +2,8 @@
 
 SFTTrainer would tokenise, mask, cut, shuffle and drop rows by itself. Here it does none of it: one
 item of its dataset is the number of one planned forward pass (see `schedule`), dealt in sequence.
+
+Models to train, by method: all weights, LoRA, LoRA over 4 bits, or any adapter of peft.
 """
 
 import copy

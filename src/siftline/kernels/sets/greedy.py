@@ -8,6 +8,8 @@ keep order), and nothing but the result is stored. What can still grow is the nu
 dissimilar rows in one band; `max_pairs` bounds it.
 
 As `keepers`, for rows of two texts that may contradict each other.
+
+Rows of two texts, a prompt and a response: their band keys, and what of their sets is read.
 """
 
 from collections.abc import Sequence

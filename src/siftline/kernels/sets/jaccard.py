@@ -4,6 +4,8 @@ Locality-sensitive hashing proposes; this decides. Both sides of a merge are sor
 dissimilar pair shows early: once more elements are unmatched than the threshold allows, the merge
 stops, which rejects a typical false candidate after a fraction of its length without ever being
 wrong. Two empty sets are equal (1.0).
+
+Chains of rows in keep order, one a group, as arrays that compiled code appends to.
 """
 
 from typing import NamedTuple

@@ -48,7 +48,7 @@ def keep_first(
 ) -> int:
     """Writes the decisions of `keepers.keep_first` to `now`; the pairs compared.
 
-    The first four are chains (`chains.Chains`), empty; `seen`, all -1, is the last row that each
+    The first four are chains (`jaccard.Chains`), empty; `seen`, all -1, is the last row that each
     was looked at for.
     """
     m = len(rows.sizes)

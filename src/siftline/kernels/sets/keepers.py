@@ -7,6 +7,8 @@ an old row is held only against what changed since (new rows, and old ones kept 
 which gives the decisions of doing everything at once.
 
 `drop_all` is the other policy: every row that resembles any other goes, the first as well.
+
+Which of several copies stays: the policy as a number for every row, smaller is kept first.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """From rows of text in Arrow's layout to signatures, band keys and shingle sets.
 
 The bytes of all rows and their offsets go in, arrays come out; between them a row lives in buffers
-of its own. Signatures are datasketch 2.0's `affine32` (see `minhash`), bit for bit, and are only
+of its own. Signatures are datasketch 2.0's `affine32` (see `shingles`), bit for bit, and are only
 written where they are asked for: what deduplication keeps of a row is one 64-bit key a band.
 
 The functions release Python's lock, so threads run them side by side over ranges of rows. They
@@ -48,7 +48,7 @@ def summarise(
         start: First of them.
         stop: Their end.
         shingling: How they are cut.
-        a: Multipliers, uint32, shape (slots,) (`minhash.permutations`).
+        a: Multipliers, uint32, shape (slots,) (`texts.permutations`).
         b: Offsets, uint32, shape (slots,).
         rows: Slots in a band.
         out: Where the results go.

@@ -8,6 +8,8 @@ A text shorter than one shingle is one shingle, the whole text; an empty text ha
 over code points: h = n * G, then h = (h ^ unit) * G; h ^= h >> 29 for each unit, then a finaliser.
 32-bit hashes add, by chance, at most |A| * |B| / 2^32 to an intersection: under 1e-4 of one shingle
 for texts of 500.
+
+MinHash signatures over compressed rows, bit-equal to datasketch 2.0's `affine32` scheme.
 """
 
 from collections.abc import Sequence

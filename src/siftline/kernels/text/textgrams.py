@@ -6,6 +6,8 @@ and `windows` rolls a polynomial over n of them and mixes it down to 32 bits. Th
 character: a code point of the words with single spaces between them.
 
 A text of fewer than n units is one shingle, the whole text; a text without units has none.
+
+One hash for the quantities of a text, `text.numbers`, of many texts in compiled code.
 """
 
 from functools import cache

@@ -4,6 +4,8 @@
 `numbers` keeps of it the quantities and operators in order, so that two instances of one word
 problem template are told apart however similar the words around the numbers are. `plain` serves
 reference answers, where all punctuation counts.
+
+MTLD: how many words a text goes on for before it repeats itself (McCarthy & Jarvis 2010).
 """
 
 import re

@@ -3,6 +3,8 @@
 Scores come in blocks of rows. A score and the place of its row are packed into one 64-bit key whose
 order is "higher score first, then the earlier row", so ties need no second look and the lists are
 the same whatever the blocks.
+
+How far each vector's k-th nearest neighbour is, over all pairs in blocks.
 """
 
 from collections.abc import Callable

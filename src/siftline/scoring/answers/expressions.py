@@ -2,6 +2,8 @@
 
 A recursive descent over tokens. Nothing is evaluated by Python, and what may be read in several
 ways says so.
+
+Numbers with words behind them: which of the words leave them as they are.
 """
 
 import re

@@ -97,7 +97,7 @@ _NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?[$€£]?(?:{NUMBER})(?:/\d+)?")
 def find_answers(response: str) -> tuple[Candidate, ...]:
     r"""Finds every answer that a response may mean as its final one, in the order of the text.
 
-    Boxes (but for those of steps, see `answer_steps`), `####` lines, tags and "final answer" marks
+    Boxes (but for those of steps, see `steps`), `####` lines, tags and "final answer" marks
     count alike, and so do plain phrases ("the answer is x", "answer: x", a line "A: x") behind the
     last of those, or where there is none. A `####` line counts when nothing follows it or when it
     holds a bare number, since `####` is a Markdown heading too. A phrase counts when what it names

@@ -15,8 +15,6 @@ from fractions import Fraction
 
 from siftline.scoring.answers.quantities import JOINING, NOT_UNITS, SCALES
 
-_GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-"""A group in braces, with groups in it two levels deep."""
 _SPACE = r"(?:\\[,;:! ]|~|\s|\\q?quad(?![A-Za-z]))"
 
 

@@ -2,6 +2,8 @@ r"""Plain numbers as people write them, and a key under which equal answers are 
 
 `answer_key` is exact: numbers become reduced fractions, so 1,000 = 1000 = 1000.0 and 0.5 = 1/2,
 while -5 and 5, 1/2 and 12 stay apart. Nothing is evaluated and nothing is rounded.
+
+Measures that are turned into each other: 5 km is 5000 m, 18 km/h is 5 m/s, 5 kg is no length.
 """
 
 import re

@@ -23,6 +23,8 @@ Rules where it is not plain what is meant:
 - A mark between quotes or in inline code is a mention (`` `<think>` ``). So is one in a closed
   fenced block, but for a closing mark whose block was opened outside: reasoning often leaves
   fences open.
+
+Fenced code blocks in a response, as CommonMark reads them, in one pass over its lines.
 """
 
 import re

@@ -10,6 +10,8 @@ An equation that can't be read with certainty counts as neither right nor false:
 for numbers, two sides in different units ("2 hours = 120 minutes"), percents added to plain
 numbers, a quotient rounded or cut to a whole number. A step that is named is
 false as it is written; that none is named proves nothing: a wrong step may have right arithmetic.
+
+Boxes that hold a step's result, and no final answer.
 """
 
 import re

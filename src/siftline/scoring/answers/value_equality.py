@@ -1,8 +1,9 @@
 """Whether two values are equal: yes, no with a proof, or open.
 
-Lists, tuples, matrices, sets, intervals, relations and equations, down to the expressions in them
-(`expression_equality`). An interval and the relation that describes it are one value,
-whichever side each stands on.
+Lists, tuples, matrices, sets, intervals, relations and equations, down to the expressions in
+them. An interval and the relation that describes it are one value, whichever side each stands on.
+
+Whether two expressions are equal: yes, no with a proof, or open.
 """
 
 import re

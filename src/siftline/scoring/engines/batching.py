@@ -5,6 +5,8 @@ set of (length, id): whatever the input order, the same rows share a batch and g
 
 How much memory there is has no say in the plan. A batch that does not fit runs in halves, each time
 anew: a size learned from earlier batches would make bytes depend on what ran before.
+
+How many tokens a text has at least, told from its length alone.
 """
 
 import json

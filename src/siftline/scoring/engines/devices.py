@@ -1,4 +1,7 @@
-"""Which torch device a specification means."""
+"""Which torch device a specification means.
+
+Forwards side by side on a CPU, each in a thread of its own.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

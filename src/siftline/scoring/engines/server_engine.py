@@ -185,7 +185,7 @@ class ServerEngine:
         return by_prompt(drawn, seeds)
 
     def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
-        """Draws what `pull` gives as connections come free. See `streaming.Streaming`.
+        """Draws what `pull` gives as connections come free. See `recorder.Streaming`.
 
         A prompt that leaves no room for an answer is refused alone.
 

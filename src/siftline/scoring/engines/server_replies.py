@@ -5,6 +5,8 @@ token id, or the older `echo` with `logprobs`, which spells the tokens out. Both
 suspicion, because a list that is off by one place is full of plausible numbers: there must be an
 entry for every token, none for the first (nothing predicts it), entry i must be about token i, no
 log-probability is above 0, no rank below 1, and counts of tokens are those of what was sent.
+
+One answer of a server, read with suspicion: bounded in size, without the API key, parsed.
 """
 
 import json

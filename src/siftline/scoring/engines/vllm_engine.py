@@ -208,7 +208,7 @@ class VllmEngine:
         return by_prompt((self._generation(t, why, sampling.stop) for t, why in drawn), seeds)
 
     def stream(self, pull: Pull, sampling: Sampling) -> Iterator[tuple[Any, Generation | Failed]]:
-        """Draws what `pull` gives as slots come free. See `streaming.Streaming`.
+        """Draws what `pull` gives as slots come free. See `recorder.Streaming`.
 
         A prompt that leaves no room for an answer is refused alone.
 

@@ -14,6 +14,8 @@ kernel counts the starting *thread's* end as the parent's death.
 
 vLLM and its libraries print to stdout. The worker therefore moves its pipe to private descriptors
 at once and lets descriptor 1 mean stderr.
+
+vLLM inside the worker: how scores and texts are asked of it.
 """
 
 import argparse

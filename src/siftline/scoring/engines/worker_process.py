@@ -2,6 +2,8 @@
 
 Whatever happens to the worker becomes one error with one line. Reading polls, so that a worker that
 was killed is noticed even where something it started still holds the pipe open.
+
+Frames of Arrow IPC over a pipe, between an engine and its worker process.
 """
 
 import json

@@ -4,6 +4,8 @@ BSDetector (arXiv 2308.16175) holds an answer against samples with a natural-lan
 model; cleanlab/tlm offers word overlap and embeddings beside it. Samples are drawn once per prompt
 and shared by all its responses, so pairs come by response: its text, and the samples' texts. Equal
 texts are asked once, and every answer is a recorded fact.
+
+Confidence in a row: consistency with the model's own samples, and the model's own verdict.
 """
 
 import json

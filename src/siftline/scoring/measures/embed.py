@@ -1,6 +1,8 @@
 """Texts to unit vectors: a named sentence-transformers model, or a causal model's hidden states.
 
 Both sit behind one method, so diversity and near-duplicate stages do not ask which it is.
+
+Embeddings of prompts, by a named embedding model or by a causal model's own hidden states.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -5,6 +5,8 @@ match, a mismatch (`correct=False`, a proof), or open: `correct=None`, with a re
 default: what is not marked as the final answer is none. Reasoning blocks are left out. What may
 cost unbounded time runs in a child process with an alarm; what runs code, in a sandbox with named
 isolation; all others are linear in the response's length, or refuse what is too long.
+
+Verifiers by name.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Responses that are programs, held to tests that run in a sandbox."""
+"""Responses that are programs, held to tests that run in a sandbox.
+
+The program in a response: which blocks belong to it, and which only show how it is used.
+"""
 
 import re
 import textwrap
@@ -178,11 +181,11 @@ LONGEST_RESPONSE = 2_000_000
 class CodeVerifier:
     """Runs a response's program with tests, the reference answer, in a sandbox.
 
-    Which blocks of the response make the program stands in `program.program_of`. The tests are
+    Which blocks of the response make the program stands in `program_of`. The tests are
     plain Python statements that see the program's names, and pass if they run to their end:
     `assert add(1, 2) == 3`. Python's standard library is there, nothing else.
 
-    The walls and what they keep out stand in `isolation`, the limits in `sandbox`. A program that
+    The walls and what they keep out stand in `sandbox`, and so do the limits. A program that
     raises, exits, crashes, prints too much or whose tests fail is wrong; examples of its use
     (`sandboxed.statements`) may fail. The verdict is open, `unreadable`, where a failure proves
     nothing: a library is not there, the program wants input, or its own `__eq__` decided a

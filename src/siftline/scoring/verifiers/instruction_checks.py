@@ -1,9 +1,11 @@
 """One check for each instruction of the IFEval kind (arXiv 2311.07911), by its published name.
 
 A check takes the text and the instruction's own arguments and returns whether the text follows it:
-True, False, or None where readers may differ (see `counts`). Each is linear in the text's length.
+True, False, or None where readers may differ. Each is linear in the text's length.
 Our own reading of the paper and of the public data: what its words leave open is read as the
 published programs read it, so that sets made for them keep their meaning.
+
+How many words, sentences, bullets a text has: the fewest and the most that readers count.
 """
 
 import json

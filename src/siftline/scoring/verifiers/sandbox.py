@@ -1,4 +1,7 @@
-"""Runs a response's code and its tests behind walls, within limits, and says how that went."""
+"""Runs a response's code and its tests behind walls, within limits, and says how that went.
+
+Command lines that run a program behind walls: namespaces of its own and a bare file system.
+"""
 
 import contextlib
 import json
@@ -212,7 +215,7 @@ class Sandbox:
     """Runs code with tests; every run has new walls. Safe to call from several threads.
 
     Attributes:
-        isolation: The name of the walls in use, see `isolation.WAYS`.
+        isolation: The name of the walls in use, see `WAYS`.
         limits: What a run may use.
     """
 
@@ -248,7 +251,7 @@ class Sandbox:
 
         Args:
             code: One program, which must not raise; or the parts of a response, each with its kind
-                (see `program.Part`), of which only some must not.
+                (see `code.Part`), of which only some must not.
             tests: Python statements.
         """
         heard, report = os.pipe()

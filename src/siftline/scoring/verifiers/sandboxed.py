@@ -1,6 +1,6 @@
 """The program inside the sandbox: it gives its own rights up, then runs a response and its tests.
 
-Run by path with the standard library alone, behind the walls that `isolation` puts up; nothing
+Run by path with the standard library alone, behind the walls that `sandbox` puts up; nothing
 imports it. It reads the response's code, and, only once that has run, the tests and a secret that
 their success is reported with. It leaves by `os._exit`, so nothing that the tested
 code registered runs afterwards.

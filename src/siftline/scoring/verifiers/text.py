@@ -1,4 +1,11 @@
-"""Responses compared as text."""
+"""Responses compared as text.
+
+Whether a text satisfies a regular expression or a JSON schema, in a process that may be killed.
+
+Responses held to a regular expression.
+
+Responses held to a JSON schema.
+"""
 
 import importlib.util
 import json

@@ -352,7 +352,7 @@ class Plan:
     `tables["clusters"]` and `tables["levels"]` give rows wanted (the targets), offered and chosen;
     `missing` is wanted less offered. A cluster's `share` is its part of the size before capacities,
     `quota` after, `shortfall` what it had too little of, in the budget's unit. With a mixture,
-    `tables["mixture"]` says the same of its sources (`mixture.split`), and what was chosen.
+    `tables["mixture"]` says the same of its sources (`spending.split`), and what was chosen.
     """
 
     rows: pl.DataFrame

@@ -6,6 +6,8 @@ is killed goes on, and a rerun decides the same.
 
 Memory: the judged responses and their candidates are held as text until the side table is written,
 and so are the rows that one fold's model is trained on.
+
+The models that propose corrections: trained on folds, found again by name.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """The quality gate: rules about a text's form, its language, listed words, bounds on scores.
 
 Pure: what was found out about each row (`COLUMNS`) comes in as a narrow frame, from
-`measures.languages`, `text_rules` and the recipe's scorers. A row's fate depends on nothing but the
-row, and the first rule that speaks against it is its reason.
+`measures.degenerate`, `text_rules` and the recipe's scorers. A row's fate depends on nothing but
+the row, and the first rule that speaks against it is its reason.
 
 The published rules were tuned to tell prose from the rest of the web, on documents of 50 words and
 more. Half of them are wrong about sound instruction data: of GSM8K's solutions that long, 99 % have

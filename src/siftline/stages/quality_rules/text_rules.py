@@ -3,6 +3,10 @@
 datatrove's filters decide; that they say in words, so the number behind the decision is computed
 here for the rows they remove, with their own counting functions and the words they saw. A text is
 cut into words once: the filters get a tokenizer that remembers the last text.
+
+Listed words in texts: what a user does not want to see, by a file of the user's own.
+
+The number behind each of datatrove's rules: what a text has of it.
 """
 
 import math

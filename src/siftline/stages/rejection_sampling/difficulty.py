@@ -3,6 +3,8 @@
 Pure bookkeeping around a sampler: how many verified answers a prompt should get, and which draws
 count (`trials` says which to make). Three faults of the released code are put right: a target of k
 collects k, not k + 1; copies of an answer do not count; sampling stops at a cap and says so.
+
+What a trial that ended by its own rule says of its prompt's pass rate.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,6 +5,8 @@ the draws before them alone. A resumed run plans the same batches and finds the 
 it makes the same draws to the last bit; several devices take a bucket each. Under a limit such an
 engine goes as far as there was room for when it began; a stream gains room with every draw that
 ends. Both read the same draws.
+
+Draws made without waiting for one another, on engines that take new ones at any moment.
 """
 
 import threading

@@ -1,4 +1,7 @@
-"""Prompts that can be sampled, what their draws were worth, and the rows that come of them."""
+"""Prompts that can be sampled, what their draws were worth, and the rows that come of them.
+
+Verifies draws: by a verifier, or by a model that is asked whether two answers are the same.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

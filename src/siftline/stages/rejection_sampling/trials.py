@@ -9,6 +9,8 @@ The pass rate of a prompt has a Beta prior that is fitted to the pilot of all pr
 Krishnamoorthy's moment estimator of the beta-binomial), weak enough that a few draws of its own
 outvote it. Missing r answers at posterior mean p costs r / p draws (the negative binomial's mean at
 a known p; the mean over the posterior has no finite value before the second success).
+
+The trials of many prompts: which draws to make next, and which of them a limit has room for.
 """
 
 import heapq
